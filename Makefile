@@ -1,0 +1,31 @@
+# make demo, make test, make lint: each makes .venv first, with everything in it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: install demo test lint format clean
+
+install: .venv/installed
+
+# torch goes first and alone: it is the one package whose build (CPU or CUDA) may be chosen beforehand.
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,train,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/effir demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv *.egg-info

@@ -1,0 +1,175 @@
+"""The commands: each parses its options, calls one function and prints the answer."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+# What the library's tables hold, written out: importing them would make --help wait for torch. A test compares them.
+POOLINGS = ("cls", "last", "mean")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+REPORT_FORMATS = ("text", "json", "csv", "markdown")
+TOPIC_FIELDS = ("title", "description", "narrative")
+ERROR_LENGTH = 300
+PATH = click.Path(path_type=Path)
+
+
+class OneLineErrors(click.Group):
+    """Show what a user can put right as one line; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; ValueError and OSError become ``Error: ...`` and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            raise click.ClickException(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line that, with ``Error: `` before it, has at most 300 characters."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    message = " ".join(message.split())
+    room = ERROR_LENGTH - len("Error: ")
+    return message if len(message) <= room else message[: room - 3] + "..."
+
+
+def encoder_options(command: Callable) -> Callable:
+    """Add the options that say how texts are encoded."""
+    choice = click.Choice
+    options = [
+        click.option("--pooling", type=choice(POOLINGS), help="Token states to one vector.  [default: the model's]"),
+        click.option("--query-prompt", help="Text before every query.  [default: the model's]"),
+        click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
+        click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
+        click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
+        click.option("--dtype", type=choice(DTYPES), help="Arithmetic.  [default: auto; in a search, the index's]"),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens of a forward pass.  [default: by device]"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=OneLineErrors, context_settings={"show_default": True, "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@click.version_option(package_name="effir_search")
+def cli(debug: bool) -> None:
+    """Search with small dense retrievers: index a corpus, search it, evaluate the run."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s: %(message)s")
+    for noisy in ("httpx", "httpcore", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@cli.command()
+@click.option("--corpus", required=True, help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
+@click.option("--encoder", required=True, help="Model folder or hub name.")
+@click.option("--output", type=PATH, required=True, help="New index folder.")
+@click.option(
+    "--fields", help="JSON fields that are the text, as in title,abstract.  [default: contents, or title,text]"
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out bad lines and list them, instead of stopping at the first.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing index, once the new one is complete.")
+@encoder_options
+def index(
+    corpus: str, encoder: str, output: Path, fields: str | None, skip_bad: bool, overwrite: bool, **options: object
+) -> None:
+    """Encode a corpus into a FAISS index that Pyserini opens."""
+    from effir_search.index import index_corpus
+
+    names = fields.split(",") if fields else None
+    info = index_corpus(corpus, encoder, output, fields=names, skip_bad=skip_bad, overwrite=overwrite, **options)
+    counts = {
+        "empty": info.num_empty,
+        f"cut at {info.encoder.max_length} tokens": info.num_truncated,
+        "bad lines skipped": info.num_skipped,
+    }
+    told = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    click.echo(f"{info.num_documents} documents{told} -> {output}")
+
+
+@cli.command()
+@click.option("--index", "index_dir", type=PATH, required=True, help="Index folder.")
+@click.option("--topics", help="BEIR JSONL, TSV or TREC topics, irds:NAME, or Pyserini's name of topics (downloads).")
+@click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a TREC topic.")
+@click.option("--output", type=PATH, help="New run file.")
+@click.option("--query", help="Search for one text and print the hits.")
+@click.option("--corpus", help="With --query: where the texts of the hits are.")
+@click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
+@click.option("--hits", type=click.IntRange(min=1), help="Hits a query.  [default: 1000; with --query, 10]")
+@click.option("--qrels", help="Search only the topics that are judged here.")
+@click.option("--remove-query", is_flag=True, help="Drop the document whose id is the query's.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of FAISS.  [default: all cores]")
+@click.option("--tag", default="effir", help="Name of the run, its last column.")
+@encoder_options
+def search(query: str | None, topics: str | None, output: Path | None, **options: object) -> None:
+    """Search an index: topics into a TREC run, or one query with its hits shown."""
+    from effir_search.search import format_hits, search_text, search_topics
+
+    if query is not None and topics is None and output is None:
+        click.echo(format_hits(search_text(query, **options)))
+    elif query is None and topics is not None and output is not None:
+        num_topics, num_hits = search_topics(topics, output, **options)
+        click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
+    else:
+        raise click.UsageError("give either --topics and --output, or --query")
+
+
+@cli.command()
+@click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
+@click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
+@click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Of what is printed.")
+@click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
+@click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
+def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bool, only_with_positives: bool) -> None:
+    """Score a TREC run against qrels with ir-measures."""
+    from effir_search.evaluate import evaluate_run, format_evaluation
+
+    evaluation = evaluate_run(run_file, qrels, measures, only_with_positives=only_with_positives)
+    click.echo(format_evaluation(evaluation, form, per_query=per_query))
+
+
+@cli.command()
+@click.argument("model_or_index")
+@click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="Of what is printed.")
+def info(model_or_index: str, form: str) -> None:
+    """Say what a model folder or an index folder is."""
+    from effir_search.info import describe
+
+    click.echo(describe(model_or_index, form))
+
+
+@cli.command()
+@click.argument("index_dir", type=PATH)
+@click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
+@click.option("--corpus", help="Where the documents are.  [default: where they were]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+def verify(index_dir: Path, encoder: str | None, corpus: str | None, device: str) -> None:
+    """Check an index: counts, hashes, a sample encoded again and found."""
+    from effir_search.search import load_encoder
+    from effir_search.verify import verify_index
+
+    model = load_encoder(index_dir, encoder, device=device)
+    checked = verify_index(index_dir, model, corpus=corpus)
+    click.echo(
+        f"{index_dir}: {checked.num_documents} documents, hashes right; {checked.num_sampled} encoded again, "
+        f"lowest cosine {checked.lowest_cosine:.6f}, all found"
+    )
+
+
+@cli.command()
+@click.option("--query", help="Search the demo collection for this text.")
+@click.option("--output", type=PATH, default=Path("indexes/demo"), help="Folder of the demo's files.")
+def demo(query: str | None, output: Path) -> None:
+    """Index, search and evaluate the documentation of Python's standard library, beside BM25."""
+    from effir_search.demo import run_demo
+
+    run_demo(output, query=query, echo=click.echo)

@@ -1,0 +1,1 @@
+"""The built-in demo collection: Python's standard library as documents, with queries and qrels."""

@@ -1,0 +1,424 @@
+"""Text in, float32 vectors out: the one forward pass, and the batching around it."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import normalizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effir_search.corpus import Document, document_text
+from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
+from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
+from effir_search.pooling import POOLERS, without_prompt
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Texts that are tokenized and sorted by length together.
+WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How a text becomes a vector, beyond the weights: what an index and its searches must agree on.
+
+    Attributes:
+        pooling: A key of ``POOLERS``.
+        normalize: Whether vectors are scaled to length 1.
+        similarity: "cosine" or "dot": what the inner product in an index stands for.
+        query_prompt: Put before every query, with nothing between.
+        document_prompt: Put before every document, with nothing between.
+        include_prompt: Whether the prompt's tokens are pooled.
+        max_length: Tokens of a text that are read, special tokens included.
+        append_eos: Whether an end-of-sequence token was added to what the tokenizer does by itself.
+        dimension: Leading components that are kept; None = all.
+    """
+
+    pooling: str
+    normalize: bool = False
+    similarity: str = "dot"
+    query_prompt: str = ""
+    document_prompt: str = ""
+    include_prompt: bool = True
+    max_length: int = 512
+    append_eos: bool = False
+    dimension: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLERS:
+            raise ValueError(f"pooling {self.pooling!r} is unknown; known are {', '.join(POOLERS)}")
+        if self.similarity not in ("cosine", "dot"):
+            raise ValueError(f"similarity {self.similarity!r} is unknown; known are cosine, dot")
+        if self.max_length < 1:
+            raise ValueError(f"max_length {self.max_length} must be at least 1 token")
+
+
+class Encoded(NamedTuple):
+    """``embeddings`` is ``(texts, dimension)`` float32; ``num_truncated`` texts were longer than max_length."""
+
+    embeddings: np.ndarray
+    num_truncated: int
+
+
+def embed(
+    model: nn.Module,
+    tokens: Mapping[str, Tensor],
+    config: EncoderConfig,
+    *,
+    head: nn.Module | None = None,
+    prompt_length: int = 0,
+) -> Tensor:
+    """Return one vector per row: transformer, pooling, head, normalisation, truncation. Gradients flow.
+
+    Args:
+        model: Anything whose output has ``last_hidden_state``, ``(batch, seq, hidden_size)``.
+        tokens: ``input_ids`` and ``attention_mask``, each ``(batch, seq)``, with at least one real token a row.
+        config: Pooling, normalisation and dimension are taken from it.
+        head: Maps pooled vectors, ``(batch, hidden_size)`` to ``(batch, dimension)``.
+        prompt_length: Leading tokens that are not pooled.
+
+    Returns:
+        ``(batch, dimension)`` float32, whatever the dtype of the model.
+    """
+    hidden_states = model(**tokens).last_hidden_state.float()
+    mask = tokens["attention_mask"]
+    embeddings = POOLERS[config.pooling](hidden_states, without_prompt(mask, prompt_length) if prompt_length else mask)
+    if head is not None:
+        embeddings = head(embeddings)
+    if config.normalize:
+        embeddings = F.normalize(embeddings, dim=-1)
+    return embeddings[:, : config.dimension]
+
+
+class Encoder:
+    """A model, its tokenizer and an ``EncoderConfig``: what turns queries and documents into vectors.
+
+    Attributes:
+        name: The folder or hub name it was loaded from.
+        config: See ``EncoderConfig``.
+        dtype: Of the transformer; pooling and everything after it is float32.
+        batch_tokens: Upper bound of rows times longest row in a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EncoderConfig,
+        *,
+        name: str,
+        weight_places: tuple[Path, Sequence[Path]],
+        head: nn.Sequential | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
+        self.name = name
+        self.dtype, self.device = model.dtype, model.device
+        self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
+        self._weight_places = weight_places
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        pooling: str | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        max_length: int | None = None,
+        append_eos: bool = False,
+        batch_tokens: int | None = None,
+    ) -> "Encoder":
+        """Load a Hugging Face or sentence-transformers model; what is None is taken from the model's own files.
+
+        Args:
+            path: Model folder, or a name on the Hugging Face hub.
+            device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
+            dtype: A key of ``DTYPES``; "auto" is bf16 on a GPU that has it and float32 on a CPU.
+            pooling: A key of ``POOLERS``.
+            query_prompt: Put before every query.
+            document_prompt: Put before every document.
+            max_length: Tokens of a text that are read, special tokens included.
+            append_eos: Add the end-of-sequence token to the end of every text, also of a truncated one.
+            batch_tokens: See the class; None = by device.
+
+        Raises:
+            ValueError: The folder is not a model this project can run, or an option does not fit it.
+            OSError: A file cannot be read.
+        """
+        folder = resolve_model(path)
+        files = read_sentence_files(folder)
+        torch_device = _device(device)
+        head = load_head(files.head).to(torch_device) if files.head else None
+        model = load_transformer(files.transformer_folder, dtype=_dtype(dtype, torch_device), device=torch_device)
+        tokenizer = load_tokenizer(files.transformer_folder, model)
+        if files.lower_case:
+            _lower_case(tokenizer)
+        if append_eos:
+            append_eos_token(tokenizer)
+        else:
+            _warn_of_lost_eos(files.transformer_folder, tokenizer)
+        given = {"pooling": pooling, "query_prompt": query_prompt, "document_prompt": document_prompt}
+        config = replace(
+            own_config(files, model, tokenizer),
+            append_eos=append_eos,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        if max_length is not None:
+            config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+        places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
+        return cls(
+            model,
+            tokenizer,
+            config,
+            name=str(path),
+            weight_places=(folder, places),
+            head=head,
+            batch_tokens=batch_tokens,
+        )
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights; see ``model.checkpoint.weights_sha256``."""
+        return weights_sha256(*self._weight_places)
+
+    @cached_property
+    def dimension(self) -> int:
+        """Components of a vector."""
+        with torch.inference_mode():
+            tokens = {
+                name: torch.ones(1, 1, dtype=torch.long, device=self.device) for name in ("input_ids", "attention_mask")
+            }
+            return embed(self.model, tokens, self.config, head=self.head).shape[1]
+
+    def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Return ``(texts, dimension)`` float32, rows in input order, each text with the query prompt before it."""
+        return self.encode(texts, prompt=self.config.query_prompt).embeddings
+
+    def encode_documents(self, documents: Sequence[Document | str]) -> np.ndarray:
+        """Return ``(documents, dimension)`` float32, rows in input order, each with the document prompt before it."""
+        texts = [document if isinstance(document, str) else document_text(document) for document in documents]
+        return self.encode(texts, prompt=self.config.document_prompt).embeddings
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], *, prompt: str = "") -> Encoded:
+        """Return one vector per text, in order, and how many texts were cut at ``max_length``.
+
+        Texts of similar length share a forward pass. A text without any token, which an empty one is for a tokenizer
+        that adds no special tokens, gets the zero vector.
+
+        Raises:
+            ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
+        """
+        embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        prompt_length = 0 if self.config.include_prompt else self._prompt_length(prompt)
+        num_truncated = 0
+        for start in range(0, len(texts), WINDOW):
+            tokens = self._tokenize([prompt + text for text in texts[start : start + WINDOW]])
+            num_truncated += tokens.num_truncated
+            for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
+                embeddings[start + rows] = self._forward(tokens, rows, prompt_length)
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            row = int(finite.argmin())
+            raise ValueError(
+                f"text {row + 1} of {len(texts)} ({texts[row][:40]!r}): its vector is not finite in {self.dtype}; "
+                "--dtype fp32 or bf16 has the range that fp16 lacks"
+            )
+        return Encoded(embeddings, num_truncated)
+
+    def _forward(self, tokens: "_Tokens", rows: np.ndarray, prompt_length: int) -> np.ndarray:
+        batch = {name: tensor.to(self.device) for name, tensor in tokens.batch(rows).items()}
+        try:
+            embeddings = embed(self.model, batch, self.config, head=self.head, prompt_length=prompt_length)
+        except torch.OutOfMemoryError as error:
+            shape = tuple(batch["input_ids"].shape)
+            raise ValueError(
+                f"out of GPU memory at a batch of {shape} tokens; lower --batch-tokens or --max-length"
+            ) from error
+        return embeddings.cpu().numpy()
+
+    def _tokenize(self, texts: list[str]) -> "_Tokens":
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.config.max_length)
+        num_truncated = sum(bool(encoding.overflowing) for encoding in tokens.encodings)
+        types = tokens.get("token_type_ids")
+        if types is not None and not any(map(any, types)):
+            types = None  # all zero is what every model takes by itself
+        return _Tokens(tokens["input_ids"], types, self.tokenizer.pad_token_id or 0, num_truncated)
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens of the prompt alone, a special token at its end left out, as sentence-transformers counts them."""
+        ids = self.tokenizer(prompt, truncation=True, max_length=self.config.max_length)["input_ids"] if prompt else []
+        return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
+
+
+class _Tokens(NamedTuple):
+    """Tokenized texts, not yet padded."""
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+    pad_token_id: int
+    num_truncated: int
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return these rows padded on the right, where no position shifts: each tensor is ``(rows, longest)``."""
+        longest = max(len(self.input_ids[row]) for row in rows)
+        tensors = {
+            "input_ids": torch.full((len(rows), longest), self.pad_token_id),
+            "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+        }
+        if self.token_type_ids is not None:
+            tensors["token_type_ids"] = torch.zeros(len(rows), longest, dtype=torch.long)
+        for place, row in enumerate(rows):
+            length = len(self.input_ids[row])
+            tensors["input_ids"][place, :length] = torch.tensor(self.input_ids[row])
+            tensors["attention_mask"][place, :length] = 1
+            if self.token_type_ids is not None:
+                tensors["token_type_ids"][place, :length] = torch.tensor(self.token_type_ids[row])
+        return tensors
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield row numbers, longest texts first, so that rows times longest row stays within ``batch_tokens``.
+
+    Rows of length 0 are in no batch. A row longer than the budget is a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    order = order[: np.count_nonzero(lengths)]
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Return the budget of a forward pass: what keeps the processor busy and, on a CPU, stays in its caches."""
+    return 32768 if device.type == "cuda" else 2048
+
+
+def append_eos_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer end every text with its EOS token, truncated ones too, besides what it adds already.
+
+    The token goes into the post-processor, which ``save_pretrained`` keeps; transformers 5 drops the
+    ``add_eos_token`` flag of a ``tokenizer_config.json`` on loading.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("--append-eos: the tokenizer has no EOS token")
+    if tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        return
+    eos = str(tokenizer.eos_token)
+    template = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    backend = tokenizer.backend_tokenizer
+    present = [backend.post_processor] if backend.post_processor is not None else []
+    backend.post_processor = processors.Sequence([*present, template])
+
+
+def _warn_of_lost_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = folder / "tokenizer_config.json"
+    wanted = path.is_file() and read_json(path).get("add_eos_token")
+    if wanted and tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        logger.warning(
+            "%s asks for add_eos_token, which transformers 5 ignores, and tokenizer.json adds no EOS: "
+            "if the model was trained with one, give --append-eos",
+            path,
+        )
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = tokenizer.backend_tokenizer
+    present = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *present])
+
+
+def own_config(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:
+    """Return what a model's own files say; where they are silent, what sentence-transformers does.
+
+    That is last-token pooling for causal language models and mean pooling for others, no prompts, no normalisation.
+    ``model`` may be on the meta device.
+    """
+    lengths = [files.max_length or tokenizer.model_max_length, _longest_input(model)]
+    return EncoderConfig(
+        pooling=files.pooling or ("last" if _is_causal(model) else "mean"),
+        normalize=files.normalize,
+        similarity=files.similarity or ("cosine" if files.normalize else "dot"),
+        query_prompt=files.query_prompt,
+        document_prompt=files.document_prompt,
+        include_prompt=files.include_prompt,
+        max_length=min(length for length in lengths if length is not None),
+        dimension=files.dimension,
+    )
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether sentence-transformers takes the model for a causal language model: by the class it was saved as."""
+    architectures = model.config.architectures or [""]
+    return architectures[0].endswith("ForCausalLM") and getattr(model.config, "is_causal", True)
+
+
+def _longest_input(model: PreTrainedModel) -> int | None:
+    """Tokens the model has positions for; None where its config sets no bound."""
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    return positions - _position_offset(model) if positions > 0 else None
+
+
+def _checked_max_length(asked: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    longest = _longest_input(model)
+    if longest is not None and asked > longest:
+        raise ValueError(f"--max-length {asked}: the model takes at most {longest} tokens")
+    if asked <= (special := tokenizer.num_special_tokens_to_add()):
+        raise ValueError(f"--max-length {asked}: {special} special tokens leave no room for text")
+    return asked
+
+
+def _position_offset(model: nn.Module) -> int:
+    """Positions that RoBERTa and its kin leave unused: they count from the padding index on."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r}: known are auto, cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r}: known are auto, cpu, cuda, cuda:1, ...")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r}: known are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,190 @@
+"""A run and qrels to measures, by ir-measures: every judged query counts, and ties are ordered as trec_eval does."""
+
+import csv
+import io
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ir_measures
+from ir_measures import Measure, Qrel, ScoredDoc
+
+from effir_search.trec import read_qrels, read_run, strictly_decreasing
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation(NamedTuple):
+    """Measures of one run.
+
+    Attributes:
+        mean: Over all queries that count.
+        per_query: By query id, then by measure, for the same queries.
+        missing: Judged queries that the run has no hit for; they count 0.
+        without_positive: Judged queries without a relevant document; they count 0, unless they were left out.
+    """
+
+    mean: dict[Measure, float]
+    per_query: dict[str, dict[Measure, float]]
+    missing: list[str]
+    without_positive: list[str]
+
+
+def parse_measures(text: str) -> list[Measure]:
+    """Return the measures of a list in ir-measures' names, divided by blanks or commas: ``nDCG@10 R@100 AP(rel=2)``.
+
+    Raises:
+        ValueError: A name that ir-measures does not know, or that no installed tool computes.
+    """
+    measures = []
+    for name in _split_names(text):
+        try:
+            measure = ir_measures.parse_measure(name)
+        except (NameError, ValueError, TypeError, SyntaxError) as error:
+            raise ValueError(
+                f"measure {name!r} is unknown; ir-measures has names like nDCG@10, R@100, RR@10, AP"
+            ) from error
+        if not ir_measures.DefaultPipeline.supports(measure):
+            raise ValueError(f"measure {name!r} is known to ir-measures, but needs a package that is not installed")
+        if measure not in measures:
+            measures.append(measure)
+    if not measures:
+        raise ValueError("no measures given; ir-measures has names like nDCG@10, R@100, RR@10, AP")
+    return measures
+
+
+def evaluate(run: Iterable[ScoredDoc], qrels: Iterable[Qrel], measures: Sequence[Measure]) -> dict[Measure, float]:
+    """Return the mean of each measure over all judged queries; see ``evaluate_queries`` for the rest."""
+    return evaluate_queries(run, qrels, measures).mean
+
+
+def evaluate_queries(
+    run: Iterable[ScoredDoc],
+    qrels: Iterable[Qrel],
+    measures: Sequence[Measure],
+    *,
+    only_with_positives: bool = False,
+) -> Evaluation:
+    """Score a run against qrels.
+
+    Equal scores are ordered as trec_eval orders them, for every measure; hits of other queries are ignored.
+
+    Args:
+        run: Hits in any order.
+        qrels: Judgments; a relevance above 0 is positive.
+        measures: What is computed, see ``parse_measures``.
+        only_with_positives: Leave out judged queries that have no relevant document.
+
+    Raises:
+        ValueError: No query counts, or no query of the run is judged.
+    """
+    qrels = list(qrels)
+    judged = list(dict.fromkeys(qrel.query_id for qrel in qrels))
+    positive = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
+    without_positive = [query_id for query_id in judged if query_id not in positive]
+    counted = positive if only_with_positives else set(judged)
+    if not counted:
+        raise ValueError("no judged query has a relevant document")
+
+    hits: dict[str, list[ScoredDoc]] = {}
+    for hit in run:
+        if hit.query_id in counted:
+            hits.setdefault(hit.query_id, []).append(hit)
+    if not hits:
+        raise ValueError("no query of the run is judged: do run and qrels belong together?")
+    ranked = list(itertools.chain.from_iterable(strictly_decreasing(of_query) for of_query in hits.values()))
+    results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
+
+    order = [query_id for query_id in judged if query_id in counted]
+    per_query: dict[str, dict[Measure, float]] = {query_id: {} for query_id in order}
+    for metric in results.per_query:
+        per_query[metric.query_id][metric.measure] = metric.value
+    for query_id in order:
+        per_query[query_id] = {measure: per_query[query_id].get(measure, 0.0) for measure in measures}
+    return Evaluation(
+        mean={measure: results.aggregated[measure] for measure in measures},
+        per_query=per_query,
+        missing=[query_id for query_id in order if query_id not in hits],
+        without_positive=without_positive,
+    )
+
+
+def evaluate_run(run: Path, qrels: str, measures: str, *, only_with_positives: bool = False) -> Evaluation:
+    """Score a run file: ``effir evaluate``. What counts 0 without having been searched well or badly is warned of.
+
+    Raises:
+        ValueError: A bad run, qrels or measure, or a run and qrels that share no query.
+        OSError: A file cannot be read.
+    """
+    parsed = parse_measures(measures)
+    evaluation = evaluate_queries(read_run(run), read_qrels(qrels), parsed, only_with_positives=only_with_positives)
+    if missing := evaluation.missing:
+        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        logger.warning("%d judged queries are not in the run and count 0: %s", len(missing), names)
+    if evaluation.without_positive and not only_with_positives:
+        logger.warning(
+            "%d judged queries have no relevant document and count 0; --only-with-positives leaves them out",
+            len(evaluation.without_positive),
+        )
+    return evaluation
+
+
+def format_evaluation(evaluation: Evaluation, form: str, *, per_query: bool = False) -> str:
+    """Return an evaluation as text; ``form`` is a key of ``FORMATS``. Per-query rows come before the mean, "all"."""
+    rows = [(query_id, values) for query_id, values in evaluation.per_query.items()] if per_query else []
+    return FORMATS[form]([*rows, ("all", evaluation.mean)])
+
+
+Rows = list[tuple[str, dict[Measure, float]]]
+
+
+def _as_text(rows: Rows) -> str:
+    """Columns as trec_eval prints them: measure, query id or "all", value."""
+    width = max(len(str(measure)) for measure in rows[-1][1])
+    lines = [
+        f"{measure!s:{width}}\t{query_id}\t{value:.4f}"
+        for query_id, values in rows
+        for measure, value in values.items()
+    ]
+    return "\n".join(lines)
+
+
+def _as_json(rows: Rows) -> str:
+    named = {query_id: {str(measure): value for measure, value in values.items()} for query_id, values in rows}
+    if len(named) == 1:
+        return json.dumps(named["all"], indent=2)
+    mean = named.pop("all")
+    return json.dumps({"mean": mean, "per_query": named}, indent=2)
+
+
+def _as_csv(rows: Rows) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query_id", *rows[-1][1]])
+    writer.writerows([query_id, *values.values()] for query_id, values in rows)
+    return text.getvalue().rstrip("\n")
+
+
+def _as_markdown(rows: Rows) -> str:
+    header = ["query", *map(str, rows[-1][1])]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[query_id, *(f"{value:.4f}" for value in values.values())] for query_id, values in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+FORMATS = {"text": _as_text, "json": _as_json, "csv": _as_csv, "markdown": _as_markdown}
+
+
+def _split_names(text: str) -> list[str]:
+    """Split at blanks and commas outside brackets: "nDCG(dcg='exp-log2', cutoff=10) AP" are two names."""
+    names, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth <= 0 and (character.isspace() or character == ","):
+            names.append("")
+        else:
+            names[-1] += character
+    return [name for name in names if name]

@@ -1,0 +1,117 @@
+"""Text files read line by line with their numbers; files and folders written whole or not at all."""
+
+import gzip
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield ``(line_number, line)`` of a file, gzipped where its name ends in ``.gz``, blank lines left out.
+
+    Line numbers are 1-based. Lines come as bytes, without their line end and, on line 1, without a byte order mark, so
+    that a line that is not UTF-8 can be reported with its number.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A gzip file is cut or damaged.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, a file is needed")
+    opener = gzip.open if path.suffix == ".gz" else open
+    line_number = 0
+    try:
+        with opener(path, "rb") as file:
+            for line_number, raw in enumerate(file, start=1):  # noqa: B007, the handler below reports the number
+                line = raw.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else raw
+                if line.strip():
+                    yield line_number, line.rstrip(b"\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: cut or damaged gzip file, after line {line_number} ({error})") from error
+
+
+def decode(line: bytes, where: str) -> str:
+    """Return a line as text; ``where`` (file and line) opens the error if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: invalid UTF-8 at byte {error.start} of the line") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that stands under ``path`` only once the block has ended without an error.
+
+    Until then it is a temporary file in the same folder, which is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that stands under ``path`` only once the block has ended without an error.
+
+    Args:
+        path: Final name.
+        overwrite: Whether a folder of that name is replaced, after the new one is complete.
+
+    Raises:
+        FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is off.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError if ``path`` holds something that must not be replaced."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        raise FileExistsError(
+            f"{path}: exists already; choose another --output" + ("" if overwrite else " or --overwrite")
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

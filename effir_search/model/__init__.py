@@ -1,0 +1,1 @@
+"""Model folders: what is in them, loading them strictly."""

@@ -1,0 +1,192 @@
+"""Load a transformer and its tokenizer from a folder: strictly, safely, and with a hash of the weights."""
+
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from effir_search.files import decode
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+# What the hub is asked for: no code and no pickle.
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def resolve_model(name: str | Path) -> Path:
+    """Return the folder of a model: the path itself, or that of a hub model, downloaded if the cache lacks it.
+
+    Raises:
+        OSError: Neither a folder nor a hub model that can be had.
+        ValueError: A LoRA adapter.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        folder = _from_hub(str(name))
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{name}: is a LoRA adapter; merge it into its base model first (peft's merge_and_unload)")
+    return folder
+
+
+def load_transformer(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return a folder's transformer in eval mode, without LM head, its cache off; of an encoder-decoder, the encoder.
+
+    Nothing in the folder is executed, and nothing is left to random numbers but the pooler, whose output is not used.
+
+    Raises:
+        ValueError: No model folder, an unknown architecture, or a weight that is missing, damaged or of another shape.
+    """
+    config = _read_config(folder)
+    with _named_errors(folder):
+        model, report = _auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    problems = [f"no tensor {key}" for key in sorted(report["missing_keys"]) if not key.startswith("pooler.")]
+    problems += [
+        f"{key} has shape {list(found)}, not {list(wanted)}" for key, found, wanted in report["mismatched_keys"]
+    ]
+    problems += list(report["error_msgs"])
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
+    return model.to(device).eval()
+
+
+def empty_transformer(folder: Path) -> PreTrainedModel:
+    """Return a folder's transformer on the meta device: all shapes, no weights, no memory."""
+    config = _read_config(folder)
+    with _named_errors(folder), torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    for names in (("config.json",), WEIGHTS, TOKENIZERS):
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
+    if "model_type" not in read_json(folder / "config.json"):
+        raise ValueError(f"{folder / 'config.json'}: no model_type, so it is not a Hugging Face model")
+    with _named_errors(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.use_cache = False
+    return config
+
+
+def _auto_class(config: PretrainedConfig) -> type[AutoModel | AutoModelForTextEncoding]:
+    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+
+
+def load_tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
+    """Return a folder's tokenizer.
+
+    Raises:
+        ValueError: It cannot be read, is not a fast one, or has more tokens than the model has embeddings.
+    """
+    with _named_errors(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {num_embeddings}"
+        )
+    return tokenizer
+
+
+def weights_sha256(folder: Path, places: Sequence[Path]) -> str:
+    """Return the SHA-256 of a model's weights: of the file where there is one, else of the ``sha256sum`` lines of all.
+
+    Args:
+        folder: The model's folder, which the names in those lines are relative to.
+        places: The folders, in or below it, whose weight files count: the transformer's and those of Dense modules.
+    """
+    files = [file for place in places for file in weight_files(place)]
+    digests = [(file_sha256(file), file.relative_to(folder).as_posix()) for file in files]
+    if len(digests) == 1:
+        return digests[0][0]
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()
+
+
+def weight_files(place: Path) -> list[Path]:
+    """Return the weight files that loading reads from one folder, in the order of their names."""
+    name = next((name for name in WEIGHTS if (place / name).is_file()), None)
+    if name is None:
+        return []
+    if name.endswith(".index.json"):
+        return [place / shard for shard in sorted(set(read_json(place / name).get("weight_map", {}).values()))]
+    return [place / name]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: No JSON object, or not UTF-8.
+        OSError: The file cannot be read.
+    """
+    try:
+        content = json.loads(decode(path.read_bytes(), str(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object but {type(content).__name__}")
+    return content
+
+
+def _from_hub(name: str) -> Path:
+    unreachable = f"{name}: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=True))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name}: no such model folder") from error
+    except LocalEntryNotFoundError:
+        logger.info("%s is not in the Hugging Face cache: asking the hub for it", name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(unreachable) from error
+
+
+@contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Keep transformers quiet, and turn what it, safetensors and torch raise about a folder into one ValueError."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: cannot be loaded: {reason[:150]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

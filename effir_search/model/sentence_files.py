@@ -1,0 +1,222 @@
+"""What a model folder says about itself in sentence-transformers' files: modules, pooling, prompts, length."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from effir_search.model.checkpoint import read_json, weight_files
+
+logger = logging.getLogger(__name__)
+
+# The names of sentence_bert_config.json before it had one name for all.
+TRANSFORMER_CONFIGS = ("sentence_bert_config.json",) + tuple(
+    f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Settings of the Transformer module that change nothing here; any other that is set changes the embedding.
+HARMLESS = {
+    "max_seq_length",
+    "do_lower_case",
+    "unpad_inputs",
+    "modality_config",
+    "module_output_name",
+    "transformer_task",
+}
+
+
+class SentenceFiles(NamedTuple):
+    """A folder's own account; None where it says nothing. ``head`` lists what comes between pooling and the end."""
+
+    transformer_folder: Path
+    head: list[tuple[str, Path]]
+    pooling: str | None
+    include_prompt: bool
+    normalize: bool
+    query_prompt: str
+    document_prompt: str
+    similarity: str | None
+    dimension: int | None
+    max_length: int | None
+    lower_case: bool
+
+
+def read_sentence_files(folder: Path) -> SentenceFiles:
+    """Return what the sentence-transformers files of a model folder say, if it has any.
+
+    Prompts follow ``encode_query`` and ``encode_document`` of sentence-transformers 6.2: the ones named "query" and
+    "document", or none.
+
+    Raises:
+        ValueError: A module other than Transformer, Pooling, Normalize and Dense, an unknown pooling, a setting that is
+            not supported; each is named.
+        OSError: A file cannot be read.
+    """
+    modules = _modules(folder)
+    transformer_folder = folder / modules[0][1]
+    transformer = next(
+        (read_json(transformer_folder / n) for n in TRANSFORMER_CONFIGS if (transformer_folder / n).is_file()), {}
+    )
+    for name, value in transformer.items():
+        if name not in HARMLESS and value:
+            raise ValueError(
+                f'{transformer_folder}: the setting "{name}" of sentence_bert_config.json is not supported'
+            )
+    if (task := transformer.get("transformer_task", "feature-extraction")) != "feature-extraction":
+        raise ValueError(f'{transformer_folder}: transformer_task "{task}" is not supported, only feature-extraction')
+    if "message" in transformer.get("modality_config", {}):
+        raise ValueError(f"{transformer_folder}: models that read texts through a chat template are not supported")
+
+    pooling, include_prompt = None, True
+    if len(modules) > 1:
+        pooling, include_prompt = _pooling(folder / modules[1][1])
+    head = [(kind, folder / path) for kind, path in modules[2:]]
+    normalize = bool(head) and head[-1][0] == "Normalize"
+    if normalize:
+        head.pop()
+
+    path = folder / "config_sentence_transformers.json"
+    settings = read_json(path) if path.is_file() else {}
+    prompts = settings.get("prompts") or {}
+    if not prompts.get("document") and (other := next((n for n in ("passage", "corpus") if prompts.get(n)), None)):
+        logger.warning(
+            'the model has a prompt "%s" (%r) and none named "document", so documents get none; '
+            "--document-prompt sets one",
+            other,
+            prompts[other],
+        )
+    similarity = settings.get("similarity_fn_name")
+    if similarity not in (None, "cosine", "dot"):
+        raise ValueError(
+            f"{path}: similarity {similarity!r} is not supported; a FAISS inner product gives cosine or dot"
+        )
+    return SentenceFiles(
+        transformer_folder=transformer_folder,
+        head=head,
+        pooling=pooling,
+        include_prompt=include_prompt,
+        normalize=normalize,
+        query_prompt=prompts.get("query") or "",
+        document_prompt=prompts.get("document") or "",
+        similarity=similarity,
+        dimension=settings.get("truncate_dim"),
+        max_length=transformer.get("max_seq_length"),
+        lower_case=bool(transformer.get("do_lower_case")),
+    )
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(kind, path)`` of each module, checked: Transformer, then at most Pooling, then Dense and Normalize."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return [("Transformer", "")]
+    # modules.json is a list; read_json takes objects.
+    import json
+
+    try:
+        entries = json.loads(path.read_bytes())
+        named = [(entry["type"], entry.get("path", "")) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
+    kinds = []
+    for position, (name, place) in enumerate(named):
+        package, _, kind = str(name).rpartition(".")
+        allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
+        if not f"{package}.".startswith("sentence_transformers.") or kind not in allowed:
+            raise ValueError(
+                f"{path}: module {position} is {name}, which is not supported; expected {' or '.join(allowed)}"
+            )
+        kinds.append((kind, place))
+    if len(kinds) < 2:
+        raise ValueError(f"{path}: no Pooling module, so this is not a model with one vector a text")
+    return kinds
+
+
+def _pooling(folder: Path) -> tuple[str, bool]:
+    """Return the pooling's name and whether prompt tokens are pooled too."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    modes = (
+        settings.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if settings.get(key)] or "mean"
+    )
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) > 1 or modes[0] not in POOLING_NAMES:
+        raise ValueError(
+            f"{path}: pooling {'+'.join(map(str, modes))} is not supported; known are {', '.join(POOLING_NAMES)}"
+        )
+    return POOLING_NAMES[modes[0]], settings.get("include_prompt", True)
+
+
+class Dense(nn.Module):
+    """The Dense module of sentence-transformers: a linear layer, an activation and, in some, a residual connection."""
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module, residual: nn.Module | None) -> None:
+        super().__init__()
+        self.linear, self.activation, self.residual = linear, activation, residual
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Map ``(batch, in_features)`` to ``(batch, out_features)``."""
+        mapped = self.activation(self.linear(embeddings))
+        return mapped if self.residual is None else mapped + self.residual(embeddings)
+
+
+class Normalize(nn.Module):
+    """The Normalize module of sentence-transformers where it is not the last one."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Scale each row to length 1."""
+        return nn.functional.normalize(embeddings, dim=-1)
+
+
+def load_head(modules: list[tuple[str, Path]]) -> nn.Sequential:
+    """Return the modules between pooling and the end, in float32; an empty one where there are none.
+
+    Raises:
+        ValueError: An activation outside torch.nn, an input that is not the pooled vector, weights that do not fit.
+    """
+    return nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(folder) for kind, folder in modules)).eval()
+
+
+def _dense(folder: Path) -> Dense:
+    settings = read_json(folder / "config.json")
+    name = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = getattr(nn, str(name).rpartition(".")[2], None)
+    if not str(name).startswith("torch.nn.") or not (
+        isinstance(activation, type) and issubclass(activation, nn.Module)
+    ):
+        raise ValueError(f"{folder}: the activation {name} is not one of torch.nn")
+    if settings.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise ValueError(f"{folder}: a Dense module on {settings['module_input_name']} is not supported")
+    try:
+        width = settings["in_features"], settings["out_features"]
+        linear = nn.Linear(*width, bias=settings.get("bias", True))
+        residual = None
+        if settings.get("use_residual"):
+            residual = nn.Identity() if width[0] == width[1] else nn.Linear(*width, bias=False)
+        dense = Dense(linear, activation(), residual)
+        files = weight_files(folder)
+        if not files:
+            raise ValueError("no model.safetensors in it")
+        load = load_file if files[0].suffix == ".safetensors" else _load_pickle
+        dense.load_state_dict({key: tensor.float() for key, tensor in load(files[0]).items()})
+    except (KeyError, TypeError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: this Dense module cannot be loaded: {' '.join(str(error).split())[:150]}"
+        ) from error
+    return dense
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,211 @@
+"""Topics to a run: encode the queries, search an index through Pyserini, order ties as trec_eval does."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ir_measures import Qrel, ScoredDoc
+from tqdm import tqdm
+
+from effir_search.corpus import IR_DATASETS, Document, find_documents
+from effir_search.encoder import Encoder
+from effir_search.index import read_index_info, require_index, scale
+from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
+from effir_search.trec import Query, read_qrels, read_topics, strictly_decreasing, write_run
+
+if TYPE_CHECKING:
+    from pyserini.search.faiss import FaissSearcher
+
+logger = logging.getLogger(__name__)
+
+# Queries that are encoded and searched together.
+BATCH_SIZE = 256
+
+
+def search(
+    index_dir: Path,
+    encoder: Encoder,
+    topics: Sequence[Query],
+    *,
+    k: int = 1000,
+    threads: int | None = None,
+    remove_query: bool = False,
+) -> Iterator[ScoredDoc]:
+    """Return the hits of each topic, in the order of the topics, best first, with strictly decreasing scores.
+
+    Args:
+        index_dir: A folder of ``build_index``, or of Pyserini.
+        encoder: The encoder it was built with; any other is an error.
+        topics: What is searched for.
+        k: Hits a topic; fewer where the index holds fewer.
+        threads: Of FAISS; None = one for each core this process may use.
+        remove_query: Leave out the document whose id is the query's, and find one more in its place.
+
+    Raises:
+        ValueError: ``k`` below 1, a damaged index, another encoder.
+        OSError: A file cannot be read.
+    """
+    if k < 1:
+        raise ValueError(f"--hits {k}: must be at least 1")
+    searcher = faiss_searcher(index_dir, encoder)
+    return _hits(searcher, encoder, topics, k=k, threads=threads or available_cores(), remove_query=remove_query)
+
+
+def _hits(
+    searcher: "FaissSearcher", encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
+) -> Iterator[ScoredDoc]:
+    depth = min(k + remove_query, searcher.num_docs)
+    num_truncated = 0
+    with tqdm(total=len(topics), desc="Searching", unit=" queries", disable=None) as progress:
+        for start in range(0, len(topics), BATCH_SIZE):
+            batch = topics[start : start + BATCH_SIZE]
+            encoded = encoder.encode([query.text for query in batch], prompt=encoder.config.query_prompt)
+            num_truncated += encoded.num_truncated
+            query_ids = [query.query_id for query in batch]
+            found = searcher.batch_search(scale(encoded.embeddings, encoder.config), query_ids, depth, threads)
+            for query_id in query_ids:
+                hits = [ScoredDoc(query_id, hit.docid, float(hit.score)) for hit in found[query_id]]
+                if remove_query:
+                    hits = [hit for hit in hits if hit.doc_id != query_id]
+                yield from strictly_decreasing(hits[:k])
+            progress.update(len(batch))
+    if num_truncated:
+        logger.warning("%d queries were cut at %d tokens", num_truncated, encoder.config.max_length)
+
+
+def search_topics(
+    topics: str,
+    output: Path,
+    *,
+    index_dir: Path,
+    topics_field: str = "title",
+    qrels: str | None = None,
+    encoder: str | None = None,
+    hits: int | None = None,
+    threads: int | None = None,
+    remove_query: bool = False,
+    tag: str = "effir",
+    **options: object,
+) -> tuple[int, int]:
+    """Search topics and write a TREC run: ``effir search --topics``. Return the numbers of topics and of hits.
+
+    Args:
+        topics: As ``load_topics`` takes them.
+        output: The run; an existing one is replaced once the new one is complete.
+        index_dir: The index folder.
+        topics_field: Part of a TREC topic that is the query.
+        qrels: Qrels whose queries alone are searched.
+        encoder: Model folder or hub name; None = the index's own.
+        hits: Hits a topic; None = 1000.
+        threads: Of FAISS; None = all cores.
+        remove_query: Leave out the document whose id is the query's.
+        tag: The run's last column.
+        options: As ``Encoder.from_pretrained`` takes them.
+    """
+    chosen = load_topics(topics, field=topics_field, qrels=read_qrels(qrels) if qrels else None)
+    model = load_encoder(index_dir, encoder, **options)
+    found = search(index_dir, model, chosen, k=hits or 1000, threads=threads, remove_query=remove_query)
+    return len(chosen), write_run(found, output, tag=tag)
+
+
+def search_text(
+    query: str,
+    *,
+    index_dir: Path,
+    corpus: str | None = None,
+    encoder: str | None = None,
+    hits: int | None = None,
+    threads: int | None = None,
+    **options: object,
+) -> list[tuple[ScoredDoc, Document | None]]:
+    """Search for one text: ``effir search --query``. Return the best hits, with their documents if a corpus is given.
+
+    Args:
+        query: The text.
+        index_dir: The index folder.
+        corpus: Where the documents are; None = leave them out.
+        encoder: Model folder or hub name; None = the index's own.
+        hits: How many; None = 10.
+        threads: Of FAISS; None = all cores.
+        options: As ``Encoder.from_pretrained`` takes them.
+    """
+    if not query.strip():
+        raise ValueError("--query: the text is empty")
+    model = load_encoder(index_dir, encoder, **options)
+    found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, threads=threads))
+    info = read_index_info(index_dir)
+    fields = info.corpus_fields if info else None
+    documents = find_documents(corpus, [hit.doc_id for hit in found], fields=fields) if corpus else {}
+    return [(hit, documents.get(hit.doc_id)) for hit in found]
+
+
+def format_hits(hits: Sequence[tuple[ScoredDoc, Document | None]], *, width: int = 100) -> str:
+    """Return hits for reading: rank, score, id, title, and the first ``width`` characters of the text below."""
+    lines = []
+    for rank, (hit, document) in enumerate(hits, start=1):
+        title = document.title if document and document.title != hit.doc_id else ""
+        lines.append(f"{rank:3}  {hit.score:.4f}  {hit.doc_id}  {title}".rstrip())
+        if document and document.text:
+            text = " ".join(document.text.split())
+            lines.append(f"     {text if len(text) <= width else text[: width - 3] + '...'}")
+    return "\n".join(lines)
+
+
+def load_encoder(index_dir: Path, name: str | None = None, **options: object) -> Encoder:
+    """Return the encoder for an index: the one ``effir.json`` names, with its settings, or the one that is given.
+
+    Args:
+        index_dir: The index folder.
+        name: Model folder or hub name; None = the index's own.
+        options: As ``Encoder.from_pretrained`` takes them; None leaves a setting as it is.
+
+    Raises:
+        ValueError: The folder does not say which encoder it was built with, and none is given.
+        OSError: A file cannot be read.
+    """
+    require_index(index_dir)
+    if name is not None:
+        return Encoder.from_pretrained(name, **options)
+    info = read_index_info(index_dir)
+    if info is None:
+        raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
+    recorded = {
+        "dtype": info.dtype,
+        "pooling": info.encoder.pooling,
+        "query_prompt": info.encoder.query_prompt,
+        "document_prompt": info.encoder.document_prompt,
+        "max_length": info.encoder.max_length,
+        "append_eos": info.encoder.append_eos,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    return Encoder.from_pretrained(info.model, **(recorded | given))
+
+
+def load_topics(source: str, *, field: str = "title", qrels: Sequence[Qrel] | None = None) -> list[Query]:
+    """Return topics from a file, ir_datasets or Pyserini's built-in names; only the judged ones if qrels are given.
+
+    Raises:
+        ValueError: Bad topics, or none that is judged.
+        OSError: Neither a file nor a name, or a download that fails.
+    """
+    if source.startswith(IR_DATASETS) or Path(source).exists():
+        topics = read_topics(source, field=field)
+    else:
+        logger.info("%s is not a file here: looking it up among Pyserini's topics, which are downloaded", source)
+        topics = builtin_topics(source)
+        if topics is None:
+            raise FileNotFoundError(f"{source}: no such topics file, and not the name of topics that Pyserini knows")
+    if qrels is None:
+        return topics
+    judged = {qrel.query_id for qrel in qrels}
+    chosen = [query for query in topics if query.query_id in judged]
+    if not chosen:
+        raise ValueError(f"{source}: none of its {len(topics)} topics is judged in the qrels")
+    return chosen
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

