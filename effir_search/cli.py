@@ -51,7 +51,7 @@ def encoder_options(command: Callable) -> Callable:
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
         click.option("--dtype", type=choice(DTYPES), help="Arithmetic.  [default: auto; in a search, the index's]"),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens of a forward pass.  [default: by device]"),
+        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
