@@ -1,5 +1,6 @@
 """Text in, float32 vectors out: the one forward pass, and the batching around it."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -321,17 +322,36 @@ def append_eos_token(tokenizer: PreTrainedTokenizerBase) -> None:
     ``add_eos_token`` flag of a ``tokenizer_config.json`` on loading.
 
     Raises:
-        ValueError: The tokenizer has no EOS token.
+        ValueError: The tokenizer has no EOS token, or a post-processor of a kind that cannot be extended.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("--append-eos: the tokenizer has no EOS token")
     if tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         return
-    eos = str(tokenizer.eos_token)
-    template = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    # Two templates in a row lose the second one's token (tokenizers 0.23), so an existing template is extended.
     backend = tokenizer.backend_tokenizer
-    present = [backend.post_processor] if backend.post_processor is not None else []
-    backend.post_processor = processors.Sequence([*present, template])
+    state = json.loads(backend.to_str())
+    present = state["post_processor"]
+    steps = present["processors"] if present and present["type"] == "Sequence" else [present] if present else []
+    template = next((step for step in reversed(steps) if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        template = {"type": "TemplateProcessing", "special_tokens": {}}
+        template |= {"single": [_piece("A")], "pair": [_piece("A"), _piece("B")]}
+        steps.append(template)
+    eos = str(tokenizer.eos_token)
+    for kind in ("single", "pair"):
+        template[kind].append({"SpecialToken": {"id": eos, "type_id": 0}})
+    template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
+    state["post_processor"] = {"type": "Sequence", "processors": steps}
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+    if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ValueError(
+            f"--append-eos: the tokenizer's post-processor ({present['type']}) cannot be given an EOS token"
+        )
+
+
+def _piece(name: str) -> dict:
+    return {"Sequence": {"id": name, "type_id": 0}}
 
 
 def _warn_of_lost_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -83,8 +83,12 @@ def _module_members(modules: Mapping[str, ModuleType]) -> Iterator[Named]:
     """Yield every public class and routine under every name that a module offers it by."""
     for module_name, module in modules.items():
         listed = getattr(module, "__all__", None)
-        for short_name in vars(module) if listed is None else listed:
-            obj = getattr(module, short_name, None)
+        for short_name in list(vars(module)) if listed is None else listed:
+            try:
+                obj = getattr(module, short_name, None)
+            except ImportError:
+                # concurrent.futures imports its executors when they are asked for, and multiprocessing may be missing.
+                continue
             if short_name.startswith("_") or not (inspect.isclass(obj) or inspect.isroutine(obj)):
                 continue
             home = getattr(obj, "__module__", None) or module_name
@@ -97,7 +101,8 @@ def _module_members(modules: Mapping[str, ModuleType]) -> Iterator[Named]:
                 place = 2
             elif listed is not None:
                 place = 3
-            elif home not in modules:
+            elif home not in modules and home.rpartition(".")[0] in ("", module_name):
+                # From a private module of its own, such as _sqlite3 or xml.sax._exceptions.
                 place = 4
             else:
                 # Imported for the module's own use.

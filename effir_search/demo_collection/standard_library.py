@@ -28,7 +28,7 @@ def standard_library_documents() -> list[Document]:
             command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{sys.executable}: no list of docstrings after {TIMEOUT:.0f} seconds") from error
+        raise TimeoutError(f"{sys.executable}: no list of docstrings after {TIMEOUT:g} seconds") from error
     if collector.returncode != 0:
         complaint = collector.stderr.strip().splitlines() or ["no message"]
         raise OSError(

@@ -1,0 +1,186 @@
+"""Tiny real models, a word-level tokenizer and a toy collection, all built in code."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = (
+    "a an and apple banana bread butter cat cheese chases cream dog drinks eats egg fish flour fresh fruit "
+    "garden green grows honey hot in is it jam kitchen lemon makes market milk mouse of oil on onion orange "
+    "oven pear pepper pie plum red rice salt sells sleeps small soup sugar sweet table tea the tomato tree "
+    "under warm water with yellow ? ."
+).split()
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+
+DOCUMENTS = {
+    "001": ("cat", "the cat chases the small mouse under the table ."),
+    "002": ("dog", "the dog sleeps in the warm kitchen ."),
+    "003": ("", "a fresh apple grows on the green tree in the garden ."),
+    "004": ("bread", "flour , water and salt make bread in the hot oven ."),
+    "005": ("", "the market sells cheese , butter , milk and cream ."),
+    "006": ("tea", ""),
+    "007": ("lemon", "tea with lemon and honey is sweet and warm ."),
+    "008": ("soup", "hot tomato soup with onion , pepper and oil ."),
+    "009": ("fish", "the cat eats fish and drinks milk ."),
+    "010": ("", ""),
+    "011": ("jam", "plum jam and orange jam with sugar on bread ."),
+    "012": ("pie", "an apple pie with egg , butter , flour and sugar ."),
+}
+TOPICS = {"1": "what eats the cat ?", "2": "hot soup", "007": "sweet tea"}
+QRELS = {("1", "009"): 2, ("1", "001"): 1, ("2", "008"): 1, ("2", "002"): 0, ("007", "007"): 1, ("007", "006"): 1}
+
+
+def word_tokenizer(*, bos: bool = False, eos: bool = False, **options: object) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of some 70 words; ``bos`` and ``eos`` say what its post-processor adds."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos or eos:
+        single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
+        )
+    names = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, "model_max_length": 64, **options})
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """A config of 4 layers, hidden size 32 and intermediate size 48."""
+    sizes = dict(
+        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=96, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    decoder = sizes | dict(num_key_value_heads=2, head_dim=8)
+    match family:
+        case "bert":
+            return transformers.BertConfig(**sizes)
+        case "roberta":
+            return transformers.RobertaConfig(**sizes)
+        case "mpnet":
+            return transformers.MPNetConfig(**sizes)
+        case "modernbert":
+            return transformers.ModernBertConfig(**sizes, cls_token_id=1, sep_token_id=2)
+        case "llama":
+            return transformers.LlamaConfig(**decoder)
+        case "mistral":
+            return transformers.MistralConfig(**decoder, sliding_window=None)
+        case "qwen2":
+            return transformers.Qwen2Config(**decoder)
+        case "qwen3":
+            return transformers.Qwen3Config(**decoder)
+        case "gemma2":
+            return transformers.Gemma2Config(**decoder)
+        case "gemma3":
+            return transformers.Gemma3TextConfig(**decoder)
+        case "t5":
+            return transformers.T5Config(
+                vocab_size=sizes["vocab_size"], d_model=32, d_ff=48, d_kv=8, num_layers=4, num_heads=4,
+                pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+            )  # fmt: skip
+    raise KeyError(family)
+
+
+FAMILIES = ("bert", "roberta", "mpnet", "modernbert", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "t5")
+DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"}
+
+
+def save_model(folder: Path, family: str, *, causal: bool = False, **tokenizer_options: object) -> Path:
+    """Save a tiny model with seeded random weights, as a plain Hugging Face folder."""
+    torch.manual_seed(sum(map(ord, family)))
+    model = (AutoModelForCausalLM if causal else AutoModel).from_config(tiny_config(family))
+    # Initial weights are so small that all texts get much the same vector; larger ones tell errors apart.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    specials = {"bos": True, "eos": family not in DECODERS}
+    word_tokenizer(**{**specials, **tokenizer_options}).save_pretrained(folder)
+    return folder
+
+
+def save_sentence_files(
+    folder: Path,
+    *,
+    pooling: str = "mean",
+    normalize: bool = True,
+    prompts: dict[str, str] | None = None,
+    similarity: str | None = "cosine",
+    max_length: int | None = None,
+    include_prompt: bool = True,
+) -> Path:
+    """Put sentence-transformers' files beside a model, as its older versions wrote them."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+    settings = {f"pooling_mode_{flag}": name == pooling for name, flag in flags.items()}
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, "include_prompt": include_prompt, **settings})
+    )
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": max_length, "do_lower_case": False})
+    )
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": prompts or {}, "default_prompt_name": None, "similarity_fn_name": similarity})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with mean pooling and normalisation."""
+    return save_sentence_files(save_model(tmp_path_factory.mktemp("bert"), "bert"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as a causal language model, without sentence-transformers' files; its tokenizer adds BOS only."""
+    return save_model(tmp_path_factory.mktemp("llama"), "llama", causal=True)
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the BEIR layout: 12 documents, 3 topics, 6 judgments."""
+    folder = tmp_path_factory.mktemp("collection")
+    write_jsonl(folder / "corpus.jsonl", [{"_id": i, "title": t, "text": x} for i, (t, x) in DOCUMENTS.items()])
+    write_jsonl(folder / "queries.jsonl", [{"_id": query_id, "text": text} for query_id, text in TOPICS.items()])
+    (folder / "qrels").mkdir()
+    rows = [f"{query_id}\t{doc_id}\t{grade}\n" for (query_id, doc_id), grade in QRELS.items()]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_folder: Path) -> Path:
+    """The toy corpus indexed with the tiny BERT; tests copy it before they damage it."""
+    from effir_search.index import index_corpus
+
+    index_dir = tmp_path_factory.mktemp("indexes") / "toy"
+    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir)
+    return index_dir
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

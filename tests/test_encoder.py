@@ -1,0 +1,478 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCUMENTS, FAMILIES, SPECIAL, WORDS, save_model, save_sentence_files, word_tokenizer
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from effir_search.corpus import Document, document_text
+from effir_search.encoder import Encoder, EncoderConfig, append_eos_token, batches_by_length
+
+TEXTS = [document_text(Document(doc_id, text, title)) for doc_id, (title, text) in DOCUMENTS.items()] + [
+    "the " * 100,
+    "cat",
+    "red yellow orange plum " * 9,
+]
+QUERIES = ["what eats the cat ?", "hot soup", "tea " * 80]
+ID = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+
+
+def assert_equals_sentence_transformers(folder, **options):
+    reference = SentenceTransformer(str(folder), device="cpu")
+    ours = Encoder.from_pretrained(folder, dtype="fp32", device="cpu", batch_tokens=100)
+    np.testing.assert_allclose(ours.encode_documents(TEXTS), reference.encode_document(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_queries(QUERIES), reference.encode_query(QUERIES), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_model_equals_sentence_transformers(tmp_path, family):
+    assert_equals_sentence_transformers(save_model(tmp_path, family))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_plain_causal_model_equals_sentence_transformers(tmp_path, family):
+    folder = save_model(tmp_path, family, causal=True)
+    assert Encoder.from_pretrained(folder).config.pooling == "last"
+    assert_equals_sentence_transformers(folder)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_sentence_files_equal_sentence_transformers(tmp_path, family, pooling, normalize):
+    prompts = {"query": "red ? ", "document": "green : "}
+    save_sentence_files(
+        save_model(tmp_path, family), pooling=pooling, normalize=normalize, prompts=prompts, max_length=20
+    )
+    assert_equals_sentence_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prompts", [{"query": "red ", "passage": "green "}, {"corpus": "green "}, {"other": "green "}, {}]
+)
+def test_prompt_names_are_those_sentence_transformers_uses(tmp_path, prompts):
+    save_sentence_files(save_model(tmp_path, "bert"), prompts=prompts)
+    assert_equals_sentence_transformers(tmp_path)
+
+
+def test_prompt_left_out_of_pooling_equals_sentence_transformers(tmp_path):
+    save_sentence_files(save_model(tmp_path, "bert"), prompts={"query": "red hot "}, include_prompt=False)
+    assert_equals_sentence_transformers(tmp_path)
+
+
+def test_left_padding_tokenizer_equals_sentence_transformers(tmp_path):
+    save_model(tmp_path, "llama", causal=True, padding_side="left")
+    assert_equals_sentence_transformers(tmp_path)
+
+
+def test_lower_case_setting_equals_sentence_transformers(tmp_path):
+    folder = save_sentence_files(save_model(tmp_path, "bert"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    upper = ["THE CAT", "Hot Soup"]
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": True}))
+    encoder = Encoder.from_pretrained(folder)
+    np.testing.assert_allclose(
+        encoder.encode_documents(upper),
+        SentenceTransformer(str(folder), device="cpu").encode_document(upper),
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        encoder.encode_documents(upper), encoder.encode_documents(["the cat", "hot soup"]), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("truncate_dim", [None, 5])
+def test_dense_modules_as_sentence_transformers_saves_them_are_equal(tmp_path, residual, truncate_dim):
+    torch.manual_seed(0)
+    plain = save_model(tmp_path / "plain", "bert")
+    modules = [
+        Transformer(str(plain)),
+        Pooling(32, "mean"),
+        Dense(32, 24, activation_function=torch.nn.Tanh()),
+        Dense(24, 24, bias=False, activation_function=torch.nn.Identity(), use_residual=residual),
+        Normalize(),
+    ]
+    SentenceTransformer(modules=modules, device="cpu", truncate_dim=truncate_dim).save(str(tmp_path / "saved"))
+    assert_equals_sentence_transformers(tmp_path / "saved")
+
+
+def test_normalize_before_dense_equals_sentence_transformers(tmp_path):
+    plain = save_model(tmp_path / "plain", "bert")
+    modules = [Transformer(str(plain)), Pooling(32, "cls"), Normalize(), Dense(32, 8)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "saved"))
+    assert_equals_sentence_transformers(tmp_path / "saved")
+    assert not Encoder.from_pretrained(tmp_path / "saved").config.normalize
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "gemma2", "t5"])
+def test_a_text_has_the_same_vector_in_any_batch(tmp_path, family):
+    folder = save_model(tmp_path, family)
+    alone = Encoder.from_pretrained(folder, dtype="fp32", batch_tokens=1).encode_documents(TEXTS)
+    together = Encoder.from_pretrained(folder, dtype="fp32", batch_tokens=10**6).encode_documents(TEXTS)
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_any_batching_agrees_to_cosine_09999_in_bf16(bert_folder):
+    alone = Encoder.from_pretrained(bert_folder, dtype="bf16", batch_tokens=1).encode_documents(TEXTS)
+    together = Encoder.from_pretrained(bert_folder, dtype="bf16", batch_tokens=10**6).encode_documents(TEXTS)
+    assert alone.dtype == together.dtype == np.float32
+    assert np.einsum("nd,nd->n", alone, together).min() >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "auto"])
+def test_vectors_are_float32_in_any_arithmetic_and_close_to_float32(bert_folder, dtype):
+    vectors = Encoder.from_pretrained(bert_folder, dtype=dtype).encode_documents(TEXTS)
+    exact = Encoder.from_pretrained(bert_folder, dtype="fp32").encode_documents(TEXTS)
+    assert vectors.dtype == np.float32
+    assert np.einsum("nd,nd->n", vectors, exact).min() > 0.99
+
+
+def test_rows_come_in_input_order(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, batch_tokens=64)
+    order = np.random.default_rng(0).permutation(len(TEXTS))
+    np.testing.assert_allclose(
+        encoder.encode_documents([TEXTS[row] for row in order]), encoder.encode_documents(TEXTS)[order], atol=1e-6
+    )
+
+
+def test_normalised_vectors_have_length_one(bert_folder):
+    lengths = np.linalg.norm(Encoder.from_pretrained(bert_folder).encode_documents(TEXTS), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
+
+
+def test_documents_and_their_joined_texts_have_the_same_vector(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder)
+    documents = [Document("1", "eats fish", "cat"), Document("2", "eats fish", ""), Document("3", "", "cat")]
+    np.testing.assert_array_equal(
+        encoder.encode_documents(documents), encoder.encode_documents(["cat eats fish", "eats fish", "cat"])
+    )
+
+
+def test_truncated_texts_are_counted_exactly(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, max_length=6)
+    # <s> and </s> leave room for four words: four fit, five do not.
+    assert encoder.encode(["cat " * 4, "cat " * 5, "cat", "", "cat " * 50]).num_truncated == 2
+
+
+def test_empty_text_without_any_token_is_the_zero_vector(tmp_path):
+    folder = save_model(tmp_path, "llama", bos=False, eos=False)
+    encoder = Encoder.from_pretrained(folder)
+    vectors = encoder.encode_documents(["", "cat", ""])
+    assert not vectors[0].any() and not vectors[2].any() and vectors[1].any()
+    assert encoder.encode_documents([""]).shape == (1, 32)
+    assert encoder.encode_documents([]).shape == (0, 32)
+
+
+def test_options_override_what_the_files_say(bert_folder):
+    options = {
+        "pooling": "cls",
+        "query_prompt": "red ",
+        "document_prompt": "green ",
+        "max_length": 9,
+        "append_eos": True,
+    }
+    config = Encoder.from_pretrained(bert_folder, **options).config
+    assert {name: getattr(config, name) for name in options} == options
+    own = Encoder.from_pretrained(bert_folder).config
+    assert (own.pooling, own.query_prompt, own.document_prompt, own.max_length) == ("mean", "", "", 64)
+
+
+def test_a_prompt_is_the_text_before_the_text(bert_folder):
+    prompted = Encoder.from_pretrained(bert_folder, query_prompt="red ", document_prompt="green ")
+    plain = Encoder.from_pretrained(bert_folder)
+    np.testing.assert_allclose(prompted.encode_queries(["cat"]), plain.encode_queries(["red cat"]), atol=1e-6)
+    np.testing.assert_allclose(prompted.encode_documents(["cat"]), plain.encode_documents(["green cat"]), atol=1e-6)
+
+
+# Token ids worked out from the vocabulary: <s> is 1, </s> is 2, words follow from 5 on.
+@pytest.mark.parametrize(
+    ("bos", "eos", "ids"),
+    [
+        (False, False, [ID["cat"], ID["eats"], 2]),
+        (True, False, [1, ID["cat"], ID["eats"], 2]),
+        (True, True, [1, ID["cat"], ID["eats"], 2]),
+        (False, True, [ID["cat"], ID["eats"], 2]),
+    ],
+)
+def test_append_eos_adds_exactly_one_eos_and_keeps_bos(tmp_path, bos, eos, ids):
+    tokenizer = word_tokenizer(bos=bos, eos=eos)
+    append_eos_token(tokenizer)
+    assert tokenizer("cat eats")["input_ids"] == ids
+    tokenizer.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path)("cat eats")["input_ids"] == ids
+
+
+def test_append_eos_survives_truncation(tmp_path):
+    tokenizer = word_tokenizer(bos=True)
+    append_eos_token(tokenizer)
+    assert tokenizer("cat eats fish and drinks milk", truncation=True, max_length=4)["input_ids"] == [
+        1, ID["cat"], ID["eats"], 2,
+    ]  # fmt: skip
+
+
+def test_append_eos_keeps_a_byte_level_post_processor():
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    append_eos_token(tokenizer)
+    assert tokenizer("cat eats")["input_ids"] == [ID["cat"], ID["eats"], 2]
+
+
+def test_append_eos_without_an_eos_token_is_an_error():
+    with pytest.raises(ValueError, match="no EOS token"):
+        append_eos_token(word_tokenizer(eos_token=None))
+
+
+def test_last_pooling_with_append_eos_reads_the_eos_state(llama_folder):
+    encoder = Encoder.from_pretrained(llama_folder, append_eos=True, dtype="fp32")
+    ids = torch.tensor([[1, ID["cat"], ID["eats"], 2]])
+    with torch.no_grad():
+        expected = encoder.model(input_ids=ids).last_hidden_state[0, -1]
+    np.testing.assert_allclose(encoder.encode_queries(["cat eats"])[0], expected, atol=1e-5)
+
+
+def test_a_lost_add_eos_token_flag_is_warned_of(tmp_path, caplog):
+    folder = save_model(tmp_path, "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "add_eos_token": True}))
+    Encoder.from_pretrained(folder)
+    assert "--append-eos" in caplog.text
+    caplog.clear()
+    Encoder.from_pretrained(folder, append_eos=True)
+    assert caplog.text == ""
+
+
+def test_the_cache_is_off_and_no_gradients_are_kept(llama_folder):
+    encoder = Encoder.from_pretrained(llama_folder)
+    tokens = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert encoder.model(**tokens).past_key_values is None
+    assert not encoder.model.training
+
+
+def test_weights_hash_of_one_file_is_that_of_the_file(bert_folder):
+    import hashlib
+
+    expected = hashlib.sha256((bert_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert Encoder.from_pretrained(bert_folder).weights_sha256 == expected
+
+
+def test_batches_cover_every_row_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(0, 50, size=200).tolist()
+    batches = list(batches_by_length(lengths, 120))
+    rows = np.concatenate(batches)
+    assert sorted(rows.tolist()) == [row for row, length in enumerate(lengths) if length > 0]
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 120 for batch in batches)
+
+
+def test_a_row_longer_than_the_budget_is_a_batch_of_its_own():
+    assert [batch.tolist() for batch in batches_by_length([3, 500, 2], 10)] == [[1], [0, 2]]
+
+
+def test_sharded_and_single_weights_give_the_same_vectors(tmp_path, bert_folder):
+    from transformers import AutoModel
+
+    shutil.copytree(bert_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    AutoModel.from_pretrained(bert_folder).save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sharded, single = Encoder.from_pretrained(tmp_path), Encoder.from_pretrained(bert_folder)
+    np.testing.assert_array_equal(sharded.encode_documents(TEXTS), single.encode_documents(TEXTS))
+    assert sharded.weights_sha256 != single.weights_sha256
+
+
+# What must not load. Each case damages a copy of a good folder.
+
+
+@pytest.fixture
+def folder(tmp_path, bert_folder):
+    shutil.copytree(bert_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_missing_tensor_is_an_error(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layer.2.output.dense.weight"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit config.json: no tensor {name}"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_tensor_of_another_shape_is_an_error(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layer.2.output.dense.weight"))
+    tensors[name] = torch.zeros(32, 7)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=str(folder)):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_cut_weights_file_is_an_error(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=f"{folder}: cannot be loaded"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_an_error_that_names_it(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"no {missing}"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
+def test_a_bad_config_is_an_error(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(folder)):
+        Encoder.from_pretrained(folder)
+
+
+def test_neither_a_folder_nor_a_hub_model_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such"):
+        Encoder.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no such"):
+        Encoder.from_pretrained("some-user/no-such-model")
+
+
+def test_a_file_in_place_of_a_folder_is_an_error(folder):
+    with pytest.raises(NotADirectoryError, match="model.safetensors: is a file"):
+        Encoder.from_pretrained(folder / "model.safetensors")
+
+
+def test_a_lora_adapter_is_an_error_that_says_what_to_do(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="LoRA adapter; merge"):
+        Encoder.from_pretrained(folder)
+
+
+def test_remote_code_is_never_run(folder):
+    edit(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=str(folder)):
+        Encoder.from_pretrained(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_an_error(folder):
+    tokenizer = word_tokenizer(bos=True, eos=True)
+    tokenizer.add_tokens([f"new{number}" for number in range(9)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="embeddings for"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "WeightedLayerPooling", "Router"])
+def test_another_module_is_an_error_that_names_it(folder, kind):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[-1]["type"] = f"sentence_transformers.models.{kind}"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=kind):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_module_of_another_package_is_an_error_that_names_it(folder):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[-1]["type"] = "custom_code.Normalize"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="custom_code.Normalize"):
+        Encoder.from_pretrained(folder)
+
+
+def test_an_unknown_pooling_is_an_error_that_names_it(folder):
+    with pytest.raises(ValueError, match="median"):
+        Encoder.from_pretrained(folder, pooling="median")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_max_tokens=True)
+    with pytest.raises(ValueError, match="pooling max"):
+        Encoder.from_pretrained(folder)
+
+
+def test_two_poolings_at_once_are_an_error_that_names_them(folder):
+    edit(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=True)
+    with pytest.raises(ValueError, match=r"cls\+mean"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_setting_that_changes_the_vectors_and_is_not_supported_is_an_error_that_names_it(folder):
+    edit(folder / "sentence_bert_config.json", query_length=32)
+    with pytest.raises(ValueError, match="query_length"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_similarity_that_is_no_inner_product_is_an_error_that_names_it(folder):
+    edit(folder / "config_sentence_transformers.json", similarity_fn_name="euclidean")
+    with pytest.raises(ValueError, match="euclidean"):
+        Encoder.from_pretrained(folder)
+
+
+def test_an_activation_from_elsewhere_is_not_imported(tmp_path):
+    plain = save_model(tmp_path / "plain", "bert")
+    SentenceTransformer(modules=[Transformer(str(plain)), Pooling(32), Dense(32, 8)], device="cpu").save(
+        str(tmp_path / "m")
+    )
+    edit(tmp_path / "m" / "2_Dense" / "config.json", activation_function="os.system")
+    with pytest.raises(ValueError, match="os.system"):
+        Encoder.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 97}, "at most 96 tokens"),
+        ({"max_length": 2}, "no room for text"),
+        ({"device": "tpu:9"}, "tpu:9"),
+        ({"device": "nonsense"}, "nonsense"),
+        ({"dtype": "int3"}, "int3"),
+    ],
+)
+def test_a_bad_option_is_an_error_that_names_it(bert_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder.from_pretrained(bert_folder, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_an_error(bert_folder):
+    with pytest.raises(ValueError, match="0 CUDA devices"):
+        Encoder.from_pretrained(bert_folder, device="cuda")
+
+
+def test_roberta_takes_no_more_tokens_than_it_has_positions_for(tmp_path):
+    folder = save_model(tmp_path, "roberta", model_max_length=10**30)
+    encoder = Encoder.from_pretrained(folder)
+    # RoBERTa counts positions from the padding index on: pad_token_id 0 leaves 96 - 1.
+    assert encoder.config.max_length == 95
+    assert np.isfinite(encoder.encode_documents(["cat " * 200])).all()
+
+
+def test_a_vector_that_is_not_finite_is_an_error_that_names_the_text(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    tensors[name][ID["cat"]] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="text 2 of 2 .*cat.* not finite"):
+        Encoder.from_pretrained(folder).encode_documents(["dog", "cat"])
+
+
+def test_config_rejects_an_unknown_similarity():
+    with pytest.raises(ValueError, match="similarity"):
+        EncoderConfig(pooling="mean", similarity="manhattan")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_vectors_of_the_cpu(bert_folder):
+    cpu = Encoder.from_pretrained(bert_folder, device="cpu", dtype="fp32").encode_documents(TEXTS)
+    gpu = Encoder.from_pretrained(bert_folder, device="cuda", dtype="fp32").encode_documents(TEXTS)
+    np.testing.assert_allclose(cpu, gpu, atol=1e-4)
