@@ -64,16 +64,18 @@ def start_java() -> None:
 
     if not jnius_config.vm_running:
         jnius_config.add_classpath(str(jars[-1]))
-        # A dense search needs little of Java, and the messages of its libraries are not for a searcher's eyes.
-        jnius_config.add_options("-Dlog4j2.level=WARN", "-Xrs", "-XX:+UseSerialGC")
+        # Without -Xrs Java takes over Ctrl-C; one thread is enough to collect the little garbage of a search.
+        jnius_config.add_options("-Xrs", "-XX:+UseSerialGC")
     import jnius
 
-    logger = jnius.autoclass("java.util.logging.Logger").getLogger("org.apache.lucene")
-    logger.setLevel(jnius.autoclass("java.util.logging.Level").WARNING)
-    _quiet_java.append(logger)  # Java forgets a logger's level once nobody holds it
+    log4j = "org.apache.logging.log4j"
+    jnius.autoclass(f"{log4j}.core.config.Configurator").setRootLevel(jnius.autoclass(f"{log4j}.Level").WARN)
+    lucene = jnius.autoclass("java.util.logging.Logger").getLogger("org.apache.lucene")
+    lucene.setLevel(jnius.autoclass("java.util.logging.Level").WARNING)
+    _held.append(lucene)  # Java forgets a logger's level once nobody holds the logger.
 
 
-_quiet_java: list[Any] = []
+_held: list[Any] = []
 
 
 @cache

@@ -141,15 +141,19 @@ def search_text(
     return [(hit, documents.get(hit.doc_id)) for hit in found]
 
 
-def format_hits(hits: Sequence[tuple[ScoredDoc, Document | None]], *, width: int = 100) -> str:
-    """Return hits for reading: rank, score, id, title, and the first ``width`` characters of the text below."""
+def format_hits(
+    hits: Sequence[tuple[ScoredDoc, Document | None]], *, marks: Sequence[str] = (), width: int = 100
+) -> str:
+    """Return hits for reading: mark, rank, score, id, title, and the first ``width`` characters of the text below."""
     lines = []
+    margin = max(map(len, marks), default=0)
     for rank, (hit, document) in enumerate(hits, start=1):
+        mark = marks[rank - 1] if marks else ""
         title = document.title if document and document.title != hit.doc_id else ""
-        lines.append(f"{rank:3}  {hit.score:.4f}  {hit.doc_id}  {title}".rstrip())
+        lines.append(f"{mark:{margin}}{rank:3}  {hit.score:.4f}  {hit.doc_id}  {title}".rstrip())
         if document and document.text:
             text = " ".join(document.text.split())
-            lines.append(f"     {text if len(text) <= width else text[: width - 3] + '...'}")
+            lines.append(" " * (margin + 5) + (text if len(text) <= width else text[: width - 3] + "..."))
     return "\n".join(lines)
 
 
