@@ -62,7 +62,7 @@ def encoder_options(command: Callable) -> Callable:
 @click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
 @click.version_option(package_name="effir_search")
 def cli(debug: bool) -> None:
-    """Search with small dense retrievers: index a corpus, search it, evaluate the run."""
+    """Dense retrieval: index a corpus, search it, evaluate the run."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s: %(message)s")
     for noisy in ("httpx", "httpcore", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -109,14 +109,25 @@ def index(
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of FAISS.  [default: all cores]")
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @encoder_options
-def search(query: str | None, topics: str | None, output: Path | None, **options: object) -> None:
-    """Search an index: topics into a TREC run, or one query with its hits shown."""
+def search(
+    query: str | None,
+    corpus: str | None,
+    topics: str | None,
+    topics_field: str,
+    output: Path | None,
+    qrels: str | None,
+    remove_query: bool,
+    tag: str,
+    **options: object,
+) -> None:
+    """Search an index: topics into a TREC run, or one query shown."""
     from effir_search.search import format_hits, search_text, search_topics
 
     if query is not None and topics is None and output is None:
-        click.echo(format_hits(search_text(query, **options)))
+        click.echo(format_hits(search_text(query, corpus=corpus, **options)))
     elif query is None and topics is not None and output is not None:
-        num_topics, num_hits = search_topics(topics, output, **options)
+        settings = {"topics_field": topics_field, "qrels": qrels, "remove_query": remove_query, "tag": tag}
+        num_topics, num_hits = search_topics(topics, output, **settings, **options)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
     else:
         raise click.UsageError("give either --topics and --output, or --query")
@@ -153,7 +164,7 @@ def info(model_or_index: str, form: str) -> None:
 @click.option("--corpus", help="Where the documents are.  [default: where they were]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 def verify(index_dir: Path, encoder: str | None, corpus: str | None, device: str) -> None:
-    """Check an index: counts, hashes, a sample encoded again and found."""
+    """Check an index: counts, hashes, a sample encoded again."""
     from effir_search.search import load_encoder
     from effir_search.verify import verify_index
 
@@ -169,7 +180,7 @@ def verify(index_dir: Path, encoder: str | None, corpus: str | None, device: str
 @click.option("--query", help="Search the demo collection for this text.")
 @click.option("--output", type=PATH, default=Path("indexes/demo"), help="Folder of the demo's files.")
 def demo(query: str | None, output: Path) -> None:
-    """Index, search and evaluate the documentation of Python's standard library, beside BM25."""
+    """Try it all on the documentation of Python itself, beside BM25."""
     from effir_search.demo import run_demo
 
     run_demo(output, query=query, echo=click.echo)

@@ -1,4 +1,4 @@
-"""Published figures on real test collections; EFFIR_COLLECTIONS names their folder, one collection in BEIR's layout each."""
+"""Published figures on test collections; EFFIR_COLLECTIONS names a folder of them, each in the layout of BEIR."""
 
 import os
 from pathlib import Path
