@@ -133,7 +133,7 @@ def find_documents(
 def _rows(source: str | Path, fields: Sequence[str] | None) -> Iterator[tuple[str, Callable[[], Document]]]:
     """Yield ``(where, parse)`` for each row, so that the caller decides what a bad row means."""
     if str(source).startswith(IR_DATASETS):
-        for number, doc in enumerate(_ir_datasets_docs(str(source)), start=1):
+        for number, doc in enumerate(read_ir_datasets(str(source), "docs"), start=1):
             yield f"{source}, document {number}", lambda doc=doc: _from_ir_datasets(doc)
         return
     for path in _corpus_files(Path(source)):
@@ -195,17 +195,25 @@ def _from_tsv(line: str, where: str, header: list[str] | None) -> Document:
     return Document(doc_id, record.get("contents", record.get("text", "")), record.get("title", ""))
 
 
-def _ir_datasets_docs(source: str) -> Iterator[tuple]:
+def read_ir_datasets(source: str, kind: str) -> Iterator[tuple]:
+    """Yield the "docs", "queries" or "qrels" of ``irds:NAME``, downloaded if they are not there.
+
+    Raises:
+        ValueError: ir_datasets knows no such data set, or none of this kind in it.
+        OSError: It cannot be downloaded.
+    """
     import ir_datasets
 
-    name = source.removeprefix(IR_DATASETS)
     try:
-        dataset = ir_datasets.load(name)
+        dataset = ir_datasets.load(source.removeprefix(IR_DATASETS))
     except KeyError as error:
         raise ValueError(f"{source}: ir_datasets knows no data set of this name") from error
-    if not dataset.has_docs():
-        raise ValueError(f"{source}: this ir_datasets data set has no documents")
-    return dataset.docs_iter()
+    if not getattr(dataset, f"has_{kind}")():
+        raise ValueError(f"{source}: no {kind} in this data set; names like irds:beir/scifact/test have all kinds")
+    try:
+        yield from getattr(dataset, f"{kind}_iter")()
+    except OSError as error:
+        raise OSError(f"{source}: cannot be read or downloaded: {error}") from error
 
 
 def _from_ir_datasets(doc: tuple) -> Document:

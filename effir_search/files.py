@@ -49,8 +49,9 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 
     Until then it is a temporary file in the same folder, which is made if it is missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -75,8 +76,9 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is off.
     """
     refuse_existing(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -101,6 +103,15 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path}: exists already; choose another --output" + ("" if overwrite else " or --overwrite")
         )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an OSError name the file that was asked for, not a temporary one or a parent folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
-from effir_search.corpus import ID_FIELDS, IR_DATASETS, check_id, check_unicode, json_id, parse_json_object
+from effir_search.corpus import (
+    ID_FIELDS,
+    IR_DATASETS,
+    check_id,
+    check_unicode,
+    json_id,
+    parse_json_object,
+    read_ir_datasets,
+)
 from effir_search.files import decode, read_lines, whole_file
 
 QUERY_ID_FIELDS = (*ID_FIELDS, "query_id", "qid")
@@ -61,7 +69,7 @@ def read_qrels(source: str | Path) -> list[Qrel]:
         OSError: The file cannot be read.
     """
     if str(source).startswith(IR_DATASETS):
-        return [Qrel(q.query_id, q.doc_id, q.relevance) for q in _ir_datasets(str(source), "qrels")]
+        return [Qrel(q.query_id, q.doc_id, q.relevance) for q in read_ir_datasets(str(source), "qrels")]
     grades: dict[tuple[str, str], int] = {}
     path = Path(source)
     for line_number, line in read_lines(path):
@@ -158,7 +166,7 @@ def strictly_decreasing(hits: Sequence[ScoredDoc]) -> list[ScoredDoc]:
 
 def _topic_rows(source: str | Path, field: str) -> Iterator[tuple[str, Query]]:
     if str(source).startswith(IR_DATASETS):
-        for number, query in enumerate(_ir_datasets(str(source), "queries"), start=1):
+        for number, query in enumerate(read_ir_datasets(str(source), "queries"), start=1):
             yield f"{source}, topic {number}", Query(query.query_id, query.default_text())
         return
     path = Path(source)
@@ -217,17 +225,3 @@ def _topic_part(parts: dict[str, str], tag: str, where: str) -> str:
         raise ValueError(f"{where}: topic without <{tag}>")
     text = " ".join(re.sub(r"</?\w+>", " ", parts[tag]).split())
     return text.removeprefix(_TREC_LABELS[tag]).strip()
-
-
-def _ir_datasets(source: str, kind: str) -> Iterator[tuple]:
-    import ir_datasets
-
-    try:
-        dataset = ir_datasets.load(source.removeprefix(IR_DATASETS))
-    except KeyError as error:
-        raise ValueError(f"{source}: ir_datasets knows no data set of this name") from error
-    if not getattr(dataset, f"has_{kind}")():
-        raise ValueError(
-            f"{source}: this ir_datasets data set has no {kind}; splits have names like irds:beir/scifact/test"
-        )
-    return getattr(dataset, f"{kind}_iter")()

@@ -1,0 +1,461 @@
+"""Corpora: every format gives the same documents, every bad line one error with file and line."""
+
+import gzip
+import json
+import re
+
+import ir_datasets
+import pytest
+from ir_datasets.datasets.base import Dataset
+from ir_datasets.formats import BaseDocs, GenericDoc, TitleUrlTextDoc
+
+from effir_search.corpus import (
+    CorpusHasher,
+    Document,
+    check_id,
+    document_text,
+    find_documents,
+    read_corpus,
+    scan_corpus,
+)
+
+DOCUMENTS = [
+    Document("007", "The cat eats fish.", "Cat"),
+    Document("doc-2", "Ein Café in Köln, 東京", ""),
+    Document("3", "", "Only a title"),
+    Document("x:4", "", ""),
+]
+
+
+def as_beir(document):
+    return json.dumps({"_id": document.doc_id, "title": document.title, "text": document.text}) + "\n"
+
+
+def as_tsv(document):
+    return "\t".join([document.doc_id, document.title, document.text]) + "\n"
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def beir(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(map(as_beir, DOCUMENTS)), encoding="utf-8")
+    return path
+
+
+# Formats
+
+
+def test_a_beir_corpus_is_read_in_file_order(beir):
+    assert list(read_corpus(beir)) == DOCUMENTS
+
+
+def test_a_path_may_be_a_string(beir):
+    assert list(read_corpus(str(beir))) == DOCUMENTS
+
+
+def test_title_and_text_are_joined_by_one_space_and_neither_leaves_one_behind():
+    assert [document_text(document) for document in DOCUMENTS] == [
+        "Cat The cat eats fish.",
+        "Ein Café in Köln, 東京",
+        "Only a title",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("name", ["_id", "id", "docid"])
+def test_the_id_may_stand_under_three_names(tmp_path, name):
+    path = write(tmp_path / "docs.jsonl", json.dumps({name: "007", "contents": "a text"}))
+    assert list(read_corpus(path)) == [Document("007", "a text")]
+
+
+def test_an_id_of_digits_keeps_its_leading_zeros_in_every_format(tmp_path):
+    jsonl = write(tmp_path / "docs.jsonl", '{"id": "007", "contents": "a"}')
+    tsv = write(tmp_path / "docs.tsv", "007\ta")
+    assert [document.doc_id for path in (jsonl, tsv) for document in read_corpus(path)] == ["007", "007"]
+
+
+def test_a_whole_number_as_id_is_taken_as_it_is_written(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": 12345678901234567890, "contents": "a"}')
+    assert list(read_corpus(path)) == [Document("12345678901234567890", "a")]
+
+
+def test_contents_is_the_whole_text_because_pyserini_puts_the_title_in_it(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": "1", "title": "Cat", "contents": "Cat\\nThe cat eats."}')
+    assert [document_text(document) for document in read_corpus(path)] == ["Cat\nThe cat eats."]
+
+
+def test_a_missing_or_null_title_is_no_title(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"_id": "1", "text": "a"}', '{"_id": "2", "title": null, "text": "b"}')
+    assert list(read_corpus(path)) == [Document("1", "a"), Document("2", "b")]
+
+
+def test_named_fields_are_joined_in_the_order_they_are_named_in(tmp_path):
+    record = {"id": "1", "title": "T", "abstract": "A", "contents": "not asked for"}
+    path = write(tmp_path / "docs.jsonl", json.dumps(record))
+    (document,) = read_corpus(path, fields=["abstract", "title"])
+    assert document_text(document) == "A T"
+
+
+def test_an_empty_field_leaves_no_space_at_the_ends(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": "1", "title": "", "abstract": "A"}')
+    (document,) = read_corpus(path, fields=["title", "abstract"])
+    assert document_text(document) == "A"
+
+
+def test_a_named_field_that_is_not_there_is_an_error(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": "1", "title": "T"}')
+    with pytest.raises(ValueError, match=r'docs\.jsonl:1: no "abstract" field \(found: id, title\)'):
+        list(read_corpus(path, fields=["title", "abstract"]))
+
+
+def test_tsv_of_two_columns_is_id_and_text(tmp_path):
+    path = write(tmp_path / "collection.tsv", "1\tThe cat.", "2\t")
+    assert list(read_corpus(path)) == [Document("1", "The cat."), Document("2", "")]
+
+
+def test_tsv_of_three_columns_is_id_title_and_text(tmp_path):
+    path = write(tmp_path / "collection.tsv", *(as_tsv(document).rstrip("\n") for document in DOCUMENTS))
+    assert list(read_corpus(path)) == DOCUMENTS
+
+
+def test_a_tsv_header_names_the_columns_in_their_order(tmp_path):
+    path = write(tmp_path / "collection.tsv", "id\ttext\ttitle", "1\tThe cat.\tCat")
+    assert list(read_corpus(path)) == [Document("1", "The cat.", "Cat")]
+
+
+def test_a_tsv_header_in_capitals_and_with_windows_line_ends_is_a_header(tmp_path):
+    (tmp_path / "collection.tsv").write_bytes(b"PID\tText\r\n1\tThe cat.\r\n")
+    assert list(read_corpus(tmp_path / "collection.tsv")) == [Document("1", "The cat.")]
+
+
+@pytest.mark.parametrize(("row", "count"), [("only-an-id", 1), ("1\ta\tb\tc", 4)])
+def test_a_tsv_row_of_another_number_of_columns_is_an_error(tmp_path, row, count):
+    path = write(tmp_path / "collection.tsv", "0\tfine", row)
+    with pytest.raises(ValueError, match=rf"collection\.tsv:2: {count} tab-separated columns, expected 2 or 3"):
+        list(read_corpus(path))
+
+
+def test_a_tsv_row_that_does_not_fit_the_header_is_an_error(tmp_path):
+    path = write(tmp_path / "collection.tsv", "id\ttext", "1\ta\tb")
+    with pytest.raises(ValueError, match=r"collection\.tsv:2: 3 tab-separated columns, expected 2"):
+        list(read_corpus(path))
+
+
+def test_a_header_with_a_column_of_another_name_is_not_taken_for_a_document(tmp_path):
+    path = write(tmp_path / "collection.tsv", "id\ttext\turl", "1\tThe cat.\thttp://example.org")
+    try:
+        documents = list(read_corpus(path))
+    except ValueError as error:
+        assert "collection.tsv:1" in str(error)
+    else:
+        assert documents == [Document("1", "The cat.")]
+
+
+def test_a_name_that_only_holds_tsv_is_no_tsv(tmp_path):
+    path = write(tmp_path / "from.tsv.jsonl", '{"id": "1", "contents": "a"}')
+    assert list(read_corpus(path)) == [Document("1", "a")]
+
+
+def test_gzip_changes_nothing(beir, tmp_path):
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(beir.read_bytes()))
+    tsv = "".join(map(as_tsv, DOCUMENTS)).encode()
+    (tmp_path / "docs.tsv.gz").write_bytes(gzip.compress(tsv))
+    assert list(read_corpus(tmp_path / "docs.jsonl.gz")) == DOCUMENTS
+    assert list(read_corpus(tmp_path / "docs.tsv.gz")) == DOCUMENTS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_document(tmp_path):
+    (tmp_path / "docs.jsonl").write_text('{"id": "1", "contents": "a"}\n', encoding="utf-8-sig")
+    assert list(read_corpus(tmp_path / "docs.jsonl")) == [Document("1", "a")]
+
+
+def test_a_folder_is_read_file_by_file_in_the_order_of_their_paths(tmp_path):
+    folder = tmp_path / "docs"
+    (folder / "b").mkdir(parents=True)
+    write(folder / "b" / "1.jsonl", '{"id": "2", "contents": "second"}')
+    (folder / "c.tsv.gz").write_bytes(gzip.compress(b"3\tthird\n"))
+    write(folder / "a.json", '{"id": "1", "contents": "first"}')
+    write(folder / "README.md", "not a corpus")
+    assert list(read_corpus(folder)) == [Document("1", "first"), Document("2", "second"), Document("3", "third")]
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz"])
+def test_of_a_beir_folder_only_the_corpus_is_read(tmp_path, name):
+    line = b'{"_id": "1", "text": "a document"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    write(tmp_path / "queries.jsonl", '{"_id": "q1", "text": "a query"}')
+    assert list(read_corpus(tmp_path)) == [Document("1", "a document")]
+
+
+def test_a_folder_without_a_corpus_file_is_an_error(tmp_path):
+    write(tmp_path / "README.md", "nothing here")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no .jsonl, .json, .tsv file in this folder")):
+        list(read_corpus(tmp_path))
+
+
+def test_a_corpus_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such corpus file or folder"):
+        list(read_corpus(tmp_path / "missing.jsonl"))
+
+
+# ir_datasets
+
+
+class Docs(BaseDocs):
+    """The documents of an ir_datasets data set, from a list."""
+
+    def __init__(self, docs):
+        self._docs = docs
+
+    def docs_iter(self):
+        return iter(self._docs)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Register an ir_datasets data set under a name of this test's own."""
+
+    def add(*components):
+        name = f"effir-search-test{tmp_path}"
+        ir_datasets.registry.register(name, Dataset(*components))
+        return f"irds:{name}"
+
+    return add
+
+
+def test_an_ir_datasets_corpus_is_read_by_its_name(register):
+    source = register(Docs([GenericDoc("007", "The cat."), GenericDoc("2", "")]))
+    assert list(read_corpus(source)) == [Document("007", "The cat."), Document("2", "")]
+
+
+def test_the_title_of_an_ir_datasets_document_is_its_title(register):
+    source = register(Docs([TitleUrlTextDoc("1", "Cat", "http://example.org", "The cat eats.")]))
+    assert [document_text(document) for document in read_corpus(source)] == ["Cat The cat eats."]
+
+
+def test_a_bad_ir_datasets_document_is_an_error_with_its_number(register):
+    source = register(Docs([GenericDoc("1", "a"), GenericDoc("1", "b")]))
+    with pytest.raises(ValueError, match=rf'^{re.escape(source)}, document 2: repeated id "1"'):
+        list(read_corpus(source))
+
+
+def test_an_ir_datasets_name_that_nobody_knows_is_an_error():
+    with pytest.raises(ValueError, match="irds:no/such/set: ir_datasets knows no data set of this name"):
+        list(read_corpus("irds:no/such/set"))
+
+
+def test_an_ir_datasets_set_without_documents_is_an_error(register):
+    with pytest.raises(ValueError, match="this ir_datasets data set has no documents"):
+        list(read_corpus(register()))
+
+
+# Bad lines
+
+BAD_LINES = {
+    "no JSON": (b'{"_id": "x", "text": "a"', "not JSON"),
+    "a control character": (b'{"_id": "x", "text": "\x01"}', "not JSON"),
+    "deeply nested": (b"[" * 100_000, "not JSON"),
+    "not an object": (b'["x", "a"]', "not a JSON object but list"),
+    "no id": (b'{"title": "t", "text": "a"}', r"no id field .*found: title, text"),
+    "nothing at all": (b"{}", r"no id field .*found: nothing"),
+    "id null": (b'{"_id": null, "text": "a"}', 'the id in "_id" is not a string but NoneType'),
+    "id a fraction": (b'{"id": 1.5, "text": "a"}', 'the id in "id" is not a string but float'),
+    "id a truth value": (b'{"docid": true, "text": "a"}', 'the id in "docid" is not a string but bool'),
+    "empty id": (b'{"_id": "", "text": "a"}', "empty id"),
+    "repeated id": (b'{"_id": "first", "text": "another"}', 'repeated id "first"'),
+    "id with a blank": (b'{"_id": "a b", "text": "a"}', "'a b' holds white space"),
+    "id that ends in a blank": (b'{"_id": "a ", "text": "a"}', "'a ' holds white space"),
+    "id of a blank": (b'{"_id": " ", "text": "a"}', "' ' holds white space"),
+    "id with a line break": (b'{"_id": "a\\nb", "text": "a"}', r"holds white space"),
+    "id with a carriage return": (b'{"_id": "a\\rb", "text": "a"}', r"holds white space"),
+    "id with a no-break space": (b'{"_id": "a\\u00a0b", "text": "a"}', r"holds white space"),
+    "no text": (b'{"_id": "x", "abstract": "a"}', r'no "text" or "contents" field \(found: _id, abstract\)'),
+    "text a number": (b'{"_id": "x", "text": 7}', '"text" is not a string but int'),
+    "text null": (b'{"_id": "x", "text": null}', '"text" is not a string but NoneType'),
+    "contents a list": (b'{"_id": "x", "contents": ["a"]}', '"contents" is not a string but list'),
+    "title a number": (b'{"_id": "x", "title": 7, "text": "a"}', '"title" is not a string but int'),
+    # The text starts at byte 22: {"_id": "x", "text": " has 22 characters.
+    "no UTF-8": (b'{"_id": "x", "text": "\xff"}', "invalid UTF-8 at byte 22 of the line"),
+    "lone surrogate in the text": (b'{"_id": "x", "text": "\\ud83d"}', "lone surrogate .*ud83d"),
+    "lone surrogate in the title": (b'{"_id": "x", "title": "\\udc00", "text": ""}', "lone surrogate .*udc00"),
+    "lone surrogate in the id": (b'{"_id": "\\ud800", "text": "a"}', "lone surrogate .*ud800"),
+}
+bad_lines = pytest.mark.parametrize(("line", "complaint"), BAD_LINES.values(), ids=BAD_LINES)
+
+
+@pytest.fixture
+def with_bad_line(tmp_path):
+    """Write a corpus whose line 3 is bad; line 2 is blank."""
+
+    def write_corpus(line):
+        path = tmp_path / "docs.jsonl"
+        good = b'{"_id": "first", "text": "a"}\n', b'{"_id": "last", "text": "b"}\n'
+        path.write_bytes(good[0] + b"\n" + line + b"\n" + good[1])
+        return path
+
+    return write_corpus
+
+
+@bad_lines
+def test_a_bad_line_is_an_error_with_file_and_line(with_bad_line, line, complaint):
+    path = with_bad_line(line)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:3: .*{complaint}"):
+        list(read_corpus(path))
+
+
+@bad_lines
+def test_a_bad_line_is_left_out_and_reported_once_if_that_is_asked_for(with_bad_line, line, complaint):
+    path = with_bad_line(line)
+    complaints = []
+    documents = list(read_corpus(path, on_bad_line=complaints.append))
+    assert [document.doc_id for document in documents] == ["first", "last"]
+    assert len(complaints) == 1
+    assert re.match(rf"{re.escape(str(path))}:3: .*{complaint}", complaints[0])
+
+
+def test_documents_before_a_bad_line_are_given_before_the_error(with_bad_line):
+    documents = read_corpus(with_bad_line(b"{"))
+    assert next(documents).doc_id == "first"
+    with pytest.raises(ValueError, match=":3: not JSON"):
+        next(documents)
+
+
+def test_an_id_that_is_repeated_in_another_file_is_an_error_there(tmp_path):
+    write(tmp_path / "a.jsonl", '{"id": "1", "contents": "a"}')
+    write(tmp_path / "b.jsonl", '{"id": "2", "contents": "a"}', '{"id": "1", "contents": "a"}')
+    with pytest.raises(ValueError, match=r'b\.jsonl:2: repeated id "1"'):
+        list(read_corpus(tmp_path))
+
+
+def test_the_id_of_a_line_that_was_left_out_is_free(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"_id": "1", "text": 7}', '{"_id": "1", "text": "a"}')
+    assert list(read_corpus(path, on_bad_line=lambda _complaint: None)) == [Document("1", "a")]
+
+
+@pytest.mark.parametrize("row", [b"\ta text", b"a b\ta text", b"1\t\xff"])
+def test_a_bad_tsv_row_is_an_error_with_file_and_line(tmp_path, row):
+    (tmp_path / "docs.tsv").write_bytes(b"0\tfine\n" + row + b"\n")
+    with pytest.raises(ValueError, match=r"docs\.tsv:2: (empty id|.* holds white space|invalid UTF-8 at byte 2)"):
+        list(read_corpus(tmp_path / "docs.tsv"))
+
+
+def test_a_cut_gzip_file_is_an_error_even_where_bad_lines_are_left_out(tmp_path):
+    lines = "".join(as_beir(Document(str(number), f"text {number * 7919}")) for number in range(2000))
+    compressed = gzip.compress(lines.encode())
+    (tmp_path / "docs.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
+    with pytest.raises(ValueError, match=r"docs\.jsonl\.gz: cut or damaged gzip file, after line [1-9]\d*"):
+        scan_corpus(tmp_path / "docs.jsonl.gz", skip_bad=True)
+
+
+def test_an_empty_id_is_refused():
+    with pytest.raises(ValueError, match="^here: empty id$"):
+        check_id("", "here")
+
+
+# Summaries and hashes
+
+
+def test_a_summary_counts_documents_empty_ones_and_bad_lines(beir):
+    with open(beir, "a", encoding="utf-8") as file:
+        file.write('{"_id": "5"}\n{"_id": "6", "title": " ", "text": " "}\nnot JSON\n')
+    summary = scan_corpus(beir, skip_bad=True)
+    # Four good ones, of which "x:4" is empty, and "6", whose blanks are stripped.
+    assert (summary.num_documents, summary.num_empty) == (5, 2)
+    assert [complaint.split(": ")[0] for complaint in summary.bad_lines] == [f"{beir}:5", f"{beir}:7"]
+
+
+def test_a_good_corpus_has_no_bad_lines(beir):
+    assert scan_corpus(beir).bad_lines == scan_corpus(beir, skip_bad=True).bad_lines == []
+
+
+def test_a_bad_line_stops_a_scan_unless_it_is_to_be_skipped(with_bad_line):
+    with pytest.raises(ValueError, match=r"docs\.jsonl:3: not JSON"):
+        scan_corpus(with_bad_line(b"{"))
+
+
+def test_an_empty_document_is_valid(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"_id": "1", "text": ""}')
+    summary = scan_corpus(path)
+    assert (summary.num_documents, summary.num_empty) == (1, 1)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_corpus_without_documents_is_an_error(tmp_path, content):
+    (tmp_path / "docs.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"docs\.jsonl: no documents$"):
+        scan_corpus(tmp_path / "docs.jsonl")
+
+
+def test_a_corpus_of_bad_lines_alone_is_an_error_that_counts_them(tmp_path):
+    path = write(tmp_path / "docs.jsonl", "{", "}")
+    with pytest.raises(ValueError, match=r"docs\.jsonl: no documents, 2 bad lines$"):
+        scan_corpus(path, skip_bad=True)
+
+
+def test_the_same_corpus_has_the_same_hash_in_every_format(beir, tmp_path):
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(beir.read_bytes()))
+    (tmp_path / "docs.tsv").write_text("".join(map(as_tsv, DOCUMENTS)), encoding="utf-8")
+    pyserini = [json.dumps({"id": document.doc_id, "contents": document_text(document)}) for document in DOCUMENTS]
+    write(tmp_path / "pyserini.jsonl", *pyserini)
+    paths = [beir, tmp_path / "docs.jsonl.gz", tmp_path / "docs.tsv", tmp_path / "pyserini.jsonl"]
+    assert len({scan_corpus(path).sha256 for path in paths}) == 1
+
+
+def test_a_scan_and_a_hasher_agree(beir):
+    hasher = CorpusHasher()
+    for document in DOCUMENTS:
+        hasher.add(document)
+    assert scan_corpus(beir).sha256 == hasher.hexdigest()
+    assert hasher.num_documents == 4
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        DOCUMENTS[:3],
+        [DOCUMENTS[1], DOCUMENTS[0], *DOCUMENTS[2:]],
+        [DOCUMENTS[0]._replace(text="The cat eats fish"), *DOCUMENTS[1:]],
+        [DOCUMENTS[0]._replace(doc_id="7"), *DOCUMENTS[1:]],
+    ],
+    ids=["one less", "another order", "another text", "another id"],
+)
+def test_another_corpus_has_another_hash(beir, tmp_path, documents):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(map(as_beir, documents)), encoding="utf-8")
+    assert scan_corpus(other).sha256 != scan_corpus(beir).sha256
+
+
+def test_a_text_that_looks_like_the_next_document_has_a_hash_of_its_own():
+    one, two = CorpusHasher(), CorpusHasher()
+    one.add(Document("1", "a2 1\nb"))
+    two.add(Document("1", "a"))
+    two.add(Document("2", "b"))
+    assert one.hexdigest() != two.hexdigest()
+
+
+# Looking documents up
+
+
+def test_documents_are_found_by_their_ids(beir):
+    assert find_documents(beir, ["3", "007"]) == {"3": DOCUMENTS[2], "007": DOCUMENTS[0]}
+
+
+def test_the_fields_that_were_indexed_can_be_looked_up_again(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": "1", "abstract": "A"}')
+    assert find_documents(path, ["1"], fields=["abstract"]) == {"1": Document("1", "A")}
+
+
+def test_a_document_that_is_not_there_is_an_error_that_counts_them(beir):
+    with pytest.raises(ValueError, match=r'corpus\.jsonl: no document "8" \(2 of 3 hits are not in it\)'):
+        find_documents(beir, ["9", "007", "8"])
+
+
+def test_looking_up_reads_no_further_than_it_must(tmp_path):
+    lines = "".join(map(as_beir, DOCUMENTS)).encode()
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(lines) + b"no gzip")
+    assert find_documents(tmp_path / "docs.jsonl.gz", ["007", "doc-2"]).keys() == {"007", "doc-2"}

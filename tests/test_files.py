@@ -1,0 +1,233 @@
+"""Reading lines with their numbers; writing files and folders whole or not at all."""
+
+import gzip
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from effir_search.cli import one_line
+from effir_search.files import decode, read_lines, refuse_existing, whole_file, whole_folder
+
+
+class Interrupted(Exception):
+    """Stands for anything that ends a block early."""
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_blank_lines_are_left_out_but_counted(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"first\n\n \t\nfourth\r\nfifth")
+    assert list(read_lines(tmp_path / "lines.txt")) == [(1, b"first"), (4, b"fourth"), (5, b"fifth")]
+
+
+def test_only_line_ends_are_stripped_from_a_line(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b" a\tb \t\r\n")
+    assert list(read_lines(tmp_path / "lines.txt")) == [(1, b" a\tb \t")]
+
+
+def test_a_byte_order_mark_is_no_part_of_line_1(tmp_path):
+    (tmp_path / "lines.txt").write_text("a\nb\n", encoding="utf-8-sig")
+    assert list(read_lines(tmp_path / "lines.txt")) == [(1, b"a"), (2, b"b")]
+
+
+def test_a_gzipped_file_reads_like_the_plain_one(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"a\n\nb\n")
+    (tmp_path / "lines.txt.gz").write_bytes(gzip.compress(b"a\n\nb\n"))
+    assert list(read_lines(tmp_path / "lines.txt.gz")) == list(read_lines(tmp_path / "lines.txt"))
+
+
+def test_a_cut_gzip_file_gives_its_whole_lines_and_then_an_error_with_the_last_of_them(tmp_path):
+    path = tmp_path / "lines.txt.gz"
+    path.write_bytes(gzip.compress(b"a\nb\n") + gzip.compress(b"c\nd\n")[:-12])
+    lines = read_lines(path)
+    assert [next(lines), next(lines)] == [(1, b"a"), (2, b"b")]
+    with pytest.raises(ValueError, match=r"lines\.txt\.gz: cut or damaged gzip file, after line 2"):
+        list(lines)
+
+
+def test_a_file_that_is_no_gzip_in_spite_of_its_name_is_an_error(tmp_path):
+    (tmp_path / "lines.txt.gz").write_bytes(b"a\nb\n")
+    with pytest.raises(ValueError, match=r"lines\.txt\.gz: cut or damaged gzip file"):
+        list(read_lines(tmp_path / "lines.txt.gz"))
+
+
+def test_a_gzip_file_with_a_changed_byte_is_an_error(tmp_path):
+    compressed = bytearray(gzip.compress(bytes(range(256)) * 4))
+    compressed[-6] ^= 1  # in the check sum, which stands 8 bytes before the end
+    (tmp_path / "lines.txt.gz").write_bytes(compressed)
+    with pytest.raises(ValueError, match=r"lines\.txt\.gz: cut or damaged gzip file"):
+        list(read_lines(tmp_path / "lines.txt.gz"))
+
+
+def test_a_folder_cannot_be_read_as_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, a file is needed"):
+        list(read_lines(tmp_path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
+        list(read_lines(tmp_path / "missing.txt"))
+
+
+def test_bytes_that_are_not_utf_8_are_reported_with_their_place():
+    # "é" is two bytes in UTF-8, so the bad byte stands at 3.
+    with pytest.raises(ValueError, match=r"^docs\.jsonl:7: invalid UTF-8 at byte 3 of the line$"):
+        decode("éa".encode() + b"\xff", "docs.jsonl:7")
+
+
+def test_a_whole_file_is_under_its_name_only_after_the_block(tmp_path):
+    path = tmp_path / "new" / "run.txt"
+    with whole_file(path) as file:
+        file.write("été\n")
+        assert not path.exists()
+    assert path.read_bytes() == "été\n".encode()
+    assert names(path.parent) == ["run.txt"]
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_neither_a_file_nor_a_temporary_one(tmp_path, error):
+    with pytest.raises(error), whole_file(tmp_path / "run.txt") as file:
+        file.write("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_block_that_fails_leaves_the_old_file_as_it_was(tmp_path):
+    (tmp_path / "run.txt").write_text("old")
+    with pytest.raises(Interrupted), whole_file(tmp_path / "run.txt") as file:
+        file.write("half of the new")
+        raise Interrupted
+    assert (tmp_path / "run.txt").read_text() == "old"
+    assert names(tmp_path) == ["run.txt"]
+
+
+def test_an_old_file_is_replaced_only_after_the_block(tmp_path):
+    (tmp_path / "run.txt").write_text("old")
+    with whole_file(tmp_path / "run.txt") as file:
+        file.write("new")
+        file.flush()
+        assert (tmp_path / "run.txt").read_text() == "old"
+    assert (tmp_path / "run.txt").read_text() == "new"
+
+
+def test_a_file_cannot_stand_where_a_folder_is_and_the_error_names_that_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as caught, whole_file(tmp_path / "folder") as file:
+        file.write("text")
+    assert one_line(caught.value).startswith(f"{tmp_path / 'folder'}: ")
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_permissions_follow_the_umask(tmp_path, mask, file_mode, folder_mode):
+    with umask(mask):
+        with whole_file(tmp_path / "file") as file:
+            file.write("text")
+        with whole_folder(tmp_path / "folder") as folder:
+            (folder / "inside").write_text("text")
+    assert permissions(tmp_path / "file") == file_mode
+    assert permissions(tmp_path / "folder") == folder_mode
+    assert permissions(tmp_path / "folder" / "inside") == file_mode
+
+
+def test_the_umask_is_the_same_afterwards(tmp_path):
+    with umask(0o027):
+        with whole_file(tmp_path / "file") as file:
+            file.write("text")
+        assert os.umask(0o027) == 0o027
+
+
+def test_a_whole_folder_is_under_its_name_only_after_the_block(tmp_path):
+    path = tmp_path / "new" / "index"
+    with whole_folder(path) as folder:
+        (folder / "docid").write_text("1\n")
+        assert not path.exists()
+    assert names(path) == ["docid"]
+    assert names(path.parent) == ["index"]
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_neither_a_folder_nor_a_temporary_one(tmp_path, error):
+    with pytest.raises(error), whole_folder(tmp_path / "index") as folder:
+        (folder / "docid").write_text("1\n")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_block_that_fails_leaves_the_old_folder_as_it_was(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "old").write_text("old")
+    with pytest.raises(Interrupted), whole_folder(tmp_path / "index", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        raise Interrupted
+    assert names(tmp_path) == ["index"]
+    assert (tmp_path / "index" / "old").read_text() == "old"
+
+
+def test_an_old_folder_is_replaced_only_after_the_block(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "old").write_text("old")
+    with whole_folder(tmp_path / "index", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        assert names(tmp_path / "index") == ["old"]
+    assert names(tmp_path / "index") == ["new"]
+    assert names(tmp_path) == ["index"]
+
+
+def test_a_link_to_a_folder_is_overwritten_or_refused_without_leftovers(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    try:
+        with whole_folder(tmp_path / "link", overwrite=True) as folder:
+            (folder / "new").write_text("new")
+    except OSError:
+        assert names(tmp_path / "link") == ["old"]
+    else:
+        assert names(tmp_path / "link") == ["new"]
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_folder_with_something_in_it_is_refused_before_the_block(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "old").write_text("old")
+    with pytest.raises(FileExistsError, match="index: exists already; choose another --output or --overwrite"):
+        with whole_folder(tmp_path / "index"):
+            pytest.fail("the block was entered")
+    assert names(tmp_path) == ["index"]
+
+
+def test_an_empty_folder_may_be_filled_without_overwrite(tmp_path):
+    (tmp_path / "index").mkdir()
+    with whole_folder(tmp_path / "index") as folder:
+        (folder / "docid").write_text("1\n")
+    assert names(tmp_path / "index") == ["docid"]
+    assert names(tmp_path) == ["index"]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path):
+    (tmp_path / "index").write_text("a file")
+    with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
+        refuse_existing(tmp_path / "index", overwrite=True)
+    # Without it, --overwrite is no advice to give: it would be refused as well.
+    with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
+        refuse_existing(tmp_path / "index", overwrite=False)
