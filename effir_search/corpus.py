@@ -10,7 +10,7 @@ from effir_search.files import decode, read_lines
 
 ID_FIELDS = ("_id", "id", "docid")
 TEXT_FIELDS = ("contents", "text")
-TSV_HEADERS = {"id", "_id", "docid", "pid", "text", "contents", "title"}
+TSV_ID_FIELDS = (*ID_FIELDS, "pid", "doc_id", "query_id", "query-id", "qid")
 SUFFIXES = (".jsonl", ".json", ".tsv")
 IR_DATASETS = "irds:"
 
@@ -137,21 +137,21 @@ def _rows(source: str | Path, fields: Sequence[str] | None) -> Iterator[tuple[st
             yield f"{source}, document {number}", lambda doc=doc: _from_ir_datasets(doc)
         return
     for path in _corpus_files(Path(source)):
-        if ".tsv" in path.suffixes[-2:]:
-            header: list[str] | None = None
-            for line_number, line in read_lines(path):
-                where = f"{path}:{line_number}"
-                if (
-                    line_number == 1
-                    and set(names := line.decode("utf-8", "replace").lower().split("\t")) <= TSV_HEADERS
-                ):
-                    header = names
-                    continue
-                yield where, lambda line=line, where=where, header=header: _from_tsv(decode(line, where), where, header)
-        else:
-            for line_number, line in read_lines(path):
-                where = f"{path}:{line_number}"
+        is_tsv = path.name.removesuffix(".gz").endswith(".tsv")
+        header: list[str] | None = None
+        for line_number, line in read_lines(path):
+            where = f"{path}:{line_number}"
+            if not is_tsv:
                 yield where, lambda line=line, where=where: _from_json(decode(line, where), where, fields)
+            elif line_number == 1 and is_tsv_header(names := line.decode("utf-8", "replace").lower().split("\t")):
+                header = names
+            else:
+                yield where, lambda line=line, where=where, header=header: _from_tsv(decode(line, where), where, header)
+
+
+def is_tsv_header(columns: Sequence[str]) -> bool:
+    """Whether the first row of a TSV file names its columns: an id, and somewhere a text."""
+    return columns[0] in TSV_ID_FIELDS and any(name in (*TEXT_FIELDS, "query") for name in columns)
 
 
 def _corpus_files(path: Path) -> list[Path]:
@@ -191,7 +191,7 @@ def _from_tsv(line: str, where: str, header: list[str] | None) -> Document:
             f"{where}: {len(columns)} tab-separated columns, expected {len(header) if header else '2 or 3'}"
         )
     record = dict(zip(names, columns, strict=True))
-    doc_id = next((record[name] for name in (*ID_FIELDS, "pid") if name in record), "")
+    doc_id = next((record[name] for name in TSV_ID_FIELDS if name in record), "")
     return Document(doc_id, record.get("contents", record.get("text", "")), record.get("title", ""))
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,11 +44,12 @@ def parse_measures(text: str) -> list[Measure]:
     for name in _split_names(text):
         try:
             measure = ir_measures.parse_measure(name)
-        except (NameError, ValueError, TypeError, SyntaxError) as error:
+            supported = ir_measures.DefaultPipeline.supports(measure)
+        except (NameError, ValueError, TypeError, SyntaxError, AssertionError) as error:
             raise ValueError(
                 f"measure {name!r} is unknown; ir-measures has names like nDCG@10, R@100, RR@10, AP"
             ) from error
-        if not ir_measures.DefaultPipeline.supports(measure):
+        if not supported:
             raise ValueError(f"measure {name!r} is known to ir-measures, but needs a package that is not installed")
         if measure not in measures:
             measures.append(measure)
@@ -79,7 +81,7 @@ def evaluate_queries(
         only_with_positives: Leave out judged queries that have no relevant document.
 
     Raises:
-        ValueError: No query counts, or no query of the run is judged.
+        ValueError: No query counts, no query of the run is judged, or a measure's own program fails.
     """
     qrels = list(qrels)
     judged = list(dict.fromkeys(qrel.query_id for qrel in qrels))
@@ -96,7 +98,12 @@ def evaluate_queries(
     if not hits:
         raise ValueError("no query of the run is judged: do run and qrels belong together?")
     ranked = list(itertools.chain.from_iterable(strictly_decreasing(of_query) for of_query in hits.values()))
-    results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
+    try:
+        results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"the program that ir-measures runs for {', '.join(map(str, measures))} failed: {error}"
+        ) from error
 
     order = [query_id for query_id in judged if query_id in counted]
     per_query: dict[str, dict[Measure, float]] = {query_id: {} for query_id in order}
@@ -134,44 +141,40 @@ def evaluate_run(run: Path, qrels: str, measures: str, *, only_with_positives: b
 
 def format_evaluation(evaluation: Evaluation, form: str, *, per_query: bool = False) -> str:
     """Return an evaluation as text; ``form`` is a key of ``FORMATS``. Per-query rows come before the mean, "all"."""
-    rows = [(query_id, values) for query_id, values in evaluation.per_query.items()] if per_query else []
-    return FORMATS[form]([*rows, ("all", evaluation.mean)])
+    return FORMATS[form](evaluation.mean, list(evaluation.per_query.items()) if per_query else [])
 
 
-Rows = list[tuple[str, dict[Measure, float]]]
+Values = dict[Measure, float]
+Rows = list[tuple[str, Values]]
 
 
-def _as_text(rows: Rows) -> str:
+def _as_text(mean: Values, rows: Rows) -> str:
     """Columns as trec_eval prints them: measure, query id or "all", value."""
-    width = max(len(str(measure)) for measure in rows[-1][1])
-    lines = [
+    width = max(len(str(measure)) for measure in mean)
+    return "\n".join(
         f"{measure!s:{width}}\t{query_id}\t{value:.4f}"
-        for query_id, values in rows
+        for query_id, values in [*rows, ("all", mean)]
         for measure, value in values.items()
-    ]
-    return "\n".join(lines)
+    )
 
 
-def _as_json(rows: Rows) -> str:
-    named = {query_id: {str(measure): value for measure, value in values.items()} for query_id, values in rows}
-    if len(named) == 1:
-        return json.dumps(named["all"], indent=2)
-    mean = named.pop("all")
-    return json.dumps({"mean": mean, "per_query": named}, indent=2)
+def _as_json(mean: Values, rows: Rows) -> str:
+    named = {query_id: {str(measure): value for measure, value in of.items()} for query_id, of in rows}
+    means = {str(measure): value for measure, value in mean.items()}
+    return json.dumps({"mean": means, "per_query": named} if rows else means, indent=2, ensure_ascii=False)
 
 
-def _as_csv(rows: Rows) -> str:
+def _as_csv(mean: Values, rows: Rows) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["query_id", *rows[-1][1]])
-    writer.writerows([query_id, *values.values()] for query_id, values in rows)
+    writer.writerow(["query_id", *mean])
+    writer.writerows([query_id, *values.values()] for query_id, values in [*rows, ("all", mean)])
     return text.getvalue().rstrip("\n")
 
 
-def _as_markdown(rows: Rows) -> str:
-    header = ["query", *map(str, rows[-1][1])]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[query_id, *(f"{value:.4f}" for value in values.values())] for query_id, values in rows]
+def _as_markdown(mean: Values, rows: Rows) -> str:
+    lines = [["query", *map(str, mean)], ["---", *["---:"] * len(mean)]]
+    lines += [[query_id, *(f"{value:.4f}" for value in of.values())] for query_id, of in [*rows, ("all", mean)]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,5 +1,6 @@
 """Text files read line by line with their numbers; files and folders written whole or not at all."""
 
+import errno
 import gzip
 import os
 import shutil
@@ -50,6 +51,8 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     Until then it is a temporary file in the same folder, which is made if it is missing.
     """
     with _naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -76,6 +79,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is off.
     """
     refuse_existing(path, overwrite=overwrite)
+    path = path.resolve()  # of a link to a folder, the folder is replaced
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -99,10 +103,11 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if ``path`` holds something that must not be replaced."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise FileExistsError(
-            f"{path}: exists already; choose another --output" + ("" if overwrite else " or --overwrite")
-        )
+    if path.is_dir():
+        if any(path.iterdir()) and not overwrite:
+            raise FileExistsError(f"{path}: exists already; choose another --output or --overwrite")
+    elif path.exists():
+        raise FileExistsError(f"{path}: exists already; choose another --output")
 
 
 @contextmanager

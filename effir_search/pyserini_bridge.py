@@ -1,6 +1,7 @@
 """The only file that imports Pyserini: Java, our encoder as its encoder, our searcher as its FaissSearcher."""
 
 import importlib.util
+import logging
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from effir_search.corpus import Document, document_text
 from effir_search.encoder import Encoder
 from effir_search.index import check_encoder, read_index, read_index_info, scale
 from effir_search.trec import Query
+
+logger = logging.getLogger(__name__)
 
 JAVA_VERSION = 21
 
@@ -167,6 +170,7 @@ def builtin_topics(name: str) -> list[Query] | None:
 
     if name not in _base.topics_mapping:
         return None
+    logger.info("%s is a name of Pyserini's, which downloads these topics unless its cache has them", name)
     try:
         topics = _base.JTopicReader.getTopicsWithStringIds(_base.topics_mapping[name])
     except JavaException as error:

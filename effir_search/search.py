@@ -170,8 +170,9 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         OSError: A file cannot be read.
     """
     require_index(index_dir)
+    given = {key: value for key, value in options.items() if value is not None}
     if name is not None:
-        return Encoder.from_pretrained(name, **options)
+        return Encoder.from_pretrained(name, **given)
     info = read_index_info(index_dir)
     if info is None:
         raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
@@ -183,7 +184,6 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         "max_length": info.encoder.max_length,
         "append_eos": info.encoder.append_eos,
     }
-    given = {key: value for key, value in options.items() if value is not None}
     return Encoder.from_pretrained(info.model, **(recorded | given))
 
 
@@ -197,7 +197,6 @@ def load_topics(source: str, *, field: str = "title", qrels: Sequence[Qrel] | No
     if source.startswith(IR_DATASETS) or Path(source).exists():
         topics = read_topics(source, field=field)
     else:
-        logger.info("%s is not a file here: looking it up among Pyserini's topics, which are downloaded", source)
         topics = builtin_topics(source)
         if topics is None:
             raise FileNotFoundError(f"{source}: no such topics file, and not the name of topics that Pyserini knows")

@@ -15,6 +15,7 @@ from effir_search.corpus import (
     IR_DATASETS,
     check_id,
     check_unicode,
+    is_tsv_header,
     json_id,
     parse_json_object,
     read_ir_datasets,
@@ -49,6 +50,7 @@ def read_topics(source: str | Path, *, field: str = "title") -> list[Query]:
     seen: set[str] = set()
     for where, query in _topic_rows(source, field):
         check_id(query.query_id, where)
+        check_unicode(query.query_id, where)
         check_unicode(query.text, where)
         if not query.text.strip():
             raise ValueError(f'{where}: topic "{query.query_id}" has no text')
@@ -178,8 +180,12 @@ def _topic_rows(source: str | Path, field: str) -> Iterator[tuple[str, Query]]:
     if first[1].lstrip().startswith("<"):
         yield from _trec_topics(lines, field)
         return
+    if first[1].lstrip().startswith("{"):
+        yield from ((where, _json_topic(line, where)) for where, line in lines)
+        return
     for where, line in lines:
-        yield where, _json_topic(line, where) if first[1].lstrip().startswith("{") else _tsv_topic(line, where)
+        if where != first[0] or not is_tsv_header(line.lower().split("\t")):
+            yield where, _tsv_topic(line, where)
 
 
 def _json_topic(line: str, where: str) -> Query:
@@ -201,23 +207,25 @@ def _trec_topics(lines: Iterable[tuple[str, str]], field: str) -> Iterator[tuple
     """Parse ``<top> <num> Number: 301 <title> ... <desc> ... </top>``; closing tags are optional."""
     start, block = "", None
     for where, line in lines:
-        if "<top>" in line:
-            if block is not None:
-                raise ValueError(f"{where}: a second <top> before the </top> of the one at {start}")
-            start, block = where, []
-            line = line.split("<top>", 1)[1]
-        if block is None:
-            raise ValueError(f"{where}: text outside <top> ... </top>")
-        block.append(line.split("</top>", 1)[0])
-        if "</top>" in line:
-            parts = dict(
-                re.findall(r"<(num|title|desc|narr)>(.*?)(?=<(?:num|title|desc|narr)>|$)", " ".join(block), re.S)
-            )
-            query_id, text = (_topic_part(parts, tag, start) for tag in ("num", _TREC_TAGS[field]))
-            yield start, Query(query_id, text)
-            block = None
+        for piece in re.split(r"(</?top>)", line):
+            if piece == "<top>":
+                if block is not None:
+                    raise ValueError(f"{where}: a second <top> before the </top> of the one at {start}")
+                start, block = where, []
+            elif piece == "</top>" and block is not None:
+                yield start, _trec_topic(" ".join(block), field, start)
+                block = None
+            elif block is not None:
+                block.append(piece)
+            elif piece.strip():
+                raise ValueError(f"{where}: text outside <top> ... </top>")
     if block is not None:
         raise ValueError(f"{start}: <top> without </top>")
+
+
+def _trec_topic(text: str, field: str, where: str) -> Query:
+    parts = dict(re.findall(r"<(num|title|desc|narr)>(.*?)(?=<(?:num|title|desc|narr)>|$)", text, re.S))
+    return Query(*(_topic_part(parts, tag, where) for tag in ("num", _TREC_TAGS[field])))
 
 
 def _topic_part(parts: dict[str, str], tag: str, where: str) -> str:

@@ -250,7 +250,7 @@ def test_an_ir_datasets_name_that_nobody_knows_is_an_error():
 
 
 def test_an_ir_datasets_set_without_documents_is_an_error(register):
-    with pytest.raises(ValueError, match="this ir_datasets data set has no documents"):
+    with pytest.raises(ValueError, match="no docs in this data set"):
         list(read_corpus(register()))
 
 

@@ -172,11 +172,17 @@ def test_a_measure_that_is_named_twice_is_computed_once():
     assert parse_measures("AP RR AP") == [AP, RR]
 
 
-def test_an_exponential_gain_is_that_of_its_formula():
-    (exponential,) = parse_measures("nDCG(dcg='exp-log2')@10")
-    # Gains are 2**grade - 1: 3 for b at rank 2 and 1 for a at rank 4.
-    expected = (3 / log2(3) + 1 / log2(5)) / (3 + 1 / log2(3))
-    assert evaluate_queries(RUN, QRELS, [exponential]).per_query["q1"][exponential] == pytest.approx(expected)
+def test_grades_below_the_level_of_a_measure_are_not_relevant_to_it():
+    (measure,) = parse_measures("AP(rel=2)")
+    # Of q1's documents only b has grade 2, and it is at rank 2; q2 has none of that grade.
+    per_query = evaluate_queries(RUN, QRELS, [measure]).per_query
+    assert (per_query["q1"][measure], per_query["q2"][measure]) == (1 / 2, 0)
+
+
+def test_a_measure_whose_own_program_fails_is_an_error_that_names_it():
+    # ERR comes from gdeval.pl, which takes numbers alone as query ids.
+    with pytest.raises((ValueError, OSError), match="ERR@10"):
+        evaluate(RUN, QRELS, parse_measures("ERR@10"))
 
 
 @pytest.mark.parametrize(
@@ -257,10 +263,10 @@ def test_json_of_each_query_has_them_beside_the_mean(evaluation):
     assert found["per_query"] == {query_id: pytest.approx(values) for query_id, values in expected.items()}
 
 
-def test_json_of_one_query_has_the_same_shape_as_that_of_many():
-    one = evaluate_queries(RUN, [Qrel("all", "x", 1), *QRELS[:1]], [RR @ 10])
-    found = json.loads(format_evaluation(one, "json", per_query=True))
-    # A query may well be called "all", as the mean is.
+def test_json_holds_a_query_that_is_called_as_the_mean_is():
+    evaluation = evaluate_queries(RUN, [Qrel("all", "x", 1), *QRELS[:1]], [RR @ 10])
+    found = json.loads(format_evaluation(evaluation, "json", per_query=True))
+    # The only positive of q1 is at rank 4: 1/4, and half of that on average.
     assert found == {"mean": {"RR@10": 0.125}, "per_query": {"all": {"RR@10": 0.0}, "q1": {"RR@10": 0.25}}}
 
 
@@ -282,7 +288,7 @@ def test_markdown_is_a_table(evaluation, per_query):
 
 
 def test_a_measure_with_a_comma_in_its_name_is_one_column_of_csv():
-    (measure,) = parse_measures("nDCG(dcg='exp-log2', cutoff=10, judged_only=True)")
+    (measure,) = parse_measures("P(rel=2, judged_only=True)@10")
     header, _values = csv.reader(io.StringIO(format_evaluation(evaluate_queries(RUN, QRELS, [measure]), "csv")))
     assert "," in str(measure)
     assert header == ["query_id", str(measure)]

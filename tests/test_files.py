@@ -228,6 +228,9 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     (tmp_path / "index").write_text("a file")
     with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
         refuse_existing(tmp_path / "index", overwrite=True)
-    # Without it, --overwrite is no advice to give: it would be refused as well.
+
+
+def test_overwrite_is_not_advised_where_it_would_be_refused(tmp_path):
+    (tmp_path / "index").write_text("a file")
     with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
         refuse_existing(tmp_path / "index", overwrite=False)

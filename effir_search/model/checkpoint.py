@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from effir_search.files import decode
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -168,7 +165,7 @@ def _from_hub(name: str) -> Path:
     except HFValidationError as error:
         raise FileNotFoundError(f"{name}: no such model folder") from error
     except LocalEntryNotFoundError:
-        logger.info("%s is not in the Hugging Face cache: asking the hub for it", name)
+        pass  # not in the cache: the next call downloads it, with progress bars
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
