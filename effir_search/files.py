@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -68,17 +68,17 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
     """Give a temporary folder that stands under ``path`` only once the block has ended without an error.
 
     Args:
         path: Final name.
-        overwrite: Whether a folder of that name is replaced, after the new one is complete.
+        replaces: A folder of that name is replaced, after the new one is complete, if it holds only files named here.
 
     Raises:
-        FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is off.
+        FileExistsError: ``path`` exists, and must not be replaced.
     """
-    refuse_existing(path, overwrite=overwrite)
+    refuse_existing(path, replaces=replaces)
     path = path.resolve()  # of a link to a folder, the folder is replaced
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,13 +101,13 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if ``path`` holds something that must not be replaced."""
+def refuse_existing(path: Path, *, replaces: Collection[str]) -> None:
+    """Raise FileExistsError if there is something under ``path`` that ``whole_folder`` must not replace."""
     if path.is_dir():
-        if any(path.iterdir()) and not overwrite:
-            raise FileExistsError(f"{path}: exists already; choose another --output or --overwrite")
+        if others := sorted(child.name for child in path.iterdir() if child.name not in replaces):
+            raise FileExistsError(f"{path}: exists already, with {others[0]!r} in it; choose another --output")
     elif path.exists():
-        raise FileExistsError(f"{path}: exists already; choose another --output")
+        raise FileExistsError(f"{path}: exists already, and is no folder; choose another --output")
 
 
 @contextmanager

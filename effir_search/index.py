@@ -94,7 +94,7 @@ def build_index(
         num_skipped: Bad lines that ``documents`` leaves out, for the record.
         corpus: Where they come from, for the record and for ``verify_index``.
         corpus_fields: The fields that were read, likewise.
-        overwrite: Replace an existing folder, once the new one is complete.
+        overwrite: Replace an existing index, once the new one is complete.
 
     Raises:
         ValueError: No documents, a repeated id, or a vector that is not finite.
@@ -104,7 +104,7 @@ def build_index(
     index = faiss.IndexFlatIP(encoder.dimension)
     doc_ids: dict[str, None] = {}
     num_empty = num_truncated = 0
-    with whole_folder(index_dir, overwrite=overwrite) as folder:
+    with whole_folder(index_dir, replaces=_replaced(overwrite, index_dir)) as folder:
         with tqdm(total=num_documents, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
             for part in parts(documents):
                 texts = [document_text(document) for document in part]
@@ -163,14 +163,14 @@ def index_corpus(
         index_dir: The new folder.
         fields: As ``read_corpus`` takes them.
         skip_bad: Leave out bad lines, with a warning for each.
-        overwrite: Replace an existing folder, once the new one is complete.
+        overwrite: Replace an existing index, once the new one is complete.
         options: As ``Encoder.from_pretrained`` takes them; None = its default.
 
     Raises:
         ValueError: A bad corpus or model.
         OSError: A file cannot be read or written.
     """
-    refuse_existing(index_dir, overwrite=overwrite)
+    refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
     summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
@@ -188,6 +188,13 @@ def index_corpus(
         overwrite=overwrite,
     )
     return read_index_info(index_dir)
+
+
+def _replaced(overwrite: bool, index_dir: Path) -> tuple[str, ...]:
+    """The files an existing folder may lose; one that holds anything else is no index, and never replaced."""
+    if not overwrite and (index_dir / INDEX_FILE).is_file():
+        raise FileExistsError(f"{index_dir}: an index is there already; choose another --output or --overwrite")
+    return (INDEX_FILE, DOCID_FILE, INFO_FILE) if overwrite else ()
 
 
 def parts(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -267,9 +267,12 @@ def test_fields_that_no_document_has_are_one_line(folder, error_of):
     assert error == f'{folder / "corpus.jsonl"}:1: no "abstract" field (found: _id, text)'
 
 
-def test_an_index_that_exists_is_refused_before_the_corpus_is_read(folder, error_of):
-    error = error_of("index", "--corpus", folder / "missing", "--encoder", "no/model", "--output", folder)
-    assert error == f"{folder}: exists already; choose another --output or --overwrite"
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_that_is_no_index_is_refused_before_the_corpus_is_read(folder, error_of, flags):
+    before = sorted(path.name for path in folder.iterdir())
+    error = error_of("index", *flags, "--corpus", folder / "missing", "--encoder", "no/model", "--output", folder)
+    assert error.startswith(f"{folder}: exists already, with ")
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 # Errors of a model
@@ -366,7 +369,9 @@ def test_index_says_how_many_documents_there_are_and_what_was_wrong_with_others(
 def test_an_old_index_stands_until_overwrite_is_said(folder, bert_folder, error_of):
     args = ["--corpus", folder / "corpus.jsonl", "--encoder", bert_folder, "--output", folder / "index"]
     run("index", *args)
-    assert error_of("index", *args) == f"{folder / 'index'}: exists already; choose another --output or --overwrite"
+    assert error_of("index", *args) == (
+        f"{folder / 'index'}: an index is there already; choose another --output or --overwrite"
+    )
     assert run("index", *args, "--overwrite") == f"1 documents -> {folder / 'index'}\n"
 
 

@@ -176,7 +176,7 @@ def test_a_block_that_fails_leaves_neither_a_folder_nor_a_temporary_one(tmp_path
 def test_a_block_that_fails_leaves_the_old_folder_as_it_was(tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "old").write_text("old")
-    with pytest.raises(Interrupted), whole_folder(tmp_path / "index", overwrite=True) as folder:
+    with pytest.raises(Interrupted), whole_folder(tmp_path / "index", replaces={"old"}) as folder:
         (folder / "new").write_text("new")
         raise Interrupted
     assert names(tmp_path) == ["index"]
@@ -186,31 +186,36 @@ def test_a_block_that_fails_leaves_the_old_folder_as_it_was(tmp_path):
 def test_an_old_folder_is_replaced_only_after_the_block(tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "old").write_text("old")
-    with whole_folder(tmp_path / "index", overwrite=True) as folder:
+    with whole_folder(tmp_path / "index", replaces={"old"}) as folder:
         (folder / "new").write_text("new")
         assert names(tmp_path / "index") == ["old"]
     assert names(tmp_path / "index") == ["new"]
     assert names(tmp_path) == ["index"]
 
 
-def test_a_link_to_a_folder_is_overwritten_or_refused_without_leftovers(tmp_path):
+def test_of_a_link_to_a_folder_the_folder_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "old").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    try:
-        with whole_folder(tmp_path / "link", overwrite=True) as folder:
-            (folder / "new").write_text("new")
-    except OSError:
-        assert names(tmp_path / "link") == ["old"]
-    else:
-        assert names(tmp_path / "link") == ["new"]
+    with whole_folder(tmp_path / "link", replaces={"old"}) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "real") == names(tmp_path / "link") == ["new"]
     assert names(tmp_path) == ["link", "real"]
+
+
+@pytest.mark.parametrize("write", [whole_file, whole_folder])
+def test_a_path_below_a_file_cannot_be_written_and_is_named(tmp_path, write):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError) as caught, write(tmp_path / "file" / "output"):
+        pytest.fail("the block was entered")
+    assert one_line(caught.value).startswith(f"{tmp_path / 'file' / 'output'}: cannot be written: ")
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_folder_with_something_in_it_is_refused_before_the_block(tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "old").write_text("old")
-    with pytest.raises(FileExistsError, match="index: exists already; choose another --output or --overwrite"):
+    with pytest.raises(FileExistsError, match="index: exists already, with 'old' in it; choose another --output"):
         with whole_folder(tmp_path / "index"):
             pytest.fail("the block was entered")
     assert names(tmp_path) == ["index"]
@@ -226,11 +231,13 @@ def test_an_empty_folder_may_be_filled_without_overwrite(tmp_path):
 
 def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     (tmp_path / "index").write_text("a file")
-    with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
-        refuse_existing(tmp_path / "index", overwrite=True)
+    with pytest.raises(FileExistsError, match="index: exists already, and is no folder"):
+        refuse_existing(tmp_path / "index", replaces={"index"})
 
 
-def test_overwrite_is_not_advised_where_it_would_be_refused(tmp_path):
-    (tmp_path / "index").write_text("a file")
-    with pytest.raises(FileExistsError, match="index: exists already; choose another --output$"):
-        refuse_existing(tmp_path / "index", overwrite=False)
+def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    for name in ("docid", "thesis.tex"):
+        (tmp_path / "home" / name).write_text("text")
+    with pytest.raises(FileExistsError, match="home: exists already, with 'thesis.tex' in it"):
+        refuse_existing(tmp_path / "home", replaces={"docid", "index"})
