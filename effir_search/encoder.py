@@ -176,6 +176,8 @@ class Encoder:
             append_eos_token(tokenizer)
         else:
             _warn_of_lost_eos(files.transformer_folder, tokenizer)
+        if files.pooling is None and tokenizer.chat_template:
+            logger.warning("%s has a chat template, which is not used: texts are read as they are", path)
         given = {"pooling": pooling, "query_prompt": query_prompt, "document_prompt": document_prompt}
         config = replace(
             own_config(files, model, tokenizer),

@@ -251,6 +251,11 @@ def test_a_lost_add_eos_token_flag_is_warned_of(tmp_path, caplog):
     assert caplog.text == ""
 
 
+def test_a_chat_template_that_is_not_used_is_warned_of(tmp_path, caplog):
+    Encoder.from_pretrained(save_model(tmp_path, "llama", chat_template="{{ messages }}"))
+    assert "chat template, which is not used" in caplog.text
+
+
 def test_the_cache_is_off_and_no_gradients_are_kept(llama_folder):
     encoder = Encoder.from_pretrained(llama_folder)
     tokens = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}

@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,9 +132,14 @@ def test_another_setting_than_the_indexs_is_an_error_with_both_values(toy_index,
         faiss_searcher(toy_index, Encoder.from_pretrained(bert_folder, **options))
 
 
-def test_a_folder_pyserini_made_is_searched_with_the_encoder_that_is_given(tmp_path, toy_index, encoder):
-    for name in ("index", "docid"):
-        shutil.copy(toy_index / name, tmp_path / name)
+def test_a_folder_pyserini_made_is_searched_with_the_encoder_that_is_given(tmp_path, toy_index, collection, encoder):
+    pyserini_faiss()
+    from pyserini.encode import FaissRepresentationWriter
+
+    documents = list(read_corpus(collection / "corpus.jsonl"))
+    with FaissRepresentationWriter(str(tmp_path), dimension=32) as writer:
+        vectors = encoder.encode_documents(documents)
+        writer.write({"id": [document.doc_id for document in documents], "vector": vectors}, fields=["contents"])
     hits = faiss_searcher(tmp_path, encoder).search("hot soup", k=3)
     assert [hit.docid for hit in hits] == [
         hit.docid for hit in faiss_searcher(toy_index, encoder).search("hot soup", k=3)
