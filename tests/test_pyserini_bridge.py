@@ -134,7 +134,7 @@ def test_another_setting_than_the_indexs_is_an_error_with_both_values(toy_index,
 
 def test_a_folder_pyserini_made_is_searched_with_the_encoder_that_is_given(tmp_path, toy_index, collection, encoder):
     pyserini_faiss()
-    from pyserini.encode import FaissRepresentationWriter
+    from pyserini.encode.optional import FaissRepresentationWriter
 
     documents = list(read_corpus(collection / "corpus.jsonl"))
     with FaissRepresentationWriter(str(tmp_path), dimension=32) as writer:
