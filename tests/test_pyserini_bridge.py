@@ -137,7 +137,8 @@ def test_a_folder_pyserini_made_is_searched_with_the_encoder_that_is_given(tmp_p
     from pyserini.encode.optional import FaissRepresentationWriter
 
     documents = list(read_corpus(collection / "corpus.jsonl"))
-    with FaissRepresentationWriter(str(tmp_path), dimension=32) as writer:
+    writer = FaissRepresentationWriter(str(tmp_path), dimension=32)
+    with writer:
         vectors = encoder.encode_documents(documents)
         writer.write({"id": [document.doc_id for document in documents], "vector": vectors}, fields=["contents"])
     hits = faiss_searcher(tmp_path, encoder).search("hot soup", k=3)
