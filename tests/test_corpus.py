@@ -157,8 +157,8 @@ def test_a_header_may_name_columns_that_are_not_read(tmp_path):
 
 
 def test_a_first_row_that_names_no_columns_is_a_document(tmp_path):
-    path = write(tmp_path / "collection.tsv", "1\ttext", "id\tthe title")
-    assert list(read_corpus(path)) == [Document("1", "text"), Document("id", "the title")]
+    path = write(tmp_path / "collection.tsv", "id\tA short name", "1\ttext")
+    assert list(read_corpus(path)) == [Document("id", "A short name"), Document("1", "text")]
 
 
 def test_a_name_that_only_holds_tsv_is_no_tsv(tmp_path):
@@ -435,9 +435,10 @@ def test_another_corpus_has_another_hash(beir, tmp_path, documents):
     assert scan_corpus(other).sha256 != scan_corpus(beir).sha256
 
 
-def test_a_text_that_looks_like_the_next_document_has_a_hash_of_its_own():
+@pytest.mark.parametrize("text", ["a2 b", "a2 1\nb", "a\n2 1\nb"])
+def test_a_text_that_looks_like_the_next_document_has_a_hash_of_its_own(text):
     one, two = CorpusHasher(), CorpusHasher()
-    one.add(Document("1", "a2 1\nb"))
+    one.add(Document("1", text))
     two.add(Document("1", "a"))
     two.add(Document("2", "b"))
     assert one.hexdigest() != two.hexdigest()

@@ -56,8 +56,8 @@ def test_tsv_topics_are_id_and_text(tmp_path):
 
 
 def test_a_header_of_tsv_topics_is_no_topic(tmp_path):
-    path = write(tmp_path / "queries.tsv", "query_id\ttext", "1\thot soup")
-    assert read_topics(path) == [Query("1", "hot soup")]
+    path = write(tmp_path / "queries.tsv", "query_id\ttext", "1\thot soup", "id\ttext")
+    assert read_topics(path) == [Query("1", "hot soup"), Query("id", "text")]
 
 
 def test_the_format_of_topics_is_told_by_their_content(tmp_path):

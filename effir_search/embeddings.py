@@ -1,0 +1,280 @@
+"""The store: embeddings on disk, in parts, from which a stopped job continues and an index is built.
+
+A store is the folder ``NAME.parts`` beside the index ``NAME``::
+
+    manifest.json         what the vectors depend on, and a record with the hashes of every finished part
+    part-00012.npy        (documents, dimension) float32
+    part-00012.ids        one document id a line
+    *.lock                held (flock) by the jobs at work; a lock vanishes with its process
+
+A part is a fixed number of consecutive documents, encoded by themselves, so a continued job repeats the very same batches.
+A part counts once the manifest lists it.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from effir_search.corpus import CorpusHasher, Document
+from effir_search.model.checkpoint import read_json
+
+MANIFEST = "manifest.json"
+PART_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What the vectors of a store depend on, to the bit: a job that differs in one of these cannot continue it.
+
+    Attributes:
+        model_sha256: See ``model.checkpoint.weights_sha256``.
+        encoder: The fields of the ``EncoderConfig``.
+        dtype: Of the transformer's arithmetic, as torch names it.
+        device: "cpu" or "cuda".
+        threads: Of torch.
+        batch_tokens: See ``Encoder``.
+        dimension: Components of a vector.
+        part_size: Documents of a part; the last may have fewer.
+        corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
+        versions: Of the packages that do the arithmetic.
+    """
+
+    model_sha256: str
+    encoder: dict[str, object]
+    dtype: str
+    device: str
+    threads: int
+    batch_tokens: int
+    dimension: int
+    part_size: int
+    corpus_sha256: str | None
+    versions: dict[str, str]
+
+
+class Part(NamedTuple):
+    """The manifest's record of a finished part; hashes are SHA-256."""
+
+    num_documents: int
+    num_empty: int
+    num_truncated: int
+    documents_sha256: str
+    npy_sha256: str
+    ids_sha256: str
+
+
+class Shard(NamedTuple):
+    """Shard ``number`` (0-based) of ``count``: the number-th contiguous block of parts."""
+
+    number: int = 0
+    count: int = 1
+
+    def parts(self, num_parts: int) -> range:
+        """Return the numbers of this shard's parts; any two shards differ by one part at most."""
+        return range(num_parts * self.number // self.count, num_parts * (self.number + 1) // self.count)
+
+
+def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:
+    """Yield consecutive documents in lists of ``part_size``; the last may be shorter."""
+    iterator = iter(documents)
+    while part := list(islice(iterator, part_size)):
+        yield part
+
+
+def documents_sha256(documents: Iterable[Document]) -> str:
+    """Return the hash of some documents, as of a corpus that has only these."""
+    hasher = CorpusHasher()
+    for document in documents:
+        hasher.add(document)
+    return hasher.hexdigest()
+
+
+class Store:
+    """A store on disk. Nothing is kept in memory, so several processes may work on one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def settings(self) -> StoreSettings | None:
+        """Return what the manifest says the vectors depend on; None if there is no store yet."""
+        return self._manifest()[0] if (self.path / MANIFEST).is_file() else None
+
+    def parts(self) -> dict[int, Part]:
+        """Return the finished parts, by number."""
+        return self._manifest()[1]
+
+    def begin(self, settings: StoreSettings) -> None:
+        """Write the manifest of a new store, or check that an old one has these settings.
+
+        Raises:
+            ValueError: The store has other settings; the first difference is named.
+        """
+        with _lock(self.path / "manifest.lock"):
+            found = self.settings()
+            if found is None:
+                self._write_manifest(settings, {})
+                return
+        ours, theirs = asdict(settings), asdict(found)
+        if differing := [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]:
+            name = differing[0]
+            ours, theirs = _differing(ours[name], theirs[name])
+            raise ValueError(
+                f"{self.path}: its embeddings are of another job: {name} is {theirs} there and {ours} now; "
+                "--restart discards them"
+            )
+
+    def write(self, number: int, embeddings: np.ndarray, documents: list[Document], part: Part) -> None:
+        """Write a part whole: both files, flushed and renamed, then its record in the manifest.
+
+        Args:
+            number: Of the part, 0-based.
+            embeddings: ``(documents, dimension)`` float32.
+            documents: Of the part.
+            part: Its record; the hashes of the files are filled in here.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        ids = "".join(f"{document.doc_id}\n" for document in documents).encode("utf-8")
+        part = part._replace(
+            npy_sha256=self._write(number, "npy", lambda file: np.save(file, embeddings, allow_pickle=False)),
+            ids_sha256=self._write(number, "ids", lambda file: file.write(ids)),
+        )
+        with _lock(self.path / "manifest.lock"):
+            settings, parts = self._manifest()
+            self._write_manifest(settings, parts | {number: part})
+
+    def read(self, number: int, part: Part) -> tuple[np.ndarray, list[str]]:
+        """Return ``(documents, dimension)`` float32 and the ids of a part, checked against its record.
+
+        Raises:
+            ValueError: A byte is not what was written, or a file is missing.
+        """
+        contents = []
+        for suffix, sha256 in (("npy", part.npy_sha256), ("ids", part.ids_sha256)):
+            path = self._file(number, suffix)
+            if not path.is_file():
+                raise ValueError(f"{path}: missing, though the manifest lists it; --restart encodes all anew")
+            contents.append(path.read_bytes())
+            if hashlib.sha256(contents[-1]).hexdigest() != sha256:
+                raise ValueError(f"{path}: damaged, its SHA-256 is not the manifest's; --restart encodes all anew")
+        embeddings = np.lib.format.read_array(io.BytesIO(contents[0]), allow_pickle=False)
+        return embeddings, contents[1].decode("utf-8").split("\n")[:-1]
+
+    def read_all(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Yield vectors and ids of every part in order, one part in memory at a time."""
+        for number, part in sorted(self.parts().items()):
+            yield self.read(number, part)
+
+    def remove(self) -> None:
+        """Delete the store."""
+        shutil.rmtree(self.path)
+
+    @contextmanager
+    def at_work(self, shard: Shard) -> Iterator[None]:
+        """Hold the locks of a job on one shard; the folder is made if it is missing.
+
+        Raises:
+            OSError: Another job works on this shard, or on another number of shards.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            shards = stack.enter_context(open(self.path / "shards.lock", "a+", encoding="utf-8"))
+            with _lock(self.path / "manifest.lock"):
+                if _try_lock(shards, fcntl.LOCK_EX):  # nobody is at work: this job says how many shards there are
+                    shards.truncate(0)
+                    shards.write(str(shard.count))
+                    shards.flush()
+                fcntl.flock(shards, fcntl.LOCK_SH)
+            shards.seek(0)
+            if (count := shards.read()) != str(shard.count):
+                raise OSError(f"{self.path}: another job is at work on it, in {count} shards, not {shard.count}")
+            own = stack.enter_context(open(self.path / f"shard-{shard.number}.lock", "w", encoding="utf-8"))
+            if not _try_lock(own, fcntl.LOCK_EX):
+                which = f" on shard {shard.number} of {shard.count}" if shard.count > 1 else ""
+                raise OSError(f"{self.path}: another job is at work on it{which}; wait for it, or stop it")
+            yield
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Hold the lock of the job that writes the index, having waited for it."""
+        with _lock(self.path / "finish.lock"):
+            yield
+
+    def _manifest(self) -> tuple[StoreSettings, dict[int, Part]]:
+        path = self.path / MANIFEST
+        record = read_json(path)
+        try:
+            parts = {int(number): Part(**part) for number, part in record["parts"].items()}
+            return StoreSettings(**record["settings"]), parts
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not a manifest of this version; --restart encodes all anew ({error!r})") from error
+
+    def _write_manifest(self, settings: StoreSettings, parts: dict[int, Part]) -> None:
+        record = {"settings": asdict(settings), "parts": {number: parts[number]._asdict() for number in sorted(parts)}}
+        text = json.dumps(record, indent=1, ensure_ascii=False).encode("utf-8")
+        _write_whole(self.path / MANIFEST, lambda file: file.write(text))
+
+    def _write(self, number: int, suffix: str, write: Callable[[IO[bytes]], object]) -> str:
+        return _write_whole(self._file(number, suffix), write)
+
+    def _file(self, number: int, suffix: str) -> Path:
+        return self.path / f"part-{number:05}.{suffix}"
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
+    """Write a file under a temporary name, flush it to the disk, rename it; return its SHA-256.
+
+    The temporary name is always the same: one process writes a file of a store, and what a killed one left is overwritten.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+    with open(temporary, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return sha256
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _differing(ours: object, theirs: object) -> tuple[object, object]:
+    """Of two dicts, only what differs; else both values."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ours, theirs
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return {name: ours.get(name) for name in names}, {name: theirs.get(name) for name in names}
