@@ -133,25 +133,31 @@ def find_documents(
 def _rows(source: str | Path, fields: Sequence[str] | None) -> Iterator[tuple[str, Callable[[], Document]]]:
     """Yield ``(where, parse)`` for each row, so that the caller decides what a bad row means."""
     if str(source).startswith(IR_DATASETS):
+        if fields is not None:
+            raise ValueError(f"{source}: --fields is for JSON files, ir_datasets has fields of its own")
         for number, doc in enumerate(read_ir_datasets(str(source), "docs"), start=1):
             yield f"{source}, document {number}", lambda doc=doc: _from_ir_datasets(doc)
         return
     for path in _corpus_files(Path(source)):
         is_tsv = path.name.removesuffix(".gz").endswith(".tsv")
+        if is_tsv and fields is not None:
+            raise ValueError(f"{path}: --fields is for JSON; the columns of a TSV file are named in its first row")
         header: list[str] | None = None
+        first = True
         for line_number, line in read_lines(path):
             where = f"{path}:{line_number}"
+            is_first, first = first, False
             if not is_tsv:
                 yield where, lambda line=line, where=where: _from_json(decode(line, where), where, fields)
-            elif line_number == 1 and is_tsv_header(names := line.decode("utf-8", "replace").lower().split("\t")):
+            elif is_first and is_tsv_header(names := line.decode("utf-8", "replace").lower().split("\t")):
                 header = names
             else:
                 yield where, lambda line=line, where=where, header=header: _from_tsv(decode(line, where), where, header)
 
 
-def is_tsv_header(columns: Sequence[str]) -> bool:
-    """Whether the first row of a TSV file names its columns: an id, and somewhere a text."""
-    return columns[0] in TSV_ID_FIELDS and any(name in (*TEXT_FIELDS, "query") for name in columns)
+def is_tsv_header(columns: Sequence[str], text_fields: Sequence[str] = TEXT_FIELDS) -> bool:
+    """Whether the first row of a TSV file names its columns: an id comes first, and somewhere a text."""
+    return columns[0] in TSV_ID_FIELDS and any(name in text_fields for name in columns)
 
 
 def _corpus_files(path: Path) -> list[Path]:
@@ -178,7 +184,7 @@ def _from_json(line: str, where: str, fields: Sequence[str] | None) -> Document:
     for field in TEXT_FIELDS:
         if field in record:
             # Pyserini's "contents" already holds the title.
-            title = _text(record, "title", where) if field == "text" and record.get("title") is not None else ""
+            title = _text(record, "title", where) if field == "text" and "title" in record else ""
             return Document(doc_id, _text(record, field, where), title)
     raise ValueError(f'{where}: no "text" or "contents" field (found: {", ".join(record)})')
 
@@ -261,6 +267,8 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def _text(record: dict, field: str, where: str) -> str:
+    if field == "title" and field in record and record[field] is None:
+        return ""
     if field not in record:
         raise ValueError(f'{where}: no "{field}" field (found: {", ".join(record)})')
     if not isinstance(record[field], str):

@@ -218,7 +218,9 @@ class Store:
             parts = {int(number): Part(**part) for number, part in record["parts"].items()}
             return StoreSettings(**record["settings"]), parts
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: not a manifest of this version; --restart encodes all anew ({error!r})") from error
+            raise ValueError(
+                f"{path}: not a manifest of this version; --restart encodes all anew ({error!r})"
+            ) from error
 
     def _write_manifest(self, settings: StoreSettings, parts: dict[int, Part]) -> None:
         record = {"settings": asdict(settings), "parts": {number: parts[number]._asdict() for number in sorted(parts)}}

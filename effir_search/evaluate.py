@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     """Measures of one run.
 
     Attributes:
-        mean: Over all queries that count.
+        mean: Over all queries that count, as ir-measures aggregates them: counts such as NumRet are summed.
         per_query: By query id, then by measure, for the same queries.
         missing: Judged queries that the run has no hit for; they count 0.
         without_positive: Judged queries without a relevant document; they count 0, unless they were left out.
@@ -88,6 +88,8 @@ def evaluate_queries(
     positive = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     without_positive = [query_id for query_id in judged if query_id not in positive]
     counted = positive if only_with_positives else set(judged)
+    if not judged:
+        raise ValueError("the qrels hold no judgments")
     if not counted:
         raise ValueError("no judged query has a relevant document")
 
@@ -102,7 +104,7 @@ def evaluate_queries(
         results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
     except subprocess.CalledProcessError as error:
         raise ValueError(
-            f"the program that ir-measures runs for {', '.join(map(str, measures))} failed: {error}"
+            f"the program that ir-measures runs for {', '.join(map(str, measures))} failed, as gdeval does for ERR unless query ids are numbers: {error}"
         ) from error
 
     order = [query_id for query_id in judged if query_id in counted]

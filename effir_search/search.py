@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ir_measures import Qrel, ScoredDoc
 from tqdm import tqdm
@@ -14,9 +14,6 @@ from effir_search.encoder import Encoder
 from effir_search.index import read_index_info, require_index, scale
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
 from effir_search.trec import Query, read_qrels, read_topics, strictly_decreasing, write_run
-
-if TYPE_CHECKING:
-    from pyserini.search.faiss import FaissSearcher
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ def search(
 
 
 def _hits(
-    searcher: "FaissSearcher", encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
+    searcher: Any, encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
 ) -> Iterator[ScoredDoc]:
     depth = min(k + remove_query, searcher.num_docs)
     num_truncated = 0

@@ -23,6 +23,8 @@ from effir_search.corpus import (
 from effir_search.files import decode, read_lines, whole_file
 
 QUERY_ID_FIELDS = (*ID_FIELDS, "query_id", "qid")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+TOPIC_TEXT_FIELDS = ("text", "query")
 TOPIC_FIELDS = ("title", "description", "narrative")
 _TREC_TAGS = {"title": "title", "description": "desc", "narrative": "narr"}
 _TREC_LABELS = {"num": "Number:", "title": "Topic:", "desc": "Description:", "narr": "Narrative:"}
@@ -85,10 +87,9 @@ def read_qrels(source: str | Path) -> list[Qrel]:
             query_id, _iteration, doc_id, grade = columns
         else:
             raise ValueError(f"{where}: {len(columns)} columns; qrels have 3 (BEIR) or 4 (TREC)")
-        try:
-            relevance = int(grade)
-        except ValueError as error:
-            raise ValueError(f"{where}: the grade {grade[:30]!r} is not a whole number") from error
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
+            raise ValueError(f"{where}: the grade {grade[:30]!r} is not a whole number")
+        relevance = int(grade)
         if grades.setdefault((query_id, doc_id), relevance) != relevance:
             raise ValueError(f'{where}: a second, different grade for query "{query_id}", document "{doc_id}"')
     if not grades:
@@ -113,7 +114,7 @@ def read_run(path: Path) -> list[ScoredDoc]:
             raise ValueError(f"{where}: {len(columns)} columns; a TREC run has 6 (query_id Q0 doc_id rank score tag)")
         query_id, _q0, doc_id, _rank, text, _tag = columns
         try:
-            score = float(text)
+            score = math.nan if "_" in text else float(text)
         except ValueError:
             score = math.nan
         if not math.isfinite(score):
@@ -154,7 +155,15 @@ def strictly_decreasing(hits: Sequence[ScoredDoc]) -> list[ScoredDoc]:
     ascending or by file order. A tied score is lowered to the next float32 below the one before it, so that all agree.
 
     Source: ``trec_eval/form_res_rels.c`` (comp_sim_docno) of the TREC evaluation software.
+
+    Raises:
+        ValueError: A score that is not a finite float32.
     """
+    for hit in hits:
+        if not abs(hit.score) <= FLOAT32_MAX:
+            raise ValueError(
+                f'query "{hit.query_id}", document "{hit.doc_id}": the score {hit.score} is no finite float32'
+            )
     ranked = sorted(hits, key=lambda hit: hit.doc_id, reverse=True)
     ranked.sort(key=lambda hit: -np.float32(hit.score))
     result: list[ScoredDoc] = []
@@ -183,24 +192,28 @@ def _topic_rows(source: str | Path, field: str) -> Iterator[tuple[str, Query]]:
     if first[1].lstrip().startswith("{"):
         yield from ((where, _json_topic(line, where)) for where, line in lines)
         return
+    names = first[1].lower().split("\t")
+    text_column = 1
+    if is_tsv_header(names, TOPIC_TEXT_FIELDS):
+        text_column = next(names.index(name) for name in TOPIC_TEXT_FIELDS if name in names)
+        next(lines)
     for where, line in lines:
-        if where != first[0] or not is_tsv_header(line.lower().split("\t")):
-            yield where, _tsv_topic(line, where)
+        yield where, _tsv_topic(line, where, text_column)
 
 
 def _json_topic(line: str, where: str) -> Query:
     record = parse_json_object(line, where)
-    text = record.get("text", record.get("query"))
+    text = next((record[name] for name in TOPIC_TEXT_FIELDS if name in record), None)
     if not isinstance(text, str):
         raise ValueError(f'{where}: no "text" field that is a string (found: {", ".join(record)})')
     return Query(json_id(record, QUERY_ID_FIELDS, where), text)
 
 
-def _tsv_topic(line: str, where: str) -> Query:
-    query_id, tab, text = line.partition("\t")
-    if not tab:
+def _tsv_topic(line: str, where: str, text_column: int) -> Query:
+    columns = line.split("\t")
+    if len(columns) <= text_column:
         raise ValueError(f"{where}: neither JSON, nor a TREC <top>, nor id and text with a tab between")
-    return Query(query_id, text)
+    return Query(columns[0], columns[text_column])
 
 
 def _trec_topics(lines: Iterable[tuple[str, str]], field: str) -> Iterator[tuple[str, Query]]:
