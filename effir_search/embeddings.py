@@ -7,8 +7,8 @@ A store is the folder ``NAME.parts`` beside the index ``NAME``::
     part-00012.ids        one document id a line
     *.lock                held (flock) by the jobs at work; a lock vanishes with its process
 
-A part is a fixed number of consecutive documents, encoded by themselves, so a continued job repeats the very same batches.
-A part counts once the manifest lists it.
+A part is a fixed number of consecutive documents, encoded by themselves: a continued job repeats the very same
+batches. A part counts once the manifest lists it.
 """
 
 import fcntl
@@ -237,7 +237,7 @@ class Store:
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
     """Write a file under a temporary name, flush it to the disk, rename it; return its SHA-256.
 
-    The temporary name is always the same: one process writes a file of a store, and what a killed one left is overwritten.
+    The temporary name is always the same, so that what a killed job left is overwritten by the next one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

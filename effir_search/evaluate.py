@@ -103,9 +103,9 @@ def evaluate_queries(
     try:
         results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
     except subprocess.CalledProcessError as error:
-        raise ValueError(
-            f"the program that ir-measures runs for {', '.join(map(str, measures))} failed, as gdeval does for ERR unless query ids are numbers: {error}"
-        ) from error
+        names = ", ".join(map(str, measures))
+        reason = "gdeval, for ERR, takes only numbers for query ids"
+        raise ValueError(f"the program that ir-measures runs for one of {names} failed ({reason})") from error
 
     order = [query_id for query_id in judged if query_id in counted]
     per_query: dict[str, dict[Measure, float]] = {query_id: {} for query_id in order}

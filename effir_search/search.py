@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ir_measures import Qrel, ScoredDoc
 from tqdm import tqdm
@@ -51,7 +50,7 @@ def search(
 
 
 def _hits(
-    searcher: Any, encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
+    searcher: object, encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
 ) -> Iterator[ScoredDoc]:
     depth = min(k + remove_query, searcher.num_docs)
     num_truncated = 0

@@ -161,9 +161,8 @@ def strictly_decreasing(hits: Sequence[ScoredDoc]) -> list[ScoredDoc]:
     """
     for hit in hits:
         if not abs(hit.score) <= FLOAT32_MAX:
-            raise ValueError(
-                f'query "{hit.query_id}", document "{hit.doc_id}": the score {hit.score} is no finite float32'
-            )
+            pair = f'query "{hit.query_id}", document "{hit.doc_id}"'
+            raise ValueError(f"{pair}: the score {hit.score} is not a finite float32")
     ranked = sorted(hits, key=lambda hit: hit.doc_id, reverse=True)
     ranked.sort(key=lambda hit: -np.float32(hit.score))
     result: list[ScoredDoc] = []
@@ -193,7 +192,7 @@ def _topic_rows(source: str | Path, field: str) -> Iterator[tuple[str, Query]]:
         yield from ((where, _json_topic(line, where)) for where, line in lines)
         return
     names = first[1].lower().split("\t")
-    text_column = 1
+    text_column = None
     if is_tsv_header(names, TOPIC_TEXT_FIELDS):
         text_column = next(names.index(name) for name in TOPIC_TEXT_FIELDS if name in names)
         next(lines)
@@ -209,11 +208,12 @@ def _json_topic(line: str, where: str) -> Query:
     return Query(json_id(record, QUERY_ID_FIELDS, where), text)
 
 
-def _tsv_topic(line: str, where: str, text_column: int) -> Query:
-    columns = line.split("\t")
-    if len(columns) <= text_column:
+def _tsv_topic(line: str, where: str, text_column: int | None) -> Query:
+    """Without a header, all that follows the first tab is the text."""
+    columns = line.split("\t", 1 if text_column is None else -1)
+    if len(columns) <= (text_column or 1):
         raise ValueError(f"{where}: neither JSON, nor a TREC <top>, nor id and text with a tab between")
-    return Query(columns[0], columns[text_column])
+    return Query(columns[0], columns[text_column or 1])
 
 
 def _trec_topics(lines: Iterable[tuple[str, str]], field: str) -> Iterator[tuple[str, Query]]:

@@ -465,3 +465,21 @@ def test_looking_up_reads_no_further_than_it_must(tmp_path):
     lines = "".join(map(as_beir, DOCUMENTS)).encode()
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(lines) + b"no gzip")
     assert find_documents(tmp_path / "docs.jsonl.gz", ["007", "doc-2"]).keys() == {"007", "doc-2"}
+
+
+def test_fields_are_refused_where_they_would_be_ignored(tmp_path):
+    write(tmp_path / "c.tsv", "1\tcat")
+    for source in (tmp_path / "c.tsv", "irds:no/such/set"):
+        with pytest.raises(ValueError, match="--fields is for JSON"):
+            list(read_corpus(source, fields=["text"]))
+
+
+def test_a_null_title_is_empty_with_and_without_fields(tmp_path):
+    write(tmp_path / "c.jsonl", '{"_id": "1", "title": null, "text": "cat"}')
+    for fields in (None, ["title", "text"]):
+        assert [document_text(document) for document in read_corpus(tmp_path / "c.jsonl", fields=fields)] == ["cat"]
+
+
+def test_a_tsv_header_after_a_blank_line_is_a_header(tmp_path):
+    write(tmp_path / "c.tsv", "", "id\ttext", "1\tcat")
+    assert list(read_corpus(tmp_path / "c.tsv")) == [Document("1", "cat")]

@@ -416,3 +416,20 @@ def test_rr_at_10_of_ir_measures_is_trec_evals_reciprocal_rank_of_the_tied_run(t
     # A first relevant document below rank 10 counts 0 with the cut-off.
     assert found == {q: of["recip_rank"] if of["recip_rank"] >= 0.1 else 0.0 for q, of in expected.items()}
     assert any(found.values())
+
+
+def test_the_columns_of_tsv_topics_are_those_their_header_names(tmp_path):
+    path = write(tmp_path / "topics.tsv", "qid\tnarrative\ttext", "1\tlong\thot soup")
+    assert read_topics(path) == [Query("1", "hot soup")]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -1e39])
+def test_a_score_that_is_no_finite_float32_is_an_error(score):
+    with pytest.raises(ValueError, match='query "q", document "d": the score .* is not a finite float32'):
+        strictly_decreasing([ScoredDoc("q", "d", score)])
+
+
+@pytest.mark.parametrize(("read", "line"), [(read_qrels, "q 0 d 1_0"), (read_run, "q Q0 d 1 1_0 tag")])
+def test_an_underscore_is_in_no_number(tmp_path, read, line):
+    with pytest.raises(ValueError, match="1_0"):
+        read(write(tmp_path / "file", line))
