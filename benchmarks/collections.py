@@ -40,9 +40,9 @@ def main(folder: Path, model: str, only: str | None, dtype: str, device: str) ->
             start = time.perf_counter()
             info = index_corpus(str(corpus), model, index_dir, dtype=dtype, device=device)
             seconds = time.perf_counter() - start
-            dense = search(index_dir, load_encoder(index_dir, device=device), topics)
+            dense = search(index_dir, load_encoder(index_dir, device=device), topics, k=100)
             build_bm25(read_corpus(corpus), Path(work) / f"{name}-bm25")
-            sparse = search_bm25(Path(work) / f"{name}-bm25", topics)
+            sparse = search_bm25(Path(work) / f"{name}-bm25", topics, k=100)
             scores = [evaluate_queries(run, qrels, measures, only_with_positives=True) for run in (sparse, dense)]
             cells = [name, f"{info.num_documents:,}", f"{len(scores[0].per_query):,}"]
             cells += [f"{value:.3f}" for evaluation in scores for value in evaluation.mean.values()]

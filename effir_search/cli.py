@@ -1,6 +1,8 @@
 """The commands: each parses its options, calls one function and prints the answer."""
 
 import logging
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,36 +65,63 @@ def encoder_options(command: Callable) -> Callable:
 @click.version_option(package_name="effir_search")
 def cli(debug: bool) -> None:
     """Dense retrieval: index a corpus, search it, evaluate the run."""
+    # What a batch system or a container sends: leave as after Ctrl-C, with nothing half-written behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s: %(message)s")
     for noisy in ("httpx", "httpcore", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @cli.command()
-@click.option("--corpus", required=True, help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
-@click.option("--encoder", required=True, help="Model folder or hub name.")
+@click.option("--corpus", help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
+@click.option("--encoder", help="Model folder or hub name.")
+@click.option("--from", "source", type=PATH, help="Instead of both: a Flat index, whose vectors are used again.")
 @click.option("--output", type=PATH, required=True, help="New index folder.")
+@click.option("--kind", default="Flat", help="FAISS factory string: Flat, SQ8, HNSW32, IVF4096,PQ64, ...")
+@click.option(
+    "--train-size", type=click.IntRange(1), help="Vectors an approximate kind is trained on.  [default: by kind]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing index, once the new one is complete.")
 @click.option(
     "--fields", help="JSON fields that are the text, as in title,abstract.  [default: contents, or title,text]"
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out bad lines and list them, instead of stopping at the first.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing index, once the new one is complete.")
+@click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
+@click.option("--keep-embeddings", is_flag=True, help="Keep OUTPUT.parts, the vectors part by part.")
+@click.option("--num-shards", type=click.IntRange(1), help="Jobs that share the work.  [default: the launcher's, or 1]")
+@click.option(
+    "--shard-id", type=click.IntRange(0), help="Which of them this is, from 0.  [default: the launcher's, or 0]"
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
 @encoder_options
 def index(
-    corpus: str, encoder: str, output: Path, fields: str | None, skip_bad: bool, overwrite: bool, **options: object
+    corpus: str | None,
+    encoder: str | None,
+    source: Path | None,
+    output: Path,
+    kind: str,
+    train_size: int | None,
+    overwrite: bool,
+    fields: str | None,
+    num_shards: int | None,
+    shard_id: int | None,
+    **options: object,
 ) -> None:
-    """Encode a corpus into a FAISS index that Pyserini opens."""
-    from effir_search.index import index_corpus
+    """Encode a corpus into a FAISS index that Pyserini opens; after a stop, the same command continues."""
+    from effir_search.index import describe_built, index_corpus, rebuild_index, this_shard
 
-    names = fields.split(",") if fields else None
-    info = index_corpus(corpus, encoder, output, fields=names, skip_bad=skip_bad, overwrite=overwrite, **options)
-    counts = {
-        "empty": info.num_empty,
-        f"cut at {info.encoder.max_length} tokens": info.num_truncated,
-        "bad lines skipped": info.num_skipped,
-    }
-    told = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    click.echo(f"{info.num_documents} documents{told} -> {output}")
+    settings = {"kind": kind, "train_size": train_size, "overwrite": overwrite}
+    if source is not None and corpus is None and encoder is None:
+        info = rebuild_index(source, output, **settings)
+    elif source is None and corpus is not None and encoder is not None:
+        settings |= {
+            "fields": [name.strip() for name in fields.split(",")] if fields is not None else None,
+            "shard": this_shard(num_shards, shard_id),
+        }
+        info = index_corpus(corpus, encoder, output, **settings, **options)
+    else:
+        raise click.UsageError("give either --corpus and --encoder, or --from")
+    click.echo(describe_built(info, output))
 
 
 @cli.command()
@@ -124,8 +153,12 @@ def search(
     from effir_search.search import format_hits, search_text, search_topics
 
     if query is not None and topics is None and output is None:
+        if qrels is not None or remove_query:
+            raise click.UsageError("--qrels and --remove-query go with --topics, not with --query")
         click.echo(format_hits(search_text(query, corpus=corpus, **options)))
     elif query is None and topics is not None and output is not None:
+        if corpus is not None:
+            raise click.UsageError("--corpus goes with --query, not with --topics")
         settings = {"topics_field": topics_field, "qrels": qrels, "remove_query": remove_query, "tag": tag}
         num_topics, num_hits = search_topics(topics, output, **settings, **options)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
@@ -137,7 +170,7 @@ def search(
 @click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
 @click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
-@click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Of what is printed.")
+@click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Format of the answer.")
 @click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
 @click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
 def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bool, only_with_positives: bool) -> None:
@@ -150,7 +183,7 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 
 @cli.command()
 @click.argument("model_or_index")
-@click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="Of what is printed.")
+@click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="Format of the answer.")
 def info(model_or_index: str, form: str) -> None:
     """Say what a model folder or an index folder is."""
     from effir_search.info import describe

@@ -163,8 +163,10 @@ def is_tsv_header(columns: Sequence[str], text_fields: Sequence[str] = TEXT_FIEL
 def _corpus_files(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such corpus file or folder")
-    if not path.is_dir():
+    if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: is neither a file nor a folder; a corpus is read twice, so a pipe cannot be one")
     for name in ("corpus.jsonl", "corpus.jsonl.gz"):
         if (path / name).is_file():
             return [path / name]
@@ -233,9 +235,9 @@ def parse_json_object(line: str, where: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        raise ValueError(f"{where}: not JSON, of which each line holds one object ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
+        raise ValueError(f"{where}: not a JSON object but {type(record).__name__}; each line holds one object")
     return record
 
 

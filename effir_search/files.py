@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+# What a write raises, without a file name, when there is no room for it.
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield ``(line_number, line)`` of a file, gzipped where its name ends in ``.gz``, blank lines left out.
@@ -62,8 +65,10 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
         raise
 
 
@@ -100,8 +105,10 @@ def whole_folder(path: Path, *, replaces: Collection[str] = ()) -> Iterator[Path
         else:
             os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
         raise
 
 

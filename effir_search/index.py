@@ -2,29 +2,33 @@
 
 import json
 import logging
+import os
 import platform
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from effir_search.corpus import CorpusHasher, Document, document_text, read_corpus, scan_corpus
+from effir_search.corpus import Document, read_corpus, scan_corpus
+from effir_search.embeddings import WHOLE, Shard, Store, encode_corpus, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
+from effir_search.kinds import memory, new_index, sample_rows, train, training_size
 from effir_search.model.checkpoint import file_sha256, read_json
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE, DOCID_FILE, INFO_FILE = "index", "docid", "effir.json"
-# Documents that are encoded together; a fixed number, so that the same corpus is always batched alike.
-PART_SIZE = 1024
 PACKAGES = ("effir_search", "torch", "transformers", "faiss-cpu", "tokenizers")
+
+# Yields ``(vectors, ids)`` block by block, from the first row each time it is called.
+Rows = Callable[[], Iterator[tuple[np.ndarray, list[str]]]]
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class IndexInfo:
         corpus: Where the documents came from, None if they came from a program.
         corpus_fields: JSON fields that were read, None = the default ones.
         corpus_sha256: See ``corpus.CorpusHasher``.
+        kind: FAISS factory string.
+        train_size: Vectors that an approximate kind was trained on.
         index_sha256: Of the file "index".
         docid_sha256: Of the file "docid".
-        kind: FAISS factory string.
         created: UTC time, ISO 8601.
         versions: Of Python and of the packages that the vectors depend on.
     """
@@ -63,11 +68,12 @@ class IndexInfo:
     corpus: str | None
     corpus_fields: list[str] | None
     corpus_sha256: str
-    index_sha256: str
-    docid_sha256: str
-    kind: str
-    created: str
-    versions: dict[str, str]
+    kind: str = "Flat"
+    train_size: int = 0
+    index_sha256: str = ""
+    docid_sha256: str = ""
+    created: str = ""
+    versions: dict[str, str] | None = None
 
 
 def build_index(
@@ -75,74 +81,183 @@ def build_index(
     encoder: Encoder,
     index_dir: Path,
     *,
+    kind: str = "Flat",
+    train_size: int | None = None,
+    shard: Shard = WHOLE,
+    restart: bool = False,
+    keep_embeddings: bool = False,
+    overwrite: bool = False,
     num_documents: int | None = None,
     num_skipped: int = 0,
     corpus: str | Path | None = None,
     corpus_fields: list[str] | None = None,
-    overwrite: bool = False,
+    corpus_sha256: str | None = None,
 ) -> int:
-    """Encode documents into a flat inner-product index in Pyserini's layout and return their number.
+    """Encode documents into an inner-product index in Pyserini's layout and return their number.
 
     The folder appears whole or not at all. It holds ``index`` (``faiss.write_index``), ``docid`` (one id a line, in row
     order) and ``effir.json`` (see ``IndexInfo``). For an encoder whose similarity is cosine, vectors have length 1.
+    Until it is there, the vectors are in the store ``NAME.parts``, from which the same call continues after a stop.
 
     Args:
         documents: Read once, in order; ids must be unique.
         encoder: Turns them into vectors.
         index_dir: The new folder.
-        num_documents: How many there will be, for the time left in the progress bar.
+        kind: FAISS factory string, see ``kinds``.
+        train_size: Vectors that a kind is trained on; None = see ``kinds.training_size``.
+        shard: The share of the documents that this call encodes; the call that completes the store writes the index.
+        restart: Discard what an earlier call left in the store.
+        keep_embeddings: Keep the store.
+        overwrite: Replace an existing index, once the new one is complete.
+        num_documents: How many there are: for the time left in the progress bar, and needed for shards.
         num_skipped: Bad lines that ``documents`` leaves out, for the record.
         corpus: Where they come from, for the record and for ``verify_index``.
         corpus_fields: The fields that were read, likewise.
-        overwrite: Replace an existing index, once the new one is complete.
+        corpus_sha256: Hash of all documents, if known: another corpus is then noticed before it is read.
+
+    Returns:
+        The number of documents in the index, or 0 if parts of other shards are still missing.
 
     Raises:
-        ValueError: No documents, a repeated id, or a vector that is not finite.
-        OSError: The folder exists or cannot be written.
+        ValueError: No documents, a repeated id, a vector that is not finite, a store of another job, an unknown kind.
+        OSError: The folder exists or cannot be written, or another job is at work on it.
     """
-    hasher = CorpusHasher()
-    index = faiss.IndexFlatIP(encoder.dimension)
-    doc_ids: dict[str, None] = {}
-    num_empty = num_truncated = 0
-    with whole_folder(index_dir, replaces=_replaced(overwrite, index_dir)) as folder:
-        with tqdm(total=num_documents, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
-            for part in parts(documents):
-                texts = [document_text(document) for document in part]
-                encoded = encoder.encode(texts, prompt=encoder.config.document_prompt)
-                index.add(scale(encoded.embeddings, encoder.config))
-                num_truncated += encoded.num_truncated
-                num_empty += texts.count("")
-                for document in part:
-                    if document.doc_id in doc_ids:
-                        raise ValueError(f'repeated document id "{document.doc_id}"')
-                    doc_ids[document.doc_id] = None
-                    hasher.add(document)
-                progress.update(len(part))
-        if not doc_ids:
-            raise ValueError(f"{corpus or 'corpus'}: no documents")
-        _write_index(index, folder / INDEX_FILE, index_dir)
-        (folder / DOCID_FILE).write_text("".join(f"{doc_id}\n" for doc_id in doc_ids), encoding="utf-8", newline="\n")
-        info = IndexInfo(
-            model=_lasting_name(encoder.name),
-            model_sha256=encoder.weights_sha256,
-            encoder=encoder.config,
-            dtype=str(encoder.dtype).removeprefix("torch."),
-            dimension=encoder.dimension,
-            num_documents=len(doc_ids),
-            num_empty=num_empty,
-            num_truncated=num_truncated,
-            num_skipped=num_skipped,
-            corpus=_lasting_name(str(corpus)) if corpus is not None else None,
-            corpus_fields=corpus_fields,
-            corpus_sha256=hasher.hexdigest(),
+    new_index(kind, encoder.dimension)
+    replaced = _replaced(overwrite, index_dir)
+    refuse_existing(index_dir, replaces=replaced)
+    store = store_of(index_dir)
+    with store.at_work(shard):
+        if restart:
+            store.clear()
+        store.begin(settings_of(encoder, corpus_sha256))
+        try:
+            num_parts, found_sha256 = encode_corpus(documents, encoder, store, shard=shard, num_documents=num_documents)
+            if corpus_sha256 not in (None, found_sha256):
+                raise ValueError(f"{corpus}: its documents changed while they were read; --restart begins anew")
+            if num_parts == 0:
+                raise ValueError(f"{corpus or 'corpus'}: no documents")
+        except BaseException:
+            if shard.count == 1 and not store.parts():
+                store.remove()
+            raise
+        with store.finishing():
+            if not store.path.is_dir() or len(store.parts()) < num_parts:
+                return 0
+            records = store.parts().values()
+            info = IndexInfo(
+                model=_lasting_name(encoder.name),
+                model_sha256=encoder.weights_sha256,
+                encoder=encoder.config,
+                dtype=str(encoder.dtype).removeprefix("torch."),
+                dimension=encoder.dimension,
+                num_documents=sum(part.num_documents for part in records),
+                num_empty=sum(part.num_empty for part in records),
+                num_truncated=sum(part.num_truncated for part in records),
+                num_skipped=num_skipped,
+                corpus=_lasting_name(str(corpus)) if corpus is not None else None,
+                corpus_fields=corpus_fields,
+                corpus_sha256=found_sha256,
+                kind=kind,
+            )
+            _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
+            if not keep_embeddings:
+                store.remove()
+    return info.num_documents
+
+
+def store_of(index_dir: Path) -> Store:
+    """Return the store that belongs to an index folder, ``NAME.parts`` beside it; it need not exist."""
+    return Store(index_dir.with_name(f"{index_dir.name}.parts"))
+
+
+def _rows_of_store(store: Store, config: EncoderConfig) -> Rows:
+    return lambda: ((scale(vectors, config), ids) for vectors, ids in store.read_all())
+
+
+def _write_folder(
+    rows: Rows, info: IndexInfo, index_dir: Path, replaced: tuple[str, ...], *, train_size: int | None
+) -> IndexInfo:
+    """Write an index folder whole, from rows that are read as often as they are needed, a block at a time."""
+    num_documents, kind = info.num_documents, info.kind
+    size = min(num_documents, training_size(kind, num_documents) if train_size is None else train_size)
+    if kind != "Flat":
+        needed = memory(kind, info.dimension, num_documents, size)
+        logger.info("%s of %d vectors, trained on %d: takes about %d MB", kind, num_documents, size, needed / 1e6)
+    index = new_index(kind, info.dimension)
+    if not index.is_trained:
+        train(index, kind, sample_rows((vectors for vectors, _ in rows()), num_documents, size))
+    with whole_folder(index_dir, replaces=replaced) as folder:
+        with open(folder / DOCID_FILE, "w", encoding="utf-8", newline="\n") as docids:
+            for vectors, ids in tqdm(rows(), desc="Indexing", unit=" parts", disable=None if kind != "Flat" else True):
+                index.add(vectors)
+                docids.writelines(f"{doc_id}\n" for doc_id in ids)
+        try:
+            faiss.write_index(index, str(folder / INDEX_FILE))
+        except RuntimeError as error:
+            raise OSError(
+                f"{index_dir}: the index of {num_documents:,} vectors cannot be written; disk full?"
+            ) from error
+        info = replace(
+            info,
+            train_size=size,
             index_sha256=file_sha256(folder / INDEX_FILE),
             docid_sha256=file_sha256(folder / DOCID_FILE),
-            kind="Flat",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         )
-        (folder / INFO_FILE).write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return len(doc_ids)
+        (folder / INFO_FILE).write_text(
+            json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
+    return info
+
+
+def rebuild_index(
+    source_dir: Path,
+    index_dir: Path,
+    *,
+    kind: str,
+    train_size: int | None = None,
+    overwrite: bool = False,
+) -> IndexInfo:
+    """Build another kind of index from the vectors of a flat one, without encoding: ``effir index --from``.
+
+    Args:
+        source_dir: A Flat index folder of ``build_index``, or one of another kind whose store was kept.
+        index_dir: The new folder.
+        kind: FAISS factory string, see ``kinds``.
+        train_size: Vectors that the kind is trained on; None = see ``kinds.training_size``.
+        overwrite: Replace an existing index, once the new one is complete.
+
+    Raises:
+        ValueError: The source does not hold exact vectors, or an unknown kind.
+        OSError: A file cannot be read or written.
+    """
+    replaced = _replaced(overwrite, index_dir)
+    refuse_existing(index_dir, replaces=replaced)
+    require_index(source_dir)
+    info = read_index_info(source_dir)
+    if info is None:
+        raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
+    new_index(kind, info.dimension)
+    store = store_of(source_dir)
+    if store.settings() is not None:
+        rows = _rows_of_store(store, info.encoder)
+    elif info.kind == "Flat":
+        rows = _rows_of_flat(source_dir)
+    else:
+        raise ValueError(
+            f"{source_dir}: {info.kind} holds no exact vectors; --from takes a Flat index or kept embeddings"
+        )
+    return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
+
+
+def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:
+    index, doc_ids = read_index(index_dir, memory_map=True)
+    starts = range(0, index.ntotal, block)
+    return lambda: (
+        (index.reconstruct_n(start, min(block, index.ntotal - start)), doc_ids[start : start + block])
+        for start in starts
+    )
 
 
 def index_corpus(
@@ -152,10 +267,18 @@ def index_corpus(
     *,
     fields: list[str] | None = None,
     skip_bad: bool = False,
+    threads: int | None = None,
+    restart: bool = False,
     overwrite: bool = False,
+    kind: str = "Flat",
+    train_size: int | None = None,
+    shard: Shard = WHOLE,
+    keep_embeddings: bool = False,
     **options: object,
-) -> IndexInfo:
+) -> IndexInfo | None:
     """Index a corpus: ``effir index``. All of it is read and checked once before the encoding begins.
+
+    A stopped job is continued by the same call, with the arithmetic, threads and batches it was begun with.
 
     Args:
         corpus: As ``read_corpus`` takes it.
@@ -163,11 +286,20 @@ def index_corpus(
         index_dir: The new folder.
         fields: As ``read_corpus`` takes them.
         skip_bad: Leave out bad lines, with a warning for each.
+        threads: Of torch; None = those of the job that is continued, or torch's default.
+        restart: Discard what an earlier call left in the store.
         overwrite: Replace an existing index, once the new one is complete.
+        kind: See ``build_index``.
+        train_size: See ``build_index``.
+        shard: See ``build_index``.
+        keep_embeddings: See ``build_index``.
         options: As ``Encoder.from_pretrained`` takes them; None = its default.
 
+    Returns:
+        The record of the index, or None if parts of other shards are still missing.
+
     Raises:
-        ValueError: A bad corpus or model.
+        ValueError: A bad corpus or model, or a store of another job.
         OSError: A file cannot be read or written.
     """
     refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
@@ -175,19 +307,65 @@ def index_corpus(
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
     given = {name: value for name, value in options.items() if value is not None}
+    begun = None if restart else store_of(index_dir).settings()
+    if begun is not None:
+        given = {"dtype": begun.dtype, "batch_tokens": begun.batch_tokens} | given
+        threads = threads or begun.threads
+        if given.get("device", "auto") == "auto":
+            given["device"] = begun.device
+    if threads is not None:
+        torch.set_num_threads(threads)
     encoder = Encoder.from_pretrained(encoder_name, **given)
     logger.info("%d documents, encoded in %s on %s", summary.num_documents, encoder.dtype, encoder.device)
-    build_index(
+    num_indexed = build_index(
         read_corpus(corpus, fields=fields, on_bad_line=(lambda _complaint: None) if skip_bad else None),
         encoder,
         index_dir,
+        kind=kind,
+        train_size=train_size,
+        shard=shard,
+        restart=restart,
+        keep_embeddings=keep_embeddings,
+        overwrite=overwrite,
         num_documents=summary.num_documents,
         num_skipped=len(summary.bad_lines),
         corpus=corpus,
         corpus_fields=fields,
-        overwrite=overwrite,
+        corpus_sha256=summary.sha256,
     )
-    return read_index_info(index_dir)
+    # Another shard's job may have written the index while this one waited for its turn; then the store is gone.
+    return read_index_info(index_dir) if num_indexed or store_of(index_dir).settings() is None else None
+
+
+def describe_built(info: IndexInfo | None, index_dir: Path) -> str:
+    """Return one line about what ``index_corpus`` or ``rebuild_index`` did."""
+    if info is None:
+        return f"this shard is encoded; the job that encodes the last part writes {index_dir}"
+    counts = {
+        "empty": info.num_empty,
+        f"cut at {info.encoder.max_length} tokens": info.num_truncated,
+        "bad lines skipped": info.num_skipped,
+    }
+    told = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    return f"{info.num_documents} documents{told} -> {index_dir}"
+
+
+def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
+    """Return the shard that options say, or else torchrun's (RANK, WORLD_SIZE) or SLURM's variables, or the whole.
+
+    Raises:
+        ValueError: One option without the other, or a number outside the count.
+    """
+    if num_shards is None and shard_id is None:
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if number in os.environ and count in os.environ:
+                return Shard(int(os.environ[number]), int(os.environ[count]))
+        return WHOLE
+    if num_shards is None or shard_id is None:
+        raise ValueError("--num-shards and --shard-id go together")
+    if shard_id >= num_shards:
+        raise ValueError(f"--shard-id {shard_id}: must be below --num-shards {num_shards}, counted from 0")
+    return Shard(shard_id, num_shards)
 
 
 def _replaced(overwrite: bool, index_dir: Path) -> tuple[str, ...]:
@@ -195,13 +373,6 @@ def _replaced(overwrite: bool, index_dir: Path) -> tuple[str, ...]:
     if not overwrite and (index_dir / INDEX_FILE).is_file():
         raise FileExistsError(f"{index_dir}: an index is there already; choose another --output or --overwrite")
     return (INDEX_FILE, DOCID_FILE, INFO_FILE) if overwrite else ()
-
-
-def parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield consecutive documents in lists of ``PART_SIZE``; the last may be shorter."""
-    iterator = iter(documents)
-    while part := list(islice(iterator, PART_SIZE)):
-        yield part
 
 
 def scale(embeddings: np.ndarray, config: EncoderConfig) -> np.ndarray:
@@ -212,8 +383,12 @@ def scale(embeddings: np.ndarray, config: EncoderConfig) -> np.ndarray:
     return embeddings / np.where(lengths == 0, 1, lengths)
 
 
-def read_index(index_dir: Path) -> tuple[faiss.Index, list[str]]:
+def read_index(index_dir: Path, *, memory_map: bool = False) -> tuple[faiss.Index, list[str]]:
     """Return the FAISS index of a folder, and the document id of each row.
+
+    Args:
+        index_dir: The folder.
+        memory_map: Leave the vectors on the disk until they are asked for.
 
     Raises:
         OSError: No such folder, or a file of it cannot be read.
@@ -221,7 +396,7 @@ def read_index(index_dir: Path) -> tuple[faiss.Index, list[str]]:
     """
     require_index(index_dir)
     try:
-        index = faiss.read_index(str(index_dir / INDEX_FILE))
+        index = faiss.read_index(str(index_dir / INDEX_FILE), faiss.IO_FLAG_MMAP if memory_map else 0)
     except (RuntimeError, MemoryError) as error:
         with open(index_dir / INDEX_FILE, "rb"):  # an unreadable file is an OSError of its own
             raise ValueError(f"{index_dir / INDEX_FILE}: not a FAISS index, or a cut one; build it again") from error
@@ -272,15 +447,6 @@ def check_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
                 f"{index_dir}: this encoder is not the index's: {name} is {of_index!r} in the index "
                 f"and {of_encoder!r} in the encoder"
             )
-
-
-def _write_index(index: faiss.Index, path: Path, index_dir: Path) -> None:
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(
-            f"{index_dir}: the index cannot be written ({index.ntotal * index.d * 4:,} bytes); disk full?"
-        ) from error
 
 
 def _lasting_name(name: str) -> str:

@@ -154,12 +154,12 @@ def format_hits(
 
 
 def load_encoder(index_dir: Path, name: str | None = None, **options: object) -> Encoder:
-    """Return the encoder for an index: the one ``effir.json`` names, with its settings, or the one that is given.
+    """Return the encoder for an index: the one ``effir.json`` names or the one that is given, with its settings.
 
     Args:
         index_dir: The index folder.
         name: Model folder or hub name; None = the index's own.
-        options: As ``Encoder.from_pretrained`` takes them; None leaves a setting as it is.
+        options: As ``Encoder.from_pretrained`` takes them; None = what the index was built with.
 
     Raises:
         ValueError: The folder does not say which encoder it was built with, and none is given.
@@ -167,11 +167,11 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
     """
     require_index(index_dir)
     given = {key: value for key, value in options.items() if value is not None}
-    if name is not None:
-        return Encoder.from_pretrained(name, **given)
     info = read_index_info(index_dir)
     if info is None:
-        raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
+        if name is None:
+            raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
+        return Encoder.from_pretrained(name, **given)
     recorded = {
         "dtype": info.dtype,
         "pooling": info.encoder.pooling,
@@ -180,7 +180,9 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         "max_length": info.encoder.max_length,
         "append_eos": info.encoder.append_eos,
     }
-    return Encoder.from_pretrained(info.model, **(recorded | given))
+    if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
+        raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
+    return Encoder.from_pretrained(name or info.model, **(recorded | given))
 
 
 def load_topics(source: str, *, field: str = "title", qrels: Sequence[Qrel] | None = None) -> list[Query]:

@@ -19,16 +19,20 @@ LEAVES = {
     "corpus": {"files"},
     "trec": {"corpus", "files"},
     "pooling": set(),
+    "ahead": set(),
+    "kinds": set(),
     "model.checkpoint": {"files"},
     "model.sentence_files": {"model.checkpoint"},
     "demo_collection.standard_library": {"corpus"},
 }
 ENCODER = set(LEAVES) - {"demo_collection.standard_library"}
-INDEX = ENCODER | {"encoder"}
+EMBEDDINGS = ENCODER | {"encoder"}
+INDEX = EMBEDDINGS | {"embeddings"}
 BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
+    "embeddings": EMBEDDINGS,
     "index": INDEX,
     "pyserini_bridge": BRIDGE,
     "search": SEARCH,

@@ -11,8 +11,9 @@ import pytest
 from conftest import DOCUMENTS, save_model, save_sentence_files, write_jsonl
 
 from effir_search.corpus import Document, read_corpus, scan_corpus
+from effir_search.embeddings import PART_SIZE
 from effir_search.encoder import Encoder
-from effir_search.index import PART_SIZE, build_index, index_corpus, read_index, read_index_info, scale
+from effir_search.index import build_index, index_corpus, read_index, read_index_info, scale
 from effir_search.model.checkpoint import file_sha256
 from effir_search.verify import cosine, verify_index
 
@@ -90,9 +91,19 @@ def test_scaling_leaves_a_zero_vector_zero(tmp_path):
     np.testing.assert_array_equal(scale(np.array([[0.0, 0.0], [3.0, 4.0]]), config), [[0, 0], [0.6, 0.8]])
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path, encoder):
+def test_a_failure_half_way_leaves_the_finished_parts_and_no_index(tmp_path, encoder):
     def documents():
         yield from (Document(str(number), "cat") for number in range(PART_SIZE + 1))
+        raise ValueError("the corpus ends here")
+
+    with pytest.raises(ValueError, match="ends here"):
+        build_index(documents(), encoder, tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index.parts"]
+
+
+def test_a_failure_in_the_first_part_leaves_nothing(tmp_path, encoder):
+    def documents():
+        yield Document("1", "cat")
         raise ValueError("the corpus ends here")
 
     with pytest.raises(ValueError, match="ends here"):
@@ -131,11 +142,13 @@ def test_bad_lines_are_counted_in_the_record(tmp_path, bert_folder, caplog):
     assert verify_index(tmp_path / "index", Encoder.from_pretrained(bert_folder)).num_documents == 2
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, bert_folder):
+# 2,000 vectors of 32 float32 are 256,000 bytes, and 131,072 of them are the first part's.
+@pytest.mark.parametrize(("room", "named"), [(100_000, "out/index.parts/part-00000.npy"), (200_000, "out/index")])
+def test_a_full_disk_is_one_line_that_names_the_file_and_no_index(tmp_path, bert_folder, room, named):
     write_jsonl(tmp_path / "c.jsonl", [{"_id": str(number), "text": "cat"} for number in range(2000)])
 
-    def limit():  # 2,000 vectors of 32 float32 are 256,000 bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     command = [sys.executable, "-m", "effir_search", "index", "--corpus", "c.jsonl", "--encoder", str(bert_folder)]
     done = subprocess.run(
@@ -143,8 +156,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, bert_folder):
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
-    assert last.startswith("Error: out/index: the index cannot be written") and len(last) <= 300
-    assert list((tmp_path / "out").iterdir()) == []
+    assert last.startswith(f"Error: {named}: ") and "cannot be written" in last and len(last) <= 300
+    # What is encoded already stays for the next try; a first part that did not fit leaves nothing.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ([] if room == 100_000 else ["index.parts"])
 
 
 def test_verify_finds_a_right_index_right(toy_index, encoder):

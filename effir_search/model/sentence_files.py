@@ -1,5 +1,6 @@
 """What a model folder says about itself in sentence-transformers' files: modules, pooling, prompts, length."""
 
+import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -122,9 +123,6 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     path = folder / "modules.json"
     if not path.is_file():
         return [("Transformer", "")]
-    # modules.json is a list; read_json takes objects.
-    import json
-
     try:
         entries = json.loads(path.read_bytes())
         named = [(entry["type"], entry.get("path", "")) for entry in entries]

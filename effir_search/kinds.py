@@ -1,0 +1,112 @@
+"""Kinds of FAISS index, by factory string: which are known, what they cost, how they are trained and searched."""
+
+import re
+from collections.abc import Iterable
+
+import faiss
+import numpy as np
+
+PATTERN = re.compile(
+    r"(?P<opq>OPQ\d+(_\d+)?,)?((IVF(?P<lists>\d+),)|(HNSW(?P<links>\d+)(,(?=.)|$)))?"
+    r"(?P<code>Flat|SQ8|SQfp16|PQ(?P<codes>\d+)(x(?P<bits>\d+))?)?"
+)
+EXAMPLES = "Flat, SQ8, SQfp16, PQ64, HNSW32, IVF4096,Flat, IVF4096,PQ64, OPQ64,IVF4096,PQ64"
+# Inverted lists that are searched by default, as a share of all: FAISS's own default of one list misses most hits.
+PROBED_SHARE = 1 / 16
+EF_SEARCH = 128
+
+
+def new_index(kind: str, dimension: int) -> faiss.Index:
+    """Return an empty index of a kind for inner products, in every part of it.
+
+    Raises:
+        ValueError: An unknown kind, or one that does not fit the dimension.
+    """
+    _parse(kind)
+    try:
+        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).rpartition(":")[2].strip()
+        raise ValueError(f"--kind {kind}: FAISS cannot make it for {dimension} dimensions ({reason})") from error
+
+
+def training_size(kind: str, num_documents: int) -> int:
+    """Return how many vectors a kind is trained on by default: 0 for kinds without training, all if there are few.
+
+    FAISS asks for at least 39 vectors for each list of an IVF and each of the 256 centroids of a PQ code.
+    """
+    found = _parse(kind)
+    if not (found["lists"] or found["codes"] or found["opq"] or found["code"] == "SQ8"):
+        return 0
+    return min(num_documents, max(64 * int(found["lists"] or 0), 65536))
+
+
+def memory(kind: str, dimension: int, num_documents: int, train_size: int) -> int:
+    """Return about how many bytes building an index takes, beyond the program: rows, links, lists, training sample."""
+    found = _parse(kind)
+    row = {"SQ8": dimension, "SQfp16": 2 * dimension}.get(found["code"], 4 * dimension)
+    if found["codes"]:
+        row = int(found["codes"]) * int(found["bits"] or 8) // 8
+    if found["links"]:
+        # Level 0 has twice as many links as the levels above, which hold few of the rows; 4 bytes a link.
+        row += 4 * 2 * int(found["links"]) + 8
+    if found["lists"]:
+        row += 8
+    lists = int(found["lists"] or 0) * 4 * dimension
+    rotation = 4 * dimension * dimension if found["opq"] else 0
+    return num_documents * row + lists + rotation + train_size * 4 * dimension
+
+
+def train(index: faiss.Index, kind: str, sample: np.ndarray) -> None:
+    """Train an index on ``(vectors, dimension)`` float32.
+
+    Raises:
+        ValueError: The kind needs more vectors.
+    """
+    found = _parse(kind)
+    needed = max(int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0)
+    if len(sample) < needed:
+        raise ValueError(f"--kind {kind}: needs at least {needed:,} vectors to train on, there are {len(sample):,}")
+    index.train(sample)
+
+
+def sample_rows(vectors: Iterable[np.ndarray], num_vectors: int, size: int, *, seed: int = 0) -> np.ndarray:
+    """Return ``size`` rows of a stream of arrays that has ``num_vectors`` rows, chosen by the seed, in their order."""
+    chosen = np.sort(np.random.default_rng(seed).choice(num_vectors, size, replace=False))
+    rows, start = [], 0
+    for block in vectors:
+        of_block = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, start + len(block))]
+        rows.append(block[of_block - start])
+        start += len(block)
+    return np.concatenate(rows)
+
+
+def set_search_parameters(index: faiss.Index, *, ef_search: int | None = None, nprobe: int | None = None) -> None:
+    """Set how much of an approximate index a search looks at; None = a default that finds most of the true hits.
+
+    Args:
+        index: Of any kind.
+        ef_search: Candidates that a search of an HNSW keeps; the default is 128, and never below the number of hits.
+        nprobe: Lists of an IVF that are searched; the default is a sixteenth of them.
+
+    Raises:
+        ValueError: The index is not of the kind that the parameter is for.
+    """
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexIVF):
+        inner.nprobe = min(inner.nlist, nprobe or max(1, round(inner.nlist * PROBED_SHARE)))
+    elif nprobe is not None:
+        raise ValueError(f"--nprobe is for IVF indexes; this one is {type(inner).__name__}")
+    if isinstance(inner, faiss.IndexHNSW):
+        inner.hnsw.efSearch = ef_search or EF_SEARCH
+    elif ef_search is not None:
+        raise ValueError(f"--ef-search is for HNSW indexes; this one is {type(inner).__name__}")
+
+
+def _parse(kind: str) -> re.Match:
+    found = PATTERN.fullmatch(kind)
+    if not found or not (found["code"] or found["links"]) or (found["opq"] and not found["codes"]):
+        raise ValueError(f"--kind {kind!r} is unknown; known are FAISS factory strings such as {EXAMPLES}")
+    return found

@@ -1,0 +1,362 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import write_jsonl
+
+from effir_search.ahead import ahead
+from effir_search.corpus import Document, read_corpus, scan_corpus
+from effir_search.embeddings import (
+    PART_SIZE,
+    Part,
+    Shard,
+    Store,
+    documents_sha256,
+    encode_corpus,
+    in_parts,
+    settings_of,
+)
+from effir_search.encoder import Encoder
+from effir_search.index import build_index, index_corpus, store_of, this_shard
+
+NUM_DOCUMENTS = 12 * PART_SIZE + 100
+
+
+@pytest.fixture(scope="module")
+def encoder(bert_folder):
+    return Encoder.from_pretrained(bert_folder, dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Twelve parts and a bit, of texts of many lengths."""
+    words = ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet"]
+    rng = np.random.default_rng(0)
+    records = [
+        {"_id": f"d{number:05}", "text": " ".join(rng.choice(words, size=rng.integers(0, 20)))}
+        for number in range(NUM_DOCUMENTS)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus, bert_folder):
+    """The index of an undisturbed job."""
+    index_dir = tmp_path_factory.mktemp("whole") / "index"
+    done = run(corpus, bert_folder, index_dir)
+    assert done.returncode == 0, done.stderr
+    return index_dir
+
+
+def command(corpus, model, index_dir, *options):
+    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir, "--threads", "1", *options]
+    return [sys.executable, "-m", "effir_search", *map(str, arguments)]
+
+
+def run(*args):
+    return subprocess.run(command(*args), capture_output=True, text=True)
+
+
+def files_of(index_dir):
+    return {name: (index_dir / name).read_bytes() for name in ("index", "docid")}
+
+
+def kill_after(num_parts, *args):
+    """Start a job and kill -9 it once the manifest lists so many parts; it must have been at work."""
+    job = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = store_of(args[2])
+    while not (store.settings() and len(store.parts()) >= num_parts):
+        assert job.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.001)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+
+
+def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path, corpus, bert_folder, whole):
+    kill_after(4, corpus, bert_folder, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    reused = sum(part.num_documents for part in store_of(tmp_path / "index").parts().values())
+    done = run(corpus, bert_folder, tmp_path / "index")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing: {reused} documents are encoded already" in done.stderr
+    assert files_of(tmp_path / "index") == files_of(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.slow
+def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tmp_path, corpus, bert_folder, whole):
+    rng = np.random.default_rng(20)
+    start = time.monotonic()
+    run(corpus, bert_folder, tmp_path / "timed")
+    seconds = time.monotonic() - start
+    num_killed = 0
+    for number in range(20):
+        index_dir = tmp_path / str(number)
+        job = subprocess.Popen(command(corpus, bert_folder, index_dir), stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0, seconds))
+        num_killed += job.poll() is None
+        job.kill()
+        job.wait()
+        if not index_dir.exists():
+            done = run(corpus, bert_folder, index_dir)
+            assert done.returncode == 0, done.stderr
+        assert files_of(index_dir) == files_of(whole)
+    assert num_killed >= 10
+
+
+def test_two_shards_in_two_processes_equal_one(tmp_path, corpus, bert_folder, whole):
+    options = ["--num-shards", "2", "--shard-id"]
+    jobs = [
+        subprocess.Popen(
+            command(corpus, bert_folder, tmp_path / "index", *options, str(number)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    outputs = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert files_of(tmp_path / "index") == files_of(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_shard_alone_writes_no_index_and_the_last_one_does(tmp_path, corpus, bert_folder, whole):
+    shards = [Shard(number, 3) for number in range(3)]
+    infos = [
+        index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=shard, threads=1, dtype="fp32")
+        for shard in shards
+    ]
+    assert infos[:2] == [None, None]
+    assert infos[2].num_documents == NUM_DOCUMENTS
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
+@pytest.mark.parametrize(("num_parts", "count"), [(13, 1), (13, 2), (13, 13), (5, 8), (0, 3), (100, 7)])
+def test_shards_are_contiguous_blocks_that_cover_every_part_once(num_parts, count):
+    blocks = [Shard(number, count).parts(num_parts) for number in range(count)]
+    assert [part for block in blocks for part in block] == list(range(num_parts))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+
+
+def test_the_shard_is_the_launchers_unless_options_say_otherwise(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_shard(None, None) == Shard(0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert this_shard(None, None) == Shard(3, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert this_shard(None, None) == Shard(1, 2)
+    assert this_shard(4, 0) == Shard(0, 4)
+    with pytest.raises(ValueError, match="go together"):
+        this_shard(4, None)
+    with pytest.raises(ValueError, match="--shard-id 4"):
+        this_shard(4, 4)
+
+
+@pytest.fixture
+def stopped(tmp_path, corpus, encoder):
+    """The index folder, not there yet, of a job that stopped after three parts."""
+
+    def three_parts():
+        for number, document in enumerate(read_corpus(corpus)):
+            if number == 3 * PART_SIZE:
+                raise InterruptedError("stopped")
+            yield document
+
+    summary = scan_corpus(corpus)
+    with pytest.raises(InterruptedError):
+        build_index(three_parts(), encoder, tmp_path / "index", corpus_sha256=summary.sha256)
+    assert store_of(tmp_path / "index").parts().keys() == {0, 1, 2}
+    return tmp_path / "index"
+
+
+def go_on(corpus, encoder, index_dir, **options):
+    sha256 = scan_corpus(corpus).sha256
+    return build_index(read_corpus(corpus), encoder, index_dir, corpus_sha256=sha256, **options)
+
+
+def test_finished_parts_are_not_encoded_again(stopped, corpus, encoder):
+    before = {path.name: path.stat().st_mtime_ns for path in store_of(stopped).path.glob("part-*")}
+    assert go_on(corpus, encoder, stopped, keep_embeddings=True) == NUM_DOCUMENTS
+    after = {path.name: path.stat().st_mtime_ns for path in store_of(stopped).path.glob("part-*")}
+    assert len(after) == 26 and {name: after[name] for name in before} == before
+
+
+def test_the_store_goes_after_success_unless_it_is_kept(stopped, corpus, encoder):
+    go_on(corpus, encoder, stopped)
+    assert not store_of(stopped).path.exists()
+
+
+def test_a_part_the_manifest_does_not_list_is_encoded_again(stopped, corpus, encoder):
+    (store_of(stopped).path / "part-00003.npy").write_bytes(b"half a file")
+    (store_of(stopped).path / ".part-00004.npy.tmp").write_bytes(b"half a file")
+    assert go_on(corpus, encoder, stopped) == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "cls"}, r"encoder is \{'pooling': 'mean'\} there and \{'pooling': 'cls'\} now"),
+        ({"dtype": "bf16"}, "dtype is float32 there and bfloat16 now"),
+        ({"batch_tokens": 77}, "batch_tokens is 2048 there and 77 now"),
+    ],
+)
+def test_a_store_of_another_job_is_an_error_that_names_the_difference(stopped, corpus, bert_folder, options, message):
+    other = Encoder.from_pretrained(bert_folder, **{"dtype": "fp32", **options})
+    with pytest.raises(ValueError, match=f"index.parts: its embeddings are of another job: {message}; --restart"):
+        go_on(corpus, other, stopped)
+    assert store_of(stopped).parts().keys() == {0, 1, 2}
+    assert go_on(corpus, other, stopped, restart=True) == NUM_DOCUMENTS
+
+
+def test_a_store_of_another_corpus_is_an_error(stopped, corpus, tmp_path, encoder):
+    lines = corpus.read_text().splitlines()
+    lines[5000] = json.dumps({"_id": "d05000", "text": "another text"})
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="corpus_sha256 is .* there and .* now"):
+        go_on(tmp_path / "other.jsonl", encoder, stopped)
+
+
+def test_a_finished_part_of_other_documents_is_an_error(tmp_path, encoder):
+    def documents(word, stop):
+        for number in range(2 * PART_SIZE):
+            if number == stop:
+                raise InterruptedError
+            yield Document(str(number), word)
+
+    with pytest.raises(InterruptedError):
+        build_index(documents("cat", PART_SIZE + 1), encoder, tmp_path / "index")
+    with pytest.raises(ValueError, match="part 0 is of other documents"):
+        build_index(documents("dog", None), encoder, tmp_path / "index")
+    assert build_index(documents("dog", None), encoder, tmp_path / "index", restart=True) == 2 * PART_SIZE
+
+
+def test_a_job_continues_with_the_arithmetic_it_was_begun_with(tmp_path, corpus, bert_folder):
+    options = ["--dtype", "bf16", "--batch-tokens", "500"]
+    kill_after(2, corpus, bert_folder, tmp_path / "index", *options)
+    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index")
+    assert info.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["part-00001.npy", "part-00001.ids"])
+def test_a_flipped_byte_is_an_error_that_names_the_file(stopped, corpus, encoder, name):
+    path = store_of(stopped).path / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: damaged"):
+        go_on(corpus, encoder, stopped)
+    assert not stopped.exists()
+
+
+def test_a_missing_part_is_an_error_that_names_the_file(stopped, corpus, encoder):
+    (store_of(stopped).path / "part-00002.npy").unlink()
+    with pytest.raises(ValueError, match="part-00002.npy: missing"):
+        go_on(corpus, encoder, stopped)
+
+
+def test_a_part_of_another_store_is_an_error(stopped, corpus, encoder):
+    store = store_of(stopped).path
+    shutil.copy(store / "part-00000.npy", store / "part-00001.npy")
+    with pytest.raises(ValueError, match="part-00001.npy: damaged"):
+        go_on(corpus, encoder, stopped)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": {}, "parts": {"0": {}}}'])
+def test_a_damaged_manifest_is_an_error_that_names_it(stopped, corpus, encoder, content):
+    (store_of(stopped).path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="manifest.json"):
+        go_on(corpus, encoder, stopped)
+
+
+def test_two_jobs_at_once_are_an_error(tmp_path):
+    store = Store(tmp_path / "x.parts")
+    with store.at_work(Shard()):
+        with pytest.raises(OSError, match="another job is at work on it; wait for it, or stop it"):
+            with store.at_work(Shard()):
+                pytest.fail("two jobs hold the lock")
+    with store.at_work(Shard()):
+        pass
+
+
+def test_two_jobs_on_one_shard_are_an_error_and_on_two_are_not(tmp_path):
+    store = Store(tmp_path / "x.parts")
+    with store.at_work(Shard(0, 2)), store.at_work(Shard(1, 2)):
+        with pytest.raises(OSError, match="on shard 1 of 2"):
+            with store.at_work(Shard(1, 2)):
+                pytest.fail("two jobs hold the lock")
+        with pytest.raises(OSError, match="in 2 shards, not 3"):
+            with store.at_work(Shard(2, 3)):
+                pytest.fail("shards of two divisions at once")
+
+
+def test_a_store_gives_back_what_was_written_in_order(tmp_path, encoder):
+    store = Store(tmp_path / "x.parts")
+    store.path.mkdir()
+    store.begin(settings_of(encoder, None))
+    rng = np.random.default_rng(0)
+    blocks = {number: rng.normal(size=(3, 32)).astype(np.float32) for number in (2, 0, 1)}
+    for number, block in blocks.items():
+        documents = [Document(f"{number}-{row}", "") for row in range(3)]
+        store.write(number, block, documents, Part(3, 3, 0, documents_sha256(documents)))
+    found = list(store.read_all())
+    np.testing.assert_array_equal(
+        np.concatenate([rows for rows, _ in found]), np.concatenate([blocks[n] for n in range(3)])
+    )
+    assert [ids for _, ids in found] == [[f"{number}-{row}" for row in range(3)] for number in range(3)]
+
+
+def test_encoding_in_parts_equals_encoding_each_part_alone(tmp_path, corpus, encoder):
+    store = Store(tmp_path / "x.parts")
+    documents = list(read_corpus(corpus))[: 2 * PART_SIZE + 7]
+    with store.at_work(Shard()):
+        store.begin(settings_of(encoder, None))
+        assert encode_corpus(documents, encoder, store)[0] == 3
+    for (rows, _), part in zip(store.read_all(), in_parts(documents), strict=True):
+        np.testing.assert_allclose(rows, encoder.encode_documents(part), atol=1e-5)
+
+
+def test_items_come_in_order_from_a_thread_ahead():
+    assert list(ahead(iter(range(100)), size=3)) == list(range(100))
+
+
+def test_an_error_in_the_thread_is_raised_in_its_place():
+    def items():
+        yield 1
+        raise KeyError("two")
+
+    taken = []
+    with pytest.raises(KeyError, match="two"):
+        for item in ahead(items()):
+            taken.append(item)
+    assert taken == [1]
+
+
+def test_the_thread_ends_when_nobody_takes_the_items():
+    before = threading.active_count()
+    for item in ahead(iter(range(10**9))):
+        if item == 5:
+            break
+    del item
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_the_thread_stays_within_its_size():
+    taken, given = 0, []
+    for _ in ahead((given.append(number) or number for number in range(50)), size=2):
+        taken += 1
+        time.sleep(0.002)
+        # Two wait, one is being put, one is being made.
+        assert len(given) <= taken + 4

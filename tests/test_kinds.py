@@ -1,0 +1,201 @@
+import shutil
+
+import faiss
+import numpy as np
+import pytest
+from conftest import write_jsonl
+
+from effir_search.encoder import Encoder
+from effir_search.index import build_index, index_corpus, read_index, read_index_info, rebuild_index
+from effir_search.kinds import memory, new_index, sample_rows, set_search_parameters, train, training_size
+from effir_search.search import search
+from effir_search.trec import Query
+
+KINDS = [
+    "Flat",
+    "SQ8",
+    "SQfp16",
+    "HNSW16",
+    "HNSW16,SQ8",
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "IVF16,PQ8x4",
+    "PQ8x4",
+    "OPQ8,PQ8x4",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """FAISS trains PQ in many small steps, whose threads wait for each other without end on a busy machine."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 32))
+    rows = centres[rng.integers(0, 40, 4000)] + 0.3 * rng.normal(size=(4000, 32))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_finds_by_inner_product(vectors, kind):
+    # Unequal lengths: by L2 distance a long vector would lose to a short one that points elsewhere.
+    rows = vectors * np.random.default_rng(1).uniform(0.5, 2, size=(len(vectors), 1)).astype(np.float32)
+    index = new_index(kind, 32)
+    if not index.is_trained:
+        train(index, kind, rows)
+    index.add(rows)
+    set_search_parameters(index)
+    queries = vectors[:50]
+    exact = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
+    scores, found = index.search(queries, 10)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
+    assert recall > (0.3 if "PQ" in kind else 0.8)
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "flat", "IVF", "OPQ64", "IVF16", "Flat,Flat", "HNSW32,", "IVF16,HNSW32", "LSH", "PQ"]
+)
+def test_an_unknown_kind_is_an_error_that_shows_known_ones(kind):
+    with pytest.raises(ValueError, match="--kind .* is unknown; known are .*IVF4096,PQ64"):
+        new_index(kind, 384)
+
+
+def test_a_kind_that_does_not_fit_the_dimension_is_an_error():
+    with pytest.raises(ValueError, match="--kind PQ7: FAISS cannot make it for 32 dimensions"):
+        new_index("PQ7", 32)
+
+
+def test_too_few_vectors_to_train_on_are_an_error(vectors):
+    with pytest.raises(ValueError, match="IVF5000,Flat: needs at least 5,000 vectors to train on, there are 4,000"):
+        train(new_index("IVF5000,Flat", 32), "IVF5000,Flat", vectors)
+    with pytest.raises(ValueError, match="needs at least 256 vectors"):
+        train(new_index("PQ16", 32), "PQ16", vectors[:255])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("Flat", 4 * 384),
+        ("SQ8", 384),
+        ("SQfp16", 2 * 384),
+        ("PQ64", 64),
+        ("PQ64x4", 32),
+    ],
+)
+def test_memory_of_a_row_is_its_code(kind, row):
+    assert memory(kind, 384, 1000, 0) == 1000 * row
+    assert new_index(kind, 384).sa_code_size() == row
+
+
+def test_memory_counts_lists_links_and_the_sample():
+    # 10 lists of 4 dimensions in float32, 8 bytes an id, 16 bytes a row, and a sample of 5 rows.
+    assert memory("IVF10,Flat", 4, 100, 5) == 10 * 4 * 4 + 100 * (8 + 16) + 5 * 16
+    # 2 * 32 links of 4 bytes on level 0, 8 bytes of bookkeeping.
+    assert memory("HNSW32", 4, 100, 0) == 100 * (16 + 256 + 8)
+
+
+def test_memory_of_an_hnsw_is_close_to_its_size_on_disk(vectors):
+    index = new_index("HNSW32", 32)
+    index.add(vectors)
+    assert len(faiss.serialize_index(index)) == pytest.approx(memory("HNSW32", 32, len(vectors), 0), rel=0.1)
+
+
+def test_kinds_without_training_take_no_sample():
+    assert [training_size(kind, 10**6) for kind in ("Flat", "SQfp16", "HNSW32")] == [0, 0, 0]
+    assert training_size("IVF4096,PQ64", 10**7) == 64 * 4096
+    assert training_size("PQ64", 10**7) == 65536
+    assert training_size("PQ64", 100) == 100
+
+
+def test_a_sample_is_rows_of_the_stream_in_order_and_the_same_each_time(vectors):
+    def blocks():
+        return (vectors[start : start + 700] for start in range(0, 4000, 700))
+
+    sample = sample_rows(blocks(), 4000, 300)
+    positions = [int(np.flatnonzero((vectors == row).all(axis=1))[0]) for row in sample]
+    assert len(positions) == 300 and positions == sorted(set(positions))
+    np.testing.assert_array_equal(sample, sample_rows(blocks(), 4000, 300))
+    np.testing.assert_array_equal(sample_rows(blocks(), 4000, 4000), vectors)
+
+
+def test_search_parameters_are_for_their_kinds(vectors):
+    flat, ivf, hnsw = new_index("Flat", 32), new_index("OPQ16,IVF32,PQ16", 32), new_index("HNSW16", 32)
+    set_search_parameters(ivf, nprobe=7)
+    assert faiss.extract_index_ivf(ivf).nprobe == 7
+    set_search_parameters(ivf)
+    assert faiss.extract_index_ivf(ivf).nprobe == 2  # a sixteenth of 32
+    set_search_parameters(hnsw, ef_search=77)
+    assert hnsw.hnsw.efSearch == 77
+    with pytest.raises(ValueError, match="--nprobe is for IVF"):
+        set_search_parameters(flat, nprobe=4)
+    with pytest.raises(ValueError, match="--ef-search is for HNSW"):
+        set_search_parameters(ivf, ef_search=4)
+
+
+@pytest.fixture(scope="module")
+def flat_index(tmp_path_factory, bert_folder):
+    folder = tmp_path_factory.mktemp("kinds")
+    words = ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet", "fish", "milk"]
+    rng = np.random.default_rng(0)
+    records = [{"_id": str(n), "text": " ".join(rng.choice(words, size=rng.integers(1, 12)))} for n in range(3000)]
+    write_jsonl(folder / "corpus.jsonl", records)
+    index_corpus(str(folder / "corpus.jsonl"), str(bert_folder), folder / "flat", dtype="fp32")
+    return folder / "flat"
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQ8", "SQfp16", "IVF16,Flat", "IVF16,PQ8x4", "HNSW16"])
+def test_a_kind_built_again_from_kept_embeddings_is_the_same_to_the_bit(tmp_path, flat_index, bert_folder, kind):
+    corpus = str(flat_index.parent / "corpus.jsonl")
+    at_once = index_corpus(
+        corpus, str(bert_folder), tmp_path / "at-once", kind=kind, dtype="fp32", keep_embeddings=True
+    )
+    rebuilt = rebuild_index(tmp_path / "at-once", tmp_path / "rebuilt", kind=kind)
+    assert rebuilt.kind == at_once.kind == kind
+    assert rebuilt.docid_sha256 == at_once.docid_sha256
+    if "HNSW" not in kind:  # its links depend on which thread comes first
+        assert rebuilt.index_sha256 == at_once.index_sha256
+
+
+@pytest.mark.parametrize("kind", ["SQ8", "HNSW16", "IVF16,PQ8x4"])
+def test_another_kind_comes_from_a_flat_index_without_encoding(tmp_path, flat_index, bert_folder, kind):
+    rebuild_index(flat_index, tmp_path / "new", kind=kind)
+    assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    assert len(list(search(tmp_path / "new", encoder, [Query("q", "hot soup")], k=10))) == 10
+
+
+def test_an_index_that_is_not_exact_and_has_no_embeddings_is_no_source(tmp_path, flat_index):
+    rebuild_index(flat_index, tmp_path / "sq", kind="SQ8")
+    with pytest.raises(ValueError, match="SQ8 holds no exact vectors"):
+        rebuild_index(tmp_path / "sq", tmp_path / "other", kind="Flat")
+
+
+def test_from_takes_an_index_with_a_record(tmp_path, flat_index):
+    for name in ("index", "docid"):
+        shutil.copy(flat_index / name, tmp_path / name)
+    with pytest.raises(ValueError, match="--from takes an index that effir built"):
+        rebuild_index(tmp_path, tmp_path / "new", kind="SQ8")
+
+
+def test_an_unknown_kind_is_refused_before_anything_is_encoded(tmp_path, bert_folder):
+    def documents():
+        pytest.fail("a document was read")
+        yield
+
+    with pytest.raises(ValueError, match="is unknown"):
+        build_index(documents(), Encoder.from_pretrained(bert_folder), tmp_path / "index", kind="nonsense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_names_the_kind_and_its_sample(tmp_path, flat_index):
+    rebuild_index(flat_index, tmp_path / "new", kind="IVF16,Flat", train_size=2000)
+    info = read_index_info(tmp_path / "new")
+    assert (info.kind, info.train_size, info.num_documents) == ("IVF16,Flat", 2000, 3000)
+    assert read_index(tmp_path / "new")[0].ntotal == 3000
