@@ -136,6 +136,8 @@ def index(
 @click.option("--qrels", help="Search only the topics that are judged here.")
 @click.option("--remove-query", is_flag=True, help="Drop the document whose id is the query's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of FAISS.  [default: all cores]")
+@click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128]")
+@click.option("--nprobe", type=click.IntRange(1), help="Lists of an IVF that are searched.  [default: a sixteenth]")
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @encoder_options
 def search(

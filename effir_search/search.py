@@ -11,6 +11,7 @@ from tqdm import tqdm
 from effir_search.corpus import IR_DATASETS, Document, find_documents
 from effir_search.encoder import Encoder
 from effir_search.index import read_index_info, require_index, scale
+from effir_search.kinds import set_search_parameters
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
 from effir_search.trec import Query, read_qrels, read_topics, strictly_decreasing, write_run
 
@@ -28,6 +29,8 @@ def search(
     k: int = 1000,
     threads: int | None = None,
     remove_query: bool = False,
+    ef_search: int | None = None,
+    nprobe: int | None = None,
 ) -> Iterator[ScoredDoc]:
     """Return the hits of each topic, in the order of the topics, best first, with strictly decreasing scores.
 
@@ -38,14 +41,17 @@ def search(
         k: Hits a topic; fewer where the index holds fewer.
         threads: Of FAISS; None = one for each core this process may use.
         remove_query: Leave out the document whose id is the query's, and find one more in its place.
+        ef_search: Of an HNSW index, see ``kinds.set_search_parameters``.
+        nprobe: Of an IVF index, likewise.
 
     Raises:
-        ValueError: ``k`` below 1, a damaged index, another encoder.
+        ValueError: ``k`` below 1, a damaged index, another encoder, a parameter of another kind of index.
         OSError: A file cannot be read.
     """
     if k < 1:
         raise ValueError(f"--hits {k}: must be at least 1")
     searcher = faiss_searcher(index_dir, encoder)
+    set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
     return _hits(searcher, encoder, topics, k=k, threads=threads or available_cores(), remove_query=remove_query)
 
 
@@ -81,6 +87,8 @@ def search_topics(
     encoder: str | None = None,
     hits: int | None = None,
     threads: int | None = None,
+    ef_search: int | None = None,
+    nprobe: int | None = None,
     remove_query: bool = False,
     tag: str = "effir",
     **options: object,
@@ -96,13 +104,16 @@ def search_topics(
         encoder: Model folder or hub name; None = the index's own.
         hits: Hits a topic; None = 1000.
         threads: Of FAISS; None = all cores.
+        ef_search: Of an HNSW index, see ``kinds.set_search_parameters``.
+        nprobe: Of an IVF index, likewise.
         remove_query: Leave out the document whose id is the query's.
         tag: The run's last column.
         options: As ``Encoder.from_pretrained`` takes them.
     """
     chosen = load_topics(topics, field=topics_field, qrels=read_qrels(qrels) if qrels else None)
     model = load_encoder(index_dir, encoder, **options)
-    found = search(index_dir, model, chosen, k=hits or 1000, threads=threads, remove_query=remove_query)
+    effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
+    found = search(index_dir, model, chosen, k=hits or 1000, remove_query=remove_query, **effort)
     return len(chosen), write_run(found, output, tag=tag)
 
 
@@ -114,6 +125,8 @@ def search_text(
     encoder: str | None = None,
     hits: int | None = None,
     threads: int | None = None,
+    ef_search: int | None = None,
+    nprobe: int | None = None,
     **options: object,
 ) -> list[tuple[ScoredDoc, Document | None]]:
     """Search for one text: ``effir search --query``. Return the best hits, with their documents if a corpus is given.
@@ -125,12 +138,15 @@ def search_text(
         encoder: Model folder or hub name; None = the index's own.
         hits: How many; None = 10.
         threads: Of FAISS; None = all cores.
+        ef_search: Of an HNSW index, see ``kinds.set_search_parameters``.
+        nprobe: Of an IVF index, likewise.
         options: As ``Encoder.from_pretrained`` takes them.
     """
     if not query.strip():
         raise ValueError("--query: the text is empty")
     model = load_encoder(index_dir, encoder, **options)
-    found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, threads=threads))
+    effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
+    found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, **effort))
     info = read_index_info(index_dir)
     fields = info.corpus_fields if info else None
     documents = find_documents(corpus, [hit.doc_id for hit in found], fields=fields) if corpus else {}

@@ -199,3 +199,13 @@ def test_the_record_names_the_kind_and_its_sample(tmp_path, flat_index):
     info = read_index_info(tmp_path / "new")
     assert (info.kind, info.train_size, info.num_documents) == ("IVF16,Flat", 2000, 3000)
     assert read_index(tmp_path / "new")[0].ntotal == 3000
+
+
+def test_a_search_looks_at_as_many_lists_as_it_is_told(tmp_path, flat_index, bert_folder):
+    rebuild_index(flat_index, tmp_path / "ivf", kind="IVF16,Flat")
+    encoder, query = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("q", "hot soup")]
+    exact = [hit.doc_id for hit in search(flat_index, encoder, query, k=50)]
+    assert [hit.doc_id for hit in search(tmp_path / "ivf", encoder, query, k=50, nprobe=16)] == exact
+    assert len(list(search(tmp_path / "ivf", encoder, query, k=3000, nprobe=1))) < 3000
+    with pytest.raises(ValueError, match="--nprobe is for IVF"):
+        search(flat_index, encoder, query, nprobe=4)
