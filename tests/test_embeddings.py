@@ -89,6 +89,19 @@ def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+def test_a_job_told_to_end_leaves_its_parts_and_nothing_hidden(tmp_path, corpus, bert_folder, whole):
+    job = subprocess.Popen(command(corpus, bert_folder, tmp_path / "index"), stderr=subprocess.DEVNULL)
+    store = store_of(tmp_path / "index")
+    while not (store.settings() and store.parts()):
+        assert job.poll() is None, "the job ended before it could be told to"
+        time.sleep(0.001)
+    job.terminate()
+    assert job.wait() == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["index.parts"]
+    assert run(corpus, bert_folder, tmp_path / "index").returncode == 0
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
 @pytest.mark.slow
 def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tmp_path, corpus, bert_folder, whole):
     rng = np.random.default_rng(20)

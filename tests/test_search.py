@@ -209,3 +209,18 @@ def test_threads_do_not_change_the_hits(toy_index, encoder, topics):
 def test_cut_queries_are_warned_of(toy_index, encoder, caplog):
     list(search(toy_index, encoder, [Query("1", "cat " * 100), Query("2", "cat")], k=1))
     assert "1 queries were cut at 64 tokens" in caplog.text
+
+
+def test_a_moved_model_is_searched_with_the_settings_of_the_index(tmp_path, bert_folder, collection):
+    shutil.copytree(bert_folder, tmp_path / "model")
+    options = {"pooling": "cls", "max_length": 9, "dtype": "bf16"}
+    built = Encoder.from_pretrained(tmp_path / "model", **options)
+    build_index(read_corpus(collection / "corpus.jsonl"), built, tmp_path / "index")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match="index: its model .*model is not there; if it has moved, give --encoder"
+    ):
+        load_encoder(tmp_path / "index")
+    moved = load_encoder(tmp_path / "index", str(tmp_path / "moved"))
+    assert (moved.config, moved.dtype) == (built.config, built.dtype)
+    assert list(search(tmp_path / "index", moved, [Query("q", "cat")], k=1))
