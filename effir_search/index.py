@@ -126,6 +126,10 @@ def build_index(
     replaced = _replaced(overwrite, index_dir)
     refuse_existing(index_dir, replaces=replaced)
     store = store_of(index_dir)
+    if restart and shard.count > 1:
+        raise ValueError(f"--restart would discard the other shards' parts; delete {store.path} before the first job")
+    if num_documents is not None:
+        _announce(kind, encoder.dimension, num_documents, _train_size(kind, num_documents, train_size))
     with store.at_work(shard):
         if restart:
             store.clear()
@@ -179,10 +183,7 @@ def _write_folder(
 ) -> IndexInfo:
     """Write an index folder whole, from rows that are read as often as they are needed, a block at a time."""
     num_documents, kind = info.num_documents, info.kind
-    size = min(num_documents, training_size(kind, num_documents) if train_size is None else train_size)
-    if kind != "Flat":
-        needed = memory(kind, info.dimension, num_documents, size)
-        logger.info("%s of %d vectors, trained on %d: takes about %d MB", kind, num_documents, size, needed / 1e6)
+    size = _train_size(kind, num_documents, train_size)
     index = new_index(kind, info.dimension)
     if not index.is_trained:
         train(index, kind, sample_rows((vectors for vectors, _ in rows()), num_documents, size))
@@ -248,7 +249,20 @@ def rebuild_index(
         raise ValueError(
             f"{source_dir}: {info.kind} holds no exact vectors; --from takes a Flat index or kept embeddings"
         )
+    _announce(kind, info.dimension, info.num_documents, _train_size(kind, info.num_documents, train_size))
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
+
+
+def _train_size(kind: str, num_documents: int, asked: int | None) -> int:
+    return min(num_documents, training_size(kind, num_documents) if asked is None else asked)
+
+
+def _announce(kind: str, dimension: int, num_documents: int, train_size: int) -> None:
+    megabytes = memory(kind, dimension, num_documents, train_size) / 1e6
+    trained = f", trained on {train_size:,}" if train_size else ""
+    logger.info(
+        "a %s index of %s vectors%s takes about %.1f MB of memory", kind, f"{num_documents:,}", trained, megabytes
+    )
 
 
 def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:

@@ -291,6 +291,12 @@ def test_a_damaged_manifest_is_an_error_that_names_it(stopped, corpus, encoder, 
         go_on(corpus, encoder, stopped)
 
 
+def test_a_shard_cannot_discard_the_parts_of_the_others(stopped, corpus, encoder):
+    with pytest.raises(ValueError, match="--restart would discard the other shards' parts; delete .*index.parts"):
+        go_on(corpus, encoder, stopped, restart=True, shard=Shard(0, 2), num_documents=NUM_DOCUMENTS)
+    assert store_of(stopped).parts().keys() == {0, 1, 2}
+
+
 def test_two_jobs_at_once_are_an_error(tmp_path):
     store = Store(tmp_path / "x.parts")
     with store.at_work(Shard()):
