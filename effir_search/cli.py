@@ -125,7 +125,7 @@ def index(
 
 
 @cli.command()
-@click.option("--index", "index_dir", type=PATH, required=True, help="Index folder.")
+@click.option("--index", "index_dir", type=PATH, required=True, multiple=True, help="Index folder; may be repeated.")
 @click.option("--topics", help="BEIR JSONL, TSV or TREC topics, irds:NAME, or Pyserini's name of topics (downloads).")
 @click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a TREC topic.")
 @click.option("--output", type=PATH, help="New run file.")

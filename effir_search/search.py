@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ir_measures import Qrel, ScoredDoc
 from tqdm import tqdm
@@ -22,7 +23,7 @@ BATCH_SIZE = 256
 
 
 def search(
-    index_dir: Path,
+    index_dir: Path | Sequence[Path],
     encoder: Encoder,
     topics: Sequence[Query],
     *,
@@ -35,8 +36,8 @@ def search(
     """Return the hits of each topic, in the order of the topics, best first, with strictly decreasing scores.
 
     Args:
-        index_dir: A folder of ``build_index``, or of Pyserini.
-        encoder: The encoder it was built with; any other is an error.
+        index_dir: A folder of ``build_index``, or of Pyserini; or several, which are searched as if they were one.
+        encoder: The encoder they were built with; any other is an error.
         topics: What is searched for.
         k: Hits a topic; fewer where the index holds fewer.
         threads: Of FAISS; None = one for each core this process may use.
@@ -45,20 +46,48 @@ def search(
         nprobe: Of an IVF index, likewise.
 
     Raises:
-        ValueError: ``k`` below 1, a damaged index, another encoder, a parameter of another kind of index.
+        ValueError: ``k`` below 1, a damaged index, another encoder, a parameter of another kind of index, a document
+            that two indexes have.
         OSError: A file cannot be read.
     """
     if k < 1:
         raise ValueError(f"--hits {k}: must be at least 1")
-    searcher = faiss_searcher(index_dir, encoder)
-    set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
-    return _hits(searcher, encoder, topics, k=k, threads=threads or available_cores(), remove_query=remove_query)
+    folders = _folders(index_dir)
+    searchers = [faiss_searcher(folder, encoder) for folder in folders]
+    for searcher in searchers:
+        set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
+    if len(folders) > 1:
+        _check_disjoint(folders, [searcher.docids for searcher in searchers])
+    return _hits(
+        searchers,
+        encoder,
+        topics,
+        k=k,
+        threads=threads or available_cores(),
+        remove_query=remove_query,
+    )
+
+
+def _folders(index_dir: Path | Sequence[Path]) -> list[Path]:
+    return [index_dir] if isinstance(index_dir, Path) else list(index_dir)
+
+
+def _check_disjoint(folders: Sequence[Path], doc_ids: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError if two indexes have a document of one id: a run could not tell the two apart."""
+    home: dict[str, Path] = {}
+    for folder, of_index in zip(folders, doc_ids, strict=True):
+        clash = next((doc_id for doc_id in of_index if doc_id in home), None)
+        if clash is not None:
+            raise ValueError(
+                f'document "{clash}" is in {home[clash]} and in {folder}; ids must be unique among indexes'
+            )
+        home.update(dict.fromkeys(of_index, folder))
 
 
 def _hits(
-    searcher: object, encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
+    searchers: Sequence[Any], encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
 ) -> Iterator[ScoredDoc]:
-    depth = min(k + remove_query, searcher.num_docs)
+    depth = k + remove_query
     num_truncated = 0
     with tqdm(total=len(topics), desc="Searching", unit=" queries", disable=None) as progress:
         for start in range(0, len(topics), BATCH_SIZE):
@@ -66,9 +95,14 @@ def _hits(
             encoded = encoder.encode([query.text for query in batch], prompt=encoder.config.query_prompt)
             num_truncated += encoded.num_truncated
             query_ids = [query.query_id for query in batch]
-            found = searcher.batch_search(scale(encoded.embeddings, encoder.config), query_ids, depth, threads)
+            vectors = scale(encoded.embeddings, encoder.config)
+            found = [
+                searcher.batch_search(vectors, query_ids, min(depth, searcher.num_docs), threads)
+                for searcher in searchers
+            ]
             for query_id in query_ids:
-                hits = [ScoredDoc(query_id, hit.docid, float(hit.score)) for hit in found[query_id]]
+                hits = [ScoredDoc(query_id, hit.docid, float(hit.score)) for of in found for hit in of[query_id]]
+                hits = sorted(hits, key=lambda hit: -hit.score)[:depth]
                 if remove_query:
                     hits = [hit for hit in hits if hit.doc_id != query_id]
                 yield from strictly_decreasing(hits[:k])
@@ -81,7 +115,7 @@ def search_topics(
     topics: str,
     output: Path,
     *,
-    index_dir: Path,
+    index_dir: Path | Sequence[Path],
     topics_field: str = "title",
     qrels: str | None = None,
     encoder: str | None = None,
@@ -98,7 +132,7 @@ def search_topics(
     Args:
         topics: As ``load_topics`` takes them.
         output: The run; an existing one is replaced once the new one is complete.
-        index_dir: The index folder.
+        index_dir: The index folder, or several.
         topics_field: Part of a TREC topic that is the query.
         qrels: Qrels whose queries alone are searched.
         encoder: Model folder or hub name; None = the index's own.
@@ -111,7 +145,7 @@ def search_topics(
         options: As ``Encoder.from_pretrained`` takes them.
     """
     chosen = load_topics(topics, field=topics_field, qrels=read_qrels(qrels) if qrels else None)
-    model = load_encoder(index_dir, encoder, **options)
+    model = load_encoder(_folders(index_dir)[0], encoder, **options)
     effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
     found = search(index_dir, model, chosen, k=hits or 1000, remove_query=remove_query, **effort)
     return len(chosen), write_run(found, output, tag=tag)
@@ -120,7 +154,7 @@ def search_topics(
 def search_text(
     query: str,
     *,
-    index_dir: Path,
+    index_dir: Path | Sequence[Path],
     corpus: str | None = None,
     encoder: str | None = None,
     hits: int | None = None,
@@ -133,7 +167,7 @@ def search_text(
 
     Args:
         query: The text.
-        index_dir: The index folder.
+        index_dir: The index folder, or several.
         corpus: Where the documents are; None = leave them out.
         encoder: Model folder or hub name; None = the index's own.
         hits: How many; None = 10.
@@ -144,10 +178,10 @@ def search_text(
     """
     if not query.strip():
         raise ValueError("--query: the text is empty")
-    model = load_encoder(index_dir, encoder, **options)
+    model = load_encoder(_folders(index_dir)[0], encoder, **options)
     effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
     found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, **effort))
-    info = read_index_info(index_dir)
+    info = read_index_info(_folders(index_dir)[0])
     fields = info.corpus_fields if info else None
     documents = find_documents(corpus, [hit.doc_id for hit in found], fields=fields) if corpus else {}
     return [(hit, documents.get(hit.doc_id)) for hit in found]

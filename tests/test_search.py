@@ -56,6 +56,40 @@ def test_more_hits_than_documents_are_all_documents(toy_index, encoder, topics):
     assert {hit.doc_id for hit in hits} == DOCUMENTS.keys()
 
 
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory, collection, encoder):
+    """The toy corpus in two indexes: its even documents and its odd ones."""
+    folder, documents = tmp_path_factory.mktemp("halves"), list(read_corpus(collection / "corpus.jsonl"))
+    for name, half in {"even": documents[::2], "odd": documents[1::2]}.items():
+        build_index(half, encoder, folder / name)
+    return [folder / "even", folder / "odd"]
+
+
+@pytest.mark.parametrize(("k", "remove_query"), [(1, False), (4, False), (5, True), (1000, False)])
+def test_indexes_searched_together_give_what_one_over_all_documents_gives(
+    toy_index, halves, encoder, topics, k, remove_query
+):
+    together = list(search(halves, encoder, topics, k=k, remove_query=remove_query))
+    one = list(search(toy_index, encoder, topics, k=k, remove_query=remove_query))
+    assert [hit[:2] for hit in together] == [hit[:2] for hit in one]
+    np.testing.assert_allclose([hit.score for hit in together], [hit.score for hit in one], atol=1e-6)
+
+
+def test_a_document_that_two_indexes_have_is_an_error(toy_index, halves, encoder, topics):
+    with pytest.raises(ValueError, match=f'document "001" is in {halves[0]} and in {toy_index}'):
+        search([*halves, toy_index], encoder, topics)
+    with pytest.raises(ValueError, match="must be unique among indexes"):
+        search([toy_index, toy_index], encoder, topics)
+
+
+def test_every_one_of_several_indexes_must_be_of_the_encoder(tmp_path, halves, bert_folder, topics):
+    other = Encoder.from_pretrained(bert_folder, pooling="cls")
+    build_index([Document("x", "hot soup")], other, tmp_path / "other")
+    model = load_encoder(halves[0])
+    with pytest.raises(ValueError, match=f"{tmp_path / 'other'}: .* pooling is 'cls' in the index and 'mean'"):
+        search([halves[0], tmp_path / "other"], model, topics)
+
+
 def test_fewer_hits_than_one_are_an_error(toy_index, encoder, topics):
     with pytest.raises(ValueError, match="at least 1"):
         search(toy_index, encoder, topics, k=0)
