@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.corpus import Document, document_text
 from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
+from effir_search.model.save import save_model
 from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
 from effir_search.pooling import POOLERS, without_prompt
 
@@ -111,6 +112,7 @@ class Encoder:
 
     Attributes:
         name: The folder or hub name it was loaded from.
+        files: What the sentence-transformers files of that folder say.
         config: See ``EncoderConfig``.
         dtype: Of the transformer; pooling and everything after it is float32.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
@@ -123,15 +125,14 @@ class Encoder:
         config: EncoderConfig,
         *,
         name: str,
-        weight_places: tuple[Path, Sequence[Path]],
+        files: SentenceFiles,
         head: nn.Sequential | None = None,
         batch_tokens: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
-        self.name = name
+        self.name, self.files = name, files
         self.dtype, self.device = model.dtype, model.device
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
-        self._weight_places = weight_places
 
     @classmethod
     def from_pretrained(
@@ -186,13 +187,12 @@ class Encoder:
         )
         if max_length is not None:
             config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
-        places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
         return cls(
             model,
             tokenizer,
             config,
             name=str(path),
-            weight_places=(folder, places),
+            files=files,
             head=head,
             batch_tokens=batch_tokens,
         )
@@ -200,7 +200,20 @@ class Encoder:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights; see ``model.checkpoint.weights_sha256``."""
-        return weights_sha256(*self._weight_places)
+        dense = [place for kind, place in self.files.head if kind == "Dense"]
+        return weights_sha256(self.files.folder, [self.files.transformer_folder, *dense])
+
+    def save(self, output: Path) -> None:
+        """Save the model, which must be a pruned one, with its tokenizer and settings as a folder of its own.
+
+        Loaded from there, the encoder gives the same vectors. What ``append_eos`` added is then part of the tokenizer.
+
+        Raises:
+            ValueError: The model is not a pruned one.
+            OSError: ``output`` exists, or cannot be written.
+        """
+        settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
+        save_model(self.model, self.tokenizer, self.files._replace(**settings), output)
 
     @cached_property
     def dimension(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -71,6 +71,8 @@ def tiny_config(family: str) -> PretrainedConfig:
             return transformers.BertConfig(**sizes)
         case "roberta":
             return transformers.RobertaConfig(**sizes)
+        case "xlm_roberta":
+            return transformers.XLMRobertaConfig(**sizes)
         case "mpnet":
             return transformers.MPNetConfig(**sizes)
         case "modernbert":
@@ -97,6 +99,32 @@ def tiny_config(family: str) -> PretrainedConfig:
 
 FAMILIES = ("bert", "roberta", "mpnet", "modernbert", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "t5")
 DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"}
+
+# Those that can be pruned.
+PRUNABLE = (*FAMILIES[:-1], "xlm_roberta")
+
+
+def prunable_model(family: str) -> PreTrainedModel:
+    """A seeded tiny model in eval mode, its biases and norms random too; kinds of attention mixed where they can be."""
+    config = tiny_config(family)
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    match family:
+        case "mistral":
+            config.sliding_window = 4
+        case "qwen2":
+            config.use_sliding_window, config.sliding_window, config.layer_types = True, 4, types
+        case "gemma2" | "gemma3":
+            config.sliding_window, config.layer_types = 4, types
+        case "modernbert":
+            config.local_attention, config.layer_types = 8, types
+    torch.manual_seed(sum(map(ord, family)))
+    model = AutoModel.from_config(config)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def save_model(folder: Path, family: str, *, causal: bool = False, **tokenizer_options: object) -> Path:

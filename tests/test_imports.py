@@ -22,7 +22,12 @@ LEAVES = {
     "ahead": set(),
     "kinds": set(),
     "model.checkpoint": {"files"},
+    "model.modeling_effir": set(),
+    "model.layers": {"model.modeling_effir"},
+    "model.surgery": {"model.layers", "model.modeling_effir"},
+    "model.arithmetic": {"model.layers", "model.modeling_effir"},
     "model.sentence_files": {"model.checkpoint"},
+    "model.save": {"files", "model.arithmetic", "model.checkpoint", "model.modeling_effir", "model.sentence_files"},
     "demo_collection.standard_library": {"corpus"},
 }
 ENCODER = set(LEAVES) - {"demo_collection.standard_library"}

@@ -1,1 +1,15 @@
-"""Model folders: what is in them, loading them strictly."""
+"""Model folders: what is in them, loading them strictly, and models of which parts are left out.
+
+Importing this package makes such models known to ``AutoConfig`` and ``AutoModel``, and so to sentence-transformers,
+peft and everything else that loads by these.
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from effir_search.model.modeling_effir import EffirConfig, EffirModel
+
+AutoConfig.register(EffirConfig.model_type, EffirConfig, exist_ok=True)
+AutoModel.register(EffirConfig, EffirModel, exist_ok=True)
+# Saving then copies modeling_effir.py beside the weights.
+EffirConfig.register_for_auto_class()
+EffirModel.register_for_auto_class("AutoModel")

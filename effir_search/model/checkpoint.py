@@ -142,6 +142,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hub_revision(folder: Path) -> str | None:
+    """Return the revision of a model folder that lies in the Hugging Face cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file.
 
@@ -175,14 +180,22 @@ def _from_hub(name: str) -> Path:
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
     """Keep transformers quiet, and turn what it, safetensors and torch raise about a folder into one ValueError."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: cannot be loaded: {reason[:150]}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside the block, let transformers neither warn nor draw progress bars."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: cannot be loaded: {reason[:150]}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 TRANSFORMER_CONFIGS = ("sentence_bert_config.json",) + tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+SETTINGS_FILE = "config_sentence_transformers.json"
 POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -41,6 +43,7 @@ HARMLESS = {
 class SentenceFiles(NamedTuple):
     """A folder's own account; None where it says nothing. ``head`` lists what comes between pooling and the end."""
 
+    folder: Path
     transformer_folder: Path
     head: list[tuple[str, Path]]
     pooling: str | None
@@ -67,9 +70,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     """
     modules = _modules(folder)
     transformer_folder = folder / modules[0][1]
-    transformer = next(
-        (read_json(transformer_folder / n) for n in TRANSFORMER_CONFIGS if (transformer_folder / n).is_file()), {}
-    )
+    transformer = _transformer_settings(transformer_folder)
     for name, value in transformer.items():
         if name not in HARMLESS and value:
             raise ValueError(
@@ -88,7 +89,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     if normalize:
         head.pop()
 
-    path = folder / "config_sentence_transformers.json"
+    path = folder / SETTINGS_FILE
     settings = read_json(path) if path.is_file() else {}
     prompts = settings.get("prompts") or {}
     if not prompts.get("document") and (other := next((n for n in ("passage", "corpus") if prompts.get(n)), None)):
@@ -104,6 +105,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
             f"{path}: similarity {similarity!r} is not supported; a FAISS inner product gives cosine or dot"
         )
     return SentenceFiles(
+        folder=folder,
         transformer_folder=transformer_folder,
         head=head,
         pooling=pooling,
@@ -116,6 +118,53 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         max_length=transformer.get("max_seq_length"),
         lower_case=bool(transformer.get("do_lower_case")),
     )
+
+
+def write_sentence_files(output: Path, files: SentenceFiles, *, hidden_size: int) -> None:
+    """Write what ``read_sentence_files`` reads, for a transformer that lies in ``output`` itself.
+
+    The folders of Dense modules are copied as they are, and so is every setting of the source that has no place in
+    ``SentenceFiles``, such as prompts of other names.
+
+    Args:
+        output: The new model folder.
+        files: What it says; ``pooling`` and ``max_length`` must be set.
+        hidden_size: Components of the pooled vector.
+    """
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    for kind, place in [*files.head, *([("Normalize", None)] if files.normalize else [])]:
+        modules.append((kind, f"{len(modules)}_{kind}"))
+        if kind == "Dense":
+            shutil.copytree(place, output / modules[-1][1])
+        else:
+            (output / modules[-1][1]).mkdir()
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(modules)
+    ]
+    pooling = {"word_embedding_dimension": hidden_size, "include_prompt": files.include_prompt}
+    pooling |= {flag: POOLING_NAMES.get(mode) == files.pooling for flag, mode in LEGACY_POOLING.items()}
+    transformer = _transformer_settings(files.transformer_folder)
+    transformer |= {"max_seq_length": files.max_length, "do_lower_case": files.lower_case}
+    source = files.folder / SETTINGS_FILE
+    settings = read_json(source) if source.is_file() else {"default_prompt_name": None}
+    prompts = {"query": files.query_prompt, "document": files.document_prompt}
+    settings["prompts"] = (settings.get("prompts") or {}) | prompts
+    settings["similarity_fn_name"] = files.similarity
+    if files.dimension is not None:
+        settings["truncate_dim"] = files.dimension
+    (output / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", entries),
+        ("1_Pooling/config.json", pooling),
+        (TRANSFORMER_CONFIGS[0], transformer),
+        (SETTINGS_FILE, settings),
+    ):
+        (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _transformer_settings(folder: Path) -> dict:
+    return next((read_json(folder / name) for name in TRANSFORMER_CONFIGS if (folder / name).is_file()), {})
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:

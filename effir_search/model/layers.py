@@ -1,0 +1,134 @@
+"""Looking into a model by the table of families: its layers, the inputs and outputs of their parts, LoRA's targets.
+
+Everything here takes a base model as AutoModel loads it, or an ``EffirModel``. Layers have the 0-based numbers of the
+base model, also after pruning.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, family_of, has_part
+
+Kind = Literal["attention", "mlp", "block"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
+
+
+class Part(NamedTuple):
+    """An attention, an MLP or a block where it stands: what a hook needs to see its input x and its output.
+
+    Attributes:
+        reads: Its first positional argument is x, ``(batch, seq, hidden_size)``.
+        writes: Its output, or the first item of that, is ``(batch, seq, hidden_size)``.
+        adds: Whether the part's output is x plus what ``writes`` returns, not that itself.
+    """
+
+    reads: nn.Module
+    writes: nn.Module
+    adds: bool
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Return a model's layers.
+
+    Raises:
+        ValueError: A family that cannot be pruned.
+    """
+    return model.get_submodule(_layers_path(model))
+
+
+def parts_of(model: PreTrainedModel, kind: Kind) -> dict[int, Part]:
+    """Return the parts of one kind that a model still has, by layer. A block is there while anything of it is.
+
+    Raises:
+        ValueError: A family that cannot be pruned.
+    """
+    family = family_of(model.config)
+    parts = {}
+    for layer_idx, layer in enumerate(layers_of(model)):
+        if kind == "block":
+            if has_part(layer, "attention") or has_part(layer, "mlp"):
+                parts[layer_idx] = Part(layer, layer, adds=False)
+        elif has_part(layer, kind):
+            part = _sub_layer(family, kind)
+            modules = layer.get_submodule(part.reads), layer.get_submodule(part.writes)
+            parts[layer_idx] = Part(*modules, adds=not family.post_norm)
+    return parts
+
+
+@contextmanager
+def left_out(model: PreTrainedModel, kind: Kind, layer_idx: int) -> Iterator[None]:
+    """Inside the block, let a model compute what it would with one more part dropped, at no saving of time.
+
+    Raises:
+        ValueError: The model has no such part, or is of a family that cannot be pruned.
+    """
+    layer = layers_of(model)[layer_idx]
+    if kind != "block" and not (has_part(layer, "attention") and has_part(layer, "mlp")):
+        # What is left of a post-norm layer is one LayerNorm too many without its last part.
+        if not has_part(layer, kind):
+            raise ValueError(f"layer {layer_idx} has no {kind} any more")
+        kind = "block"
+    parts = parts_of(model, kind)
+    if layer_idx not in parts:
+        raise ValueError(f"layer {layer_idx} has no {kind} any more")
+    part = parts[layer_idx]
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+
+    def replace(module: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        x = seen.pop()
+        if part.adds:
+            instead = torch.zeros_like(x)
+        else:
+            # Of a post-norm sub-layer its LayerNorm is left; forward() does not come back to this hook.
+            instead = x if kind == "block" else module.forward(x)
+        return (instead, *output[1:]) if isinstance(output, tuple) else instead
+
+    handles = [part.reads.register_forward_pre_hook(remember), part.writes.register_forward_hook(replace)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mlp_output(model: PreTrainedModel, layer_idx: int) -> nn.Linear:
+    """Return the last matrix of a layer's MLP: its input, ``(batch, seq, width)``, is the activations of the units."""
+    return layers_of(model)[layer_idx].get_submodule(family_of(model.config).mlp.output)
+
+
+def mlp_widths(model: PreTrainedModel) -> list[int]:
+    """Return the number of units of each layer's MLP, 0 where it was dropped."""
+    layers = layers_of(model)
+    return [mlp_output(model, i).in_features if has_part(layer, "mlp") else 0 for i, layer in enumerate(layers)]
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Return the full paths of all linear layers of the attentions and MLPs a model has, for peft's ``target_modules``.
+
+    Short names would not do: BERT calls by "dense" also what is no part of either.
+    """
+    family = family_of(model.config)
+    targets = []
+    for layer_idx, layer in enumerate(layers_of(model)):
+        for kind in ("attention", "mlp"):
+            if has_part(layer, kind):
+                part = _sub_layer(family, kind)
+                targets += [f"{_layers_path(model)}.{layer_idx}.{path}" for path in (*part.inputs, part.output)]
+    return targets
+
+
+def _sub_layer(family: Family, kind: str) -> SubLayer:
+    return family.attention if kind == "attention" else family.mlp
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    path = family_of(model.config).layers
+    return f"model.{path}" if isinstance(model, EffirModel) else path

@@ -1,0 +1,106 @@
+"""Take parts out of a model that is in memory, for good."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from effir_search.model.layers import layers_of, mlp_output
+from effir_search.model.modeling_effir import EffirConfig, EffirModel, drop_parts, family_of, has_part, narrow_mlp
+
+
+def prune(
+    model: PreTrainedModel,
+    *,
+    mlp: Iterable[int] = (),
+    attention: Iterable[int] = (),
+    block: Iterable[int] = (),
+    units: Mapping[int, Tensor] | None = None,
+    record: dict | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+) -> EffirModel:
+    """Return the model without some parts; pruning a pruned model goes on from there.
+
+    The weights are taken over, not copied, so ``model`` is of no use afterwards; an ``EffirModel`` is changed in place
+    and returned. A pooler and an LM head are not taken over. Only matrices that get narrower are allocated anew, one
+    MLP at a time.
+
+    Args:
+        model: A base model as AutoModel loads it, or an ``EffirModel``.
+        mlp: Layers that lose their MLP. All layers have the 0-based numbers of the base model.
+        attention: Layers that lose their attention.
+        block: Layers that lose both.
+        units: For each layer whose MLP is to be narrowed ``(width,)`` bool, True = the unit stays.
+        record: Kept in ``config.plan`` with the layers above: criterion, scores, ...; JSON types only.
+        base_model: Name of the base model; kept in the config of one that was not pruned before.
+        base_revision: Its revision on the hub.
+
+    Raises:
+        ValueError: A family or a class that cannot be pruned, a layer that does not exist or lacks the part already, a
+            mask of another length, or one that leaves no unit. The model is unchanged then.
+    """
+    family = family_of(model.config)
+    if not isinstance(model, EffirModel) and model.base_model is not model:
+        raise ValueError(f"{type(model).__name__} cannot be pruned; what can is its base model, as AutoModel loads it")
+    mlp, attention, block = sorted(set(mlp)), sorted(set(attention)), sorted(set(block))
+    units = dict(units or {})
+    _check(model, mlp=mlp, attention=attention, block=block, units=units)
+    step = {"mlp": mlp, "attention": attention, "block": block}
+    step["widths"] = {str(layer_idx): int(mask.sum()) for layer_idx, mask in sorted(units.items())}
+    step = {name: value for name, value in step.items() if value} | (record or {})
+
+    pruned = model if isinstance(model, EffirModel) else _wrap(model, base_model, base_revision)
+    config = pruned.config
+    for layer_idx, layer in enumerate(pruned.layers):
+        if layer_idx in units:
+            kept = units[layer_idx].nonzero().flatten()
+            narrow_mlp(layer, family, kept)
+            config.mlp_widths[layer_idx] = len(kept)
+        gone = {
+            "attention": layer_idx in attention or layer_idx in block,
+            "mlp": layer_idx in mlp or layer_idx in block,
+        }
+        drop_parts(layer, family, **gone)
+        if gone["mlp"]:
+            config.mlp_widths[layer_idx] = 0
+    config.dropped_attention = sorted({*config.dropped_attention, *attention, *block})
+    if step:
+        config.plan.append(step)
+    pruned.adopt(pruned.model)
+    return pruned
+
+
+def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], block: list[int], units: dict) -> None:
+    layers = layers_of(model)
+    for layer_idx in (*mlp, *attention, *block, *units):
+        if not 0 <= layer_idx < len(layers):
+            raise ValueError(f"there is no layer {layer_idx}; layers are 0 to {len(layers) - 1}")
+    for kind, chosen in (("mlp", [*mlp, *units]), ("attention", attention)):
+        if missing := [layer_idx for layer_idx in chosen if not has_part(layers[layer_idx], kind)]:
+            raise ValueError(f"layer {missing[0]} has no {kind} any more")
+    for layer_idx in block:
+        if not (has_part(layers[layer_idx], "mlp") or has_part(layers[layer_idx], "attention")):
+            raise ValueError(f"of layer {layer_idx} nothing is left")
+    for layer_idx, mask in units.items():
+        width = mlp_output(model, layer_idx).in_features
+        if mask.dtype != torch.bool or mask.shape != (width,):
+            raise ValueError(f"layer {layer_idx}: the mask must be bool of shape ({width},), one for each unit")
+        if not mask.any():
+            raise ValueError(f"layer {layer_idx}: the mask leaves no unit; drop the MLP instead")
+
+
+def _wrap(base: PreTrainedModel, base_model: str | None, base_revision: str | None) -> EffirModel:
+    """Return an ``EffirModel`` around a base model, nothing of which is dropped yet."""
+    base.config.name_or_path = ""  # a path of this machine has no place in a saved config
+    base.config.dtype = base.dtype
+    config = EffirConfig(base.config, base_model=base_model, base_revision=base_revision)
+    config.dtype = base.dtype
+    # A shell without memory, and no weight is initialised a second time.
+    with torch.device("meta"):
+        model = EffirModel(config)
+    if getattr(base, "pooler", None) is not None:
+        base.pooler = None
+    model.adopt(base)
+    return model.train(base.training)

@@ -1,0 +1,206 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PRUNABLE, save_model, save_sentence_files
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from test_encoder import QUERIES, TEXTS
+
+from effir_search.encoder import Encoder
+from effir_search.info import describe_model
+from effir_search.model.checkpoint import hub_revision
+from effir_search.model.sentence_files import read_sentence_files
+from effir_search.model.surgery import prune
+
+
+def pruned_encoder(folder, **options):
+    encoder = Encoder.from_pretrained(folder, device="cpu", dtype="fp32", **options)
+    units = {0: torch.arange(48) % 3 > 0}
+    encoder.model = prune(encoder.model, mlp=[1], attention=[2], units=units, base_model="org/base")
+    return encoder
+
+
+def vectors(encoder):
+    return np.concatenate([encoder.encode_documents(TEXTS), encoder.encode_queries(QUERIES)])
+
+
+def reference(folder, **options):
+    model = SentenceTransformer(str(folder), device="cpu", **options)
+    return np.concatenate([model.encode_document(TEXTS), model.encode_query(QUERIES)])
+
+
+@pytest.mark.parametrize("family", PRUNABLE)
+def test_a_saved_encoder_is_the_same_for_us_and_for_sentence_transformers(tmp_path, family):
+    pooling = "lasttoken" if family in ("mistral", "qwen3") else "mean"
+    source = save_sentence_files(
+        save_model(tmp_path / "source", family),
+        pooling=pooling, prompts={"query": "red ? ", "passage": "x "}, max_length=20,
+    )  # fmt: skip
+    encoder = pruned_encoder(source)
+    before = vectors(encoder)
+    encoder.save(tmp_path / "saved")
+    np.testing.assert_array_equal(vectors(encoder), before)
+    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu")
+    assert loaded.config == encoder.config
+    np.testing.assert_array_equal(vectors(loaded), before)
+    np.testing.assert_allclose(reference(tmp_path / "saved"), before, atol=1e-5)
+    # sentence-transformers saves it, and what it saved can be loaded and saved again.
+    for name, previous in (("again", "saved"), ("and again", "again")):
+        SentenceTransformer(str(tmp_path / previous), device="cpu").save(str(tmp_path / name))
+        assert (tmp_path / name / "modeling_effir.py").is_file()
+        np.testing.assert_allclose(vectors(Encoder.from_pretrained(tmp_path / name, device="cpu")), before, atol=1e-5)
+
+
+ELSEWHERE = """
+import json, sys
+sys.modules["effir_search"] = None  # no import of it can succeed
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+def load(path, **options):
+    try:
+        return AutoModel.from_pretrained(path, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+good, bad, again = sys.argv[1:]
+model = load(good, trust_remote_code=True)
+model.save_pretrained(again)
+ids = torch.arange(5, 14)[None]
+print(json.dumps({
+    "module": type(model).__module__,
+    "same": torch.equal(model(ids).last_hidden_state, load(again, trust_remote_code=True)(ids).last_hidden_state),
+    "vectors": SentenceTransformer(good, trust_remote_code=True).encode(["the cat", "hot soup ?"]).tolist(),
+    "untrusted": load(good, trust_remote_code=False),
+    "bad": load(bad, trust_remote_code=True),
+}))
+"""
+
+
+def test_the_copied_code_loads_saves_and_refuses_where_this_package_is_not(tmp_path, bert_folder):
+    encoder = pruned_encoder(bert_folder)
+    encoder.save(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    del tensors["model.encoder.layer.0.output.dense.weight"]
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    result = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *(str(tmp_path / name) for name in ("good", "bad", "again"))],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert seen["module"].startswith("transformers_modules.") and seen["same"]
+    np.testing.assert_allclose(seen["vectors"], encoder.encode_documents(["the cat", "hot soup ?"]), atol=1e-5)
+    assert seen["untrusted"].startswith("ValueError") and "trust_remote_code" in seen["untrusted"]
+    no_tensor = "no tensor model.encoder.layer.0.output.dense.weight"
+    assert seen["bad"].startswith(f"ValueError: the weights do not fit config.json: {no_tensor}")
+    with pytest.raises(ValueError, match=no_tensor):
+        Encoder.from_pretrained(tmp_path / "bad")
+
+
+def test_settings_given_by_hand_are_saved(tmp_path, llama_folder):
+    encoder = pruned_encoder(
+        llama_folder, pooling="cls", query_prompt="red ", document_prompt="green ", max_length=30, append_eos=True
+    )
+    encoder.save(tmp_path / "saved")
+    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu")
+    assert loaded.config.query_prompt == "red " and loaded.config.max_length == 30 and loaded.config.pooling == "cls"
+    assert loaded.tokenizer("cat")["input_ids"] == encoder.tokenizer("cat")["input_ids"]
+    np.testing.assert_array_equal(vectors(loaded), vectors(encoder))
+
+
+def test_a_causal_model_without_sentence_files_keeps_its_last_token_pooling(tmp_path, llama_folder):
+    encoder = pruned_encoder(llama_folder)
+    assert encoder.config.pooling == "last"
+    encoder.save(tmp_path / "saved")
+    np.testing.assert_allclose(reference(tmp_path / "saved"), vectors(encoder), atol=1e-5)
+
+
+def test_dense_modules_and_other_settings_of_the_source_are_kept(tmp_path):
+    torch.manual_seed(0)
+    modules = [Transformer(str(save_model(tmp_path / "plain", "bert"))), Pooling(32, "cls"), Normalize()]
+    modules += [Dense(32, 24), Dense(24, 8, activation_function=torch.nn.Identity()), Normalize()]
+    prompts = {"query": "red ", "document": "", "summary": "the "}
+    SentenceTransformer(modules=modules, device="cpu", prompts=prompts, truncate_dim=5).save(str(tmp_path / "source"))
+    encoder = pruned_encoder(tmp_path / "source")
+    encoder.save(tmp_path / "saved")
+    for place in ("3_Dense", "4_Dense"):
+        for file in (tmp_path / "source" / place).iterdir():
+            assert (tmp_path / "saved" / place / file.name).read_bytes() == file.read_bytes()
+    settings = json.loads((tmp_path / "saved" / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == prompts
+    before = read_sentence_files(tmp_path / "source")
+    after = read_sentence_files(tmp_path / "saved")
+    here = {"folder": after.folder, "transformer_folder": after.transformer_folder, "head": after.head}
+    assert after == before._replace(max_length=encoder.config.max_length, **here)
+    assert vectors(Encoder.from_pretrained(tmp_path / "saved")).shape[1] == 5
+    np.testing.assert_allclose(reference(tmp_path / "saved"), vectors(encoder), atol=1e-5)
+
+
+def test_the_dtype_is_kept_on_disk(tmp_path, bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="bf16")
+    encoder.model = prune(encoder.model, mlp=[1])
+    encoder.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert SentenceTransformer(str(tmp_path / "saved"), device="cpu").dtype == torch.bfloat16
+    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu", dtype="bf16")
+    np.testing.assert_array_equal(vectors(loaded), vectors(encoder))
+
+
+def test_the_model_card_says_what_was_dropped_from_what(tmp_path, bert_folder):
+    encoder = pruned_encoder(bert_folder)
+    encoder.save(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    for line in (
+        "org/base (bert), pruned",
+        "| MLPs dropped | 1 of 4: 1 |",
+        "| Attentions dropped | 1 of 4: 2 |",
+        "| MLPs narrowed from 48 units | layer 0: 32 |",
+        f"| Parameters | {encoder.model.num_parameters():,} of ",
+        f"| Weights | {encoder.model.num_parameters() * 4:,} bytes, float32 |",
+        'SentenceTransformer("saved", trust_remote_code=True)',
+    ):
+        assert line in card
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["base_model"] == "org/base" and config["plan"][0]["mlp"] == [1]
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_the_commands_take_a_pruned_folder_as_any_other(tmp_path, bert_folder):
+    encoder = pruned_encoder(bert_folder)
+    encoder.save(tmp_path / "saved")
+    facts = describe_model(str(tmp_path / "saved"))
+    assert facts["parameters"] == encoder.model.num_parameters() and facts["architecture"] == "EffirModel"
+    assert Encoder.from_pretrained(tmp_path / "saved").weights_sha256 == facts["weights_sha256"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path, bert_folder):
+    encoder = pruned_encoder(bert_folder)
+    encoder.tokenizer = None  # breaks after the weights are written
+    with pytest.raises(AttributeError):
+        encoder.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    encoder = pruned_encoder(bert_folder)
+    encoder.save(tmp_path / "saved")
+    with pytest.raises(FileExistsError, match="exists already"):
+        encoder.save(tmp_path / "saved")
+
+
+def test_a_model_that_is_not_pruned_is_refused(tmp_path, bert_folder):
+    with pytest.raises(ValueError, match="a BertModel is not a pruned model"):
+        Encoder.from_pretrained(bert_folder).save(tmp_path / "saved")
+
+
+def test_the_revision_is_that_of_the_cache(tmp_path):
+    assert hub_revision(tmp_path / "models--org--name" / "snapshots" / "abc123") == "abc123"
+    assert hub_revision(tmp_path / "abc123") is None
