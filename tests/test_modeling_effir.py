@@ -260,13 +260,15 @@ def test_with_a_cache_tokens_may_come_one_at_a_time(family):
     ids = batch()["input_ids"][:1]
     whole = states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert model(input_ids=ids).get("past_key_values") is None
-    cache, pieces = None, []
-    with torch.no_grad():
-        for token in ids.T:
-            output = model(input_ids=token[None], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            pieces.append(output.last_hidden_state[0])
-    torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-4, rtol=1e-4)
+    for asked in ({"use_cache": True}, {}):
+        model.config.use_cache = not asked
+        cache, pieces = None, []
+        with torch.no_grad():
+            for token in ids.T:
+                output = model(input_ids=token[None], past_key_values=cache, **asked)
+                cache = output.past_key_values
+                pieces.append(output.last_hidden_state[0])
+        torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-4, rtol=1e-4)
 
 
 @every_family
@@ -275,6 +277,17 @@ def test_a_model_can_be_copied_and_pickled_and_shows_all_hidden_states(family):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(states(other), states(model))
     assert len(model(**batch(), output_hidden_states=True).hidden_states) == 5
+
+
+@every_family
+def test_a_model_compiles_as_one_graph(family):
+    torch.compiler.reset()
+    model = pruned_model(family)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    tokens = batch()
+    with torch.no_grad():
+        output = compiled(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    torch.testing.assert_close(output.last_hidden_state[tokens["attention_mask"].bool()], states(model))
 
 
 @every_family

@@ -64,6 +64,8 @@ def parts_of(model: PreTrainedModel, kind: Kind) -> dict[int, Part]:
 def left_out(model: PreTrainedModel, kind: Kind, layer_idx: int) -> Iterator[None]:
     """Inside the block, let a model compute what it would with one more part dropped, at no saving of time.
 
+    Such blocks may be nested for parts of different layers.
+
     Raises:
         ValueError: The model has no such part, or is of a family that cannot be pruned.
     """

@@ -376,7 +376,7 @@ class EffirModel(PreTrainedModel):
         base.use_cache = False  # a text is read once; a caller can still ask for a cache
         options = {"add_pooling_layer": False} if family.has_pooler else {}
         # The default dtype is the one that from_pretrained and from_config were asked for.
-        self.model = AutoModel.from_config(base, dtype=torch.get_default_dtype(), **options)
+        self.model = AutoModel.from_config(base, dtype=torch.get_default_dtype(), trust_remote_code=False, **options)
         for layer_idx, layer in enumerate(self.layers):
             width = config.mlp_widths[layer_idx]
             if 0 < width < base.intermediate_size:
@@ -410,7 +410,7 @@ class EffirModel(PreTrainedModel):
             attention_mask: ``(batch, seq)``, 1 = real token.
             **kwargs: Handed on.
         """
-        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None and self.config.dropped_attention:
+        if kwargs.get("past_key_values") is None and self._makes_cache(kwargs.get("use_cache")):
             kwargs["past_key_values"] = self._new_cache()
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -438,6 +438,12 @@ class EffirModel(PreTrainedModel):
         if problems:
             raise ValueError(f"the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
         return (model, report) if output_loading_info else model
+
+    def _makes_cache(self, use_cache: bool | None) -> bool:
+        """Return whether a cache is wanted, and the base model would make one for attentions it lacks, too."""
+        if not (self.config.dropped_attention and family_of(self.config).causal):
+            return False
+        return self.config.use_cache if use_cache is None else use_cache
 
     def _layers_with_attention(self) -> list[int]:
         dropped = set(self.config.dropped_attention)
