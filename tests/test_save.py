@@ -152,6 +152,7 @@ def test_the_dtype_is_kept_on_disk(tmp_path, bert_folder):
     encoder.model = prune(encoder.model, mlp=[1])
     encoder.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert encoder.model.config.base_config.dtype == torch.bfloat16
     assert SentenceTransformer(str(tmp_path / "saved"), device="cpu").dtype == torch.bfloat16
     loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu", dtype="bf16")
     np.testing.assert_array_equal(vectors(loaded), vectors(encoder))

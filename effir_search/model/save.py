@@ -45,7 +45,7 @@ def model_card(model: EffirModel, name: str) -> str:
     width = config.base_config.intermediate_size
     no_mlp = [i for i, units in enumerate(config.mlp_widths) if units == 0]
     narrowed = {i: units for i, units in enumerate(config.mlp_widths) if 0 < units < width}
-    base = f"{config.base_model or 'a model'} ({config.base_config.model_type})"
+    base = f"{config.base_model or 'A model'} ({config.base_config.model_type})"
     if config.base_revision:
         base += f", revision {config.base_revision}"
     rows = {

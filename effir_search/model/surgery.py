@@ -53,19 +53,16 @@ def prune(
 
     pruned = model if isinstance(model, EffirModel) else _wrap(model, base_model, base_revision)
     config = pruned.config
-    for layer_idx, layer in enumerate(pruned.layers):
-        if layer_idx in units:
-            kept = units[layer_idx].nonzero().flatten()
-            narrow_mlp(layer, family, kept)
-            config.mlp_widths[layer_idx] = len(kept)
-        gone = {
-            "attention": layer_idx in attention or layer_idx in block,
-            "mlp": layer_idx in mlp or layer_idx in block,
-        }
-        drop_parts(layer, family, **gone)
-        if gone["mlp"]:
-            config.mlp_widths[layer_idx] = 0
-    config.dropped_attention = sorted({*config.dropped_attention, *attention, *block})
+    no_mlp, no_attention = {*mlp, *block}, {*attention, *block}
+    for layer_idx, mask in units.items():
+        narrow_mlp(pruned.layers[layer_idx], family, mask.nonzero().flatten())
+        config.mlp_widths[layer_idx] = int(mask.sum())
+    for layer_idx in no_mlp | no_attention:
+        layer = pruned.layers[layer_idx]
+        drop_parts(layer, family, attention=layer_idx in no_attention, mlp=layer_idx in no_mlp)
+    for layer_idx in no_mlp:
+        config.mlp_widths[layer_idx] = 0
+    config.dropped_attention = sorted({*config.dropped_attention, *no_attention})
     if step:
         config.plan.append(step)
     pruned.adopt(pruned.model)
@@ -94,13 +91,12 @@ def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], bloc
 def _wrap(base: PreTrainedModel, base_model: str | None, base_revision: str | None) -> EffirModel:
     """Return an ``EffirModel`` around a base model, nothing of which is dropped yet."""
     base.config.name_or_path = ""  # a path of this machine has no place in a saved config
-    base.config.dtype = base.dtype
     config = EffirConfig(base.config, base_model=base_model, base_revision=base_revision)
-    config.dtype = base.dtype
     # A shell without memory, and no weight is initialised a second time.
     with torch.device("meta"):
         model = EffirModel(config)
     if getattr(base, "pooler", None) is not None:
         base.pooler = None
     model.adopt(base)
+    config.dtype = base.config.dtype = base.dtype
     return model.train(base.training)
