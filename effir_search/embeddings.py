@@ -113,6 +113,11 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
+def number_of_parts(num_documents: int) -> int:
+    """Return how many parts a corpus has."""
+    return -(-num_documents // PART_SIZE)
+
+
 def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:
     """Yield consecutive documents in lists of ``part_size``; the last may be shorter."""
     iterator = iter(documents)
@@ -135,8 +140,8 @@ class Store:
         self.path = path
 
     def settings(self) -> StoreSettings | None:
-        """Return what the manifest says the vectors depend on; None if there is no store yet."""
-        return self._manifest()[0] if (self.path / MANIFEST).is_file() else None
+        """Return what the manifest says the vectors depend on; None if there is no store (yet, or any more)."""
+        return self._manifest()[0]
 
     def parts(self) -> dict[int, Part]:
         """Return the finished parts, by number."""
@@ -181,6 +186,8 @@ class Store:
         )
         with _lock(self.path / "manifest.lock"):
             settings, parts = self._manifest()
+            if settings is None:
+                raise FileNotFoundError(f"{self.path / MANIFEST}: has gone while a job was at work")
             self._write_manifest(settings, parts | {number: part})
 
     def read(self, number: int, part: Part) -> tuple[np.ndarray, list[str]]:
@@ -246,9 +253,12 @@ class Store:
         with _lock(self.path / "finish.lock"):
             yield
 
-    def _manifest(self) -> tuple[StoreSettings, dict[int, Part]]:
+    def _manifest(self) -> tuple[StoreSettings | None, dict[int, Part]]:
         path = self.path / MANIFEST
-        record = read_json(path)
+        try:
+            record = read_json(path)
+        except FileNotFoundError:
+            return None, {}
         try:
             parts = {int(number): Part(**part) for number, part in record["parts"].items()}
             return StoreSettings(**record["settings"]), parts
@@ -293,7 +303,7 @@ def encode_corpus(
         OSError: The disk is full, or a file cannot be read.
     """
     finished = store.parts()
-    mine = None if num_documents is None else shard.parts(-(-num_documents // PART_SIZE))
+    mine = None if num_documents is None else shard.parts(number_of_parts(num_documents))
     reused = sum(part.num_documents for number, part in finished.items() if mine is None or number in mine)
     if reused:
         logger.info("continuing: %d documents are encoded already", reused)

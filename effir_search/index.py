@@ -2,9 +2,8 @@
 
 import json
 import logging
-import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from effir_search.corpus import Document, read_corpus, scan_corpus
-from effir_search.embeddings import WHOLE, Shard, Store, encode_corpus, settings_of
+from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpus
+from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.kinds import memory, new_index, sample_rows, train, training_size
 from effir_search.model.checkpoint import file_sha256, read_json
+from effir_search.workers import run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,8 @@ def build_index(
         with store.finishing():
             if not store.path.is_dir() or len(store.parts()) < num_parts:
                 return 0
+            if shard.count > 1 and not overwrite and index_dir.exists():
+                return 0  # another shard's job wrote it while this one waited for its turn
             records = store.parts().values()
             info = IndexInfo(
                 model=_lasting_name(encoder.name),
@@ -274,6 +276,22 @@ def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A shard of a corpus that was read and checked, and how it is indexed; see ``index_corpus``."""
+
+    corpus: str
+    summary: CorpusSummary
+    fields: list[str] | None
+    skip_bad: bool
+    encoder_name: str
+    options: dict[str, object]
+    threads: int | None
+    index_dir: Path
+    settings: dict[str, object]
+    shard: Shard
+
+
 def index_corpus(
     corpus: str,
     encoder_name: str,
@@ -287,6 +305,7 @@ def index_corpus(
     kind: str = "Flat",
     train_size: int | None = None,
     shard: Shard = WHOLE,
+    devices: Sequence[str] = (),
     keep_embeddings: bool = False,
     **options: object,
 ) -> IndexInfo | None:
@@ -300,12 +319,13 @@ def index_corpus(
         index_dir: The new folder.
         fields: As ``read_corpus`` takes them.
         skip_bad: Leave out bad lines, with a warning for each.
-        threads: Of torch; None = those of the job that is continued, or torch's default.
+        threads: Of torch, in each process; None = those of the job that is continued, or all cores, shared.
         restart: Discard what an earlier call left in the store.
         overwrite: Replace an existing index, once the new one is complete.
         kind: See ``build_index``.
         train_size: See ``build_index``.
         shard: See ``build_index``.
+        devices: A process on each of them shares the work; ``["cpu", "cpu"]`` are two on the CPU.
         keep_embeddings: See ``build_index``.
         options: As ``Encoder.from_pretrained`` takes them; None = its default.
 
@@ -317,38 +337,88 @@ def index_corpus(
         OSError: A file cannot be read or written.
     """
     refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
+    store = store_of(index_dir)
+    if restart:
+        _discard(store, shard)
     summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
     given = {name: value for name, value in options.items() if value is not None}
-    begun = None if restart else store_of(index_dir).settings()
-    if begun is not None:
+    if (begun := store.settings()) is not None:
         given = {"dtype": begun.dtype, "batch_tokens": begun.batch_tokens} | given
         threads = threads or begun.threads
         if given.get("device", "auto") == "auto":
             given["device"] = begun.device
-    if threads is not None:
-        torch.set_num_threads(threads)
-    encoder = Encoder.from_pretrained(encoder_name, **given)
-    logger.info("%d documents, encoded in %s on %s", summary.num_documents, encoder.dtype, encoder.device)
-    num_indexed = build_index(
-        read_corpus(corpus, fields=fields, on_bad_line=(lambda _complaint: None) if skip_bad else None),
+    if len(devices) == 1:
+        given["device"] = devices[0]
+    settings = {
+        "kind": kind,
+        "train_size": train_size,
+        "overwrite": overwrite,
+        "keep_embeddings": keep_embeddings,
+    }
+    job = _Job(corpus, summary, fields, skip_bad, encoder_name, given, threads, index_dir, settings, shard)
+    if len(devices) > 1:
+        _index_with_workers(job, devices)
+    else:
+        _index_shard(job)
+    # The job that completes the store writes the index, and removes the store unless it is to be kept.
+    complete = store.settings() is None or len(store.parts()) == number_of_parts(summary.num_documents)
+    return read_index_info(index_dir) if complete else None
+
+
+def _discard(store: Store, shard: Shard) -> None:
+    if shard.count > 1:
+        raise ValueError(f"--restart would discard the other shards' parts; delete {store.path} before the first job")
+    if store.path.is_dir():
+        with store.at_work(shard):
+            store.clear()
+
+
+def _index_shard(job: _Job) -> None:
+    """Index a shard in this process."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    encoder = Encoder.from_pretrained(job.encoder_name, **job.options)
+    logger.info("%d documents, encoded in %s on %s", job.summary.num_documents, encoder.dtype, encoder.device)
+    build_index(
+        read_corpus(job.corpus, fields=job.fields, on_bad_line=(lambda _complaint: None) if job.skip_bad else None),
         encoder,
-        index_dir,
-        kind=kind,
-        train_size=train_size,
-        shard=shard,
-        restart=restart,
-        keep_embeddings=keep_embeddings,
-        overwrite=overwrite,
-        num_documents=summary.num_documents,
-        num_skipped=len(summary.bad_lines),
-        corpus=corpus,
-        corpus_fields=fields,
-        corpus_sha256=summary.sha256,
+        job.index_dir,
+        shard=job.shard,
+        num_documents=job.summary.num_documents,
+        num_skipped=len(job.summary.bad_lines),
+        corpus=job.corpus,
+        corpus_fields=job.fields,
+        corpus_sha256=job.summary.sha256,
+        **job.settings,
     )
-    # Another shard's job may have written the index while this one waited for its turn; then the store is gone.
-    return read_index_info(index_dir) if num_indexed or store_of(index_dir).settings() is None else None
+
+
+def _index_with_workers(job: _Job, devices: Sequence[str]) -> None:
+    """Divide a shard among processes, one on each device, and show how far they are together."""
+    threads = job.threads or max(1, torch.get_num_threads() // max(1, devices.count("cpu")))
+    jobs = [
+        replace(
+            job,
+            options=job.options | {"device": device},
+            threads=threads,
+            shard=Shard(job.shard.number * len(devices) + number, job.shard.count * len(devices)),
+        )
+        for number, device in enumerate(devices)
+    ]
+    store, total = store_of(job.index_dir), job.summary.num_documents
+    blocks = [worker.shard.parts(number_of_parts(total)) for worker in jobs]
+    mine = range(blocks[0].start, blocks[-1].stop)
+    total = min(mine.stop * PART_SIZE, total) - mine.start * PART_SIZE
+
+    def num_encoded() -> int:
+        parts = store.parts() if store.settings() is not None else {}
+        return sum(part.num_documents for number, part in parts.items() if number in mine)
+
+    with tqdm(total=total, initial=num_encoded(), desc="Encoding", unit=" documents", disable=None) as progress:
+        run_workers(_index_shard, jobs, watch=lambda: progress.update(max(0, num_encoded() - progress.n)))
+        progress.update(total - progress.n)
 
 
 def describe_built(info: IndexInfo | None, index_dir: Path) -> str:
@@ -362,24 +432,6 @@ def describe_built(info: IndexInfo | None, index_dir: Path) -> str:
     }
     told = "".join(f", {count} {what}" for what, count in counts.items() if count)
     return f"{info.num_documents} documents{told} -> {index_dir}"
-
-
-def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
-    """Return the shard that options say, or else torchrun's (RANK, WORLD_SIZE) or SLURM's variables, or the whole.
-
-    Raises:
-        ValueError: One option without the other, or a number outside the count.
-    """
-    if num_shards is None and shard_id is None:
-        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if number in os.environ and count in os.environ:
-                return Shard(int(os.environ[number]), int(os.environ[count]))
-        return WHOLE
-    if num_shards is None or shard_id is None:
-        raise ValueError("--num-shards and --shard-id go together")
-    if shard_id >= num_shards:
-        raise ValueError(f"--shard-id {shard_id}: must be below --num-shards {num_shards}, counted from 0")
-    return Shard(shard_id, num_shards)
 
 
 def _replaced(overwrite: bool, index_dir: Path) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from effir_search.embeddings import (
     settings_of,
 )
 from effir_search.encoder import Encoder
-from effir_search.index import build_index, index_corpus, store_of, this_shard
+from effir_search.index import build_index, index_corpus, store_of
 
 NUM_DOCUMENTS = 12 * PART_SIZE + 100
 
@@ -156,23 +156,6 @@ def test_shards_are_contiguous_blocks_that_cover_every_part_once(num_parts, coun
     blocks = [Shard(number, count).parts(num_parts) for number in range(count)]
     assert [part for block in blocks for part in block] == list(range(num_parts))
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
-
-
-def test_the_shard_is_the_launchers_unless_options_say_otherwise(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    assert this_shard(None, None) == Shard(0, 1)
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert this_shard(None, None) == Shard(3, 8)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert this_shard(None, None) == Shard(1, 2)
-    assert this_shard(4, 0) == Shard(0, 4)
-    with pytest.raises(ValueError, match="go together"):
-        this_shard(4, None)
-    with pytest.raises(ValueError, match="--shard-id 4"):
-        this_shard(4, 4)
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""Several processes that share a job: whose share is which, and the worker processes that a job starts by itself."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import TypeVar
+
+from effir_search.embeddings import WHOLE, Shard
+
+Job = TypeVar("Job")
+# Seconds a worker has to leave after SIGTERM, before it is killed.
+GRACE = 10
+
+
+def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
+    """Return the shard that options say, or else torchrun's (RANK, WORLD_SIZE) or SLURM's variables, or the whole.
+
+    Raises:
+        ValueError: One option without the other, or a number outside the count.
+    """
+    if num_shards is None and shard_id is None:
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if number in os.environ and count in os.environ:
+                return Shard(int(os.environ[number]), int(os.environ[count]))
+        return WHOLE
+    if num_shards is None or shard_id is None:
+        raise ValueError("--num-shards and --shard-id go together")
+    if shard_id >= num_shards:
+        raise ValueError(f"--shard-id {shard_id}: must be below --num-shards {num_shards}, counted from 0")
+    return Shard(shard_id, num_shards)
+
+
+def worker_devices(workers: int | None, devices: str | None) -> list[str]:
+    """Return the device of each worker that options ask for: ``["cuda:0", "cuda:1"]``, or "cpu" so many times.
+
+    Raises:
+        ValueError: Both options, or an empty or repeated device.
+    """
+    if workers is not None and devices is not None:
+        raise ValueError("give --workers (on the CPU) or --devices, not both")
+    names = [name.strip() for name in devices.split(",")] if devices is not None else ["cpu"] * (workers or 0)
+    if devices is not None and (not all(names) or len(set(names)) < len(names)):
+        raise ValueError(f"--devices {devices}: names of devices, each once, as in cuda:0,cuda:1")
+    return names
+
+
+def run_workers(
+    work: Callable[[Job], object], jobs: Sequence[Job], *, watch: Callable[[], object] = lambda: None
+) -> None:
+    """Do each job in a process of its own, all at once; all end well, or none goes on.
+
+    Workers end with this process, however it ends: each waits for that in a thread. They show no progress bars, and
+    of their messages only the first one's.
+
+    Args:
+        work: A function of a module, so that a new process can import it.
+        jobs: What it is called with, one for each process.
+        watch: Called every second, and once more at the end.
+
+    Raises:
+        ValueError: A worker raised it.
+        OSError: A worker raised it, or was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    with _without_progress_bars():
+        for number, job in enumerate(jobs):
+            ours, theirs = context.Pipe(duplex=False)
+            level = logging.ERROR if number else logging.getLogger().getEffectiveLevel()
+            worker = context.Process(target=_work, args=(work, job, level, theirs))
+            worker.start()
+            theirs.close()  # so that a worker's end is seen here
+            workers.append((worker, ours))
+    try:
+        at_work = {worker.sentinel: (worker, connection) for worker, connection in workers}
+        while at_work:
+            for sentinel in wait(list(at_work), timeout=1):
+                worker, connection = at_work.pop(sentinel)
+                worker.join()
+                if worker.exitcode:
+                    raise _reason(worker.exitcode, connection)
+            watch()
+    finally:
+        for worker, _ in workers:
+            worker.terminate()
+        for worker, _ in workers:
+            worker.join(GRACE)
+            worker.kill()
+
+
+def _reason(exitcode: int, connection: Connection) -> Exception:
+    """Return what a worker raised, or how it ended without a word."""
+    try:
+        return connection.recv()
+    except EOFError:
+        how = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with status {exitcode}"
+        return OSError(f"a worker {how}; the others were stopped, and the same command continues")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
+def _work(work: Callable[[Job], object], job: Job, level: int, connection: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    try:
+        work(job)
+    except (ValueError, OSError) as error:
+        connection.send(error)
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

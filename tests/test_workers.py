@@ -1,0 +1,152 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_embeddings import command, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
+
+from effir_search.embeddings import Shard
+from effir_search.index import store_of
+from effir_search.workers import run_workers, this_shard, worker_devices
+
+
+def write_pid_and_wait(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def fail_or_wait(job):
+    if isinstance(job, Exception):
+        raise job
+    write_pid_and_wait(job)
+
+
+def leave(status):
+    os._exit(status)
+
+
+def kill_itself(_job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pid_of(path):
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
+def is_alive(pid):
+    """Whether a process works; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_end(pid, seconds=20):
+    end = time.monotonic() + seconds
+    while is_alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not is_alive(pid)
+
+
+def test_workers_give_the_index_that_one_process_gives(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "index") == files_of(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    kill_after(4, corpus, bert_folder, tmp_path / "index", "--workers", "2")
+    store, now = store_of(tmp_path / "index"), time.monotonic()
+    while time.monotonic() < now + 20:  # its workers let go of their locks when they are gone
+        try:
+            with store.at_work(Shard()):
+                break
+        except OSError:
+            time.sleep(0.1)
+    reused = sum(part.num_documents for part in store.parts().values())
+    done = run(corpus, bert_folder, tmp_path / "index")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing: {reused} documents" in done.stderr
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_die_with_their_parent(tmp_path, how):
+    program = (
+        "import signal, sys; from pathlib import Path; from effir_search.workers import run_workers\n"
+        "from test_workers import write_pid_and_wait\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"    run_workers(write_pid_and_wait, [Path({str(tmp_path)!r}) / name for name in 'ab'])\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        stderr=subprocess.DEVNULL,
+    )
+    pids = [pid_of(tmp_path / name) for name in "ab"]
+    assert all(map(is_alive, pids))
+    parent.send_signal(how)
+    parent.wait()
+    assert all(map(wait_for_end, pids))
+
+
+def test_what_a_worker_raises_is_raised_and_the_others_are_stopped(tmp_path):
+    with pytest.raises(ValueError, match="a bad line"):
+        run_workers(fail_or_wait, [tmp_path / "waits", ValueError("docs.jsonl:3: a bad line")])
+    assert not (tmp_path / "waits").exists() or wait_for_end(pid_of(tmp_path / "waits"))
+
+
+@pytest.mark.parametrize(
+    ("work", "message"), [(leave, "ended with status 3"), (kill_itself, "was killed by signal 9; .* continues")]
+)
+def test_a_worker_that_ends_without_a_word_is_an_error(work, message):
+    with pytest.raises(OSError, match=message):
+        run_workers(work, [3])
+
+
+def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    for number in ("0", "1"):
+        options = ("--workers", "2", "--num-shards", "2", "--shard-id", number)
+        done = run(corpus, bert_folder, tmp_path / "index", *options)
+        assert done.returncode == 0, done.stderr
+        assert ("the job that encodes the last part" in done.stdout) == (number == "0")
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
+def test_the_shard_is_the_launchers_unless_options_say_otherwise(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_shard(None, None) == Shard(0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert this_shard(None, None) == Shard(3, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert this_shard(None, None) == Shard(1, 2)
+    assert this_shard(4, 0) == Shard(0, 4)
+
+
+def test_half_a_shard_or_one_too_many_is_an_error():
+    with pytest.raises(ValueError, match="go together"):
+        this_shard(4, None)
+    with pytest.raises(ValueError, match="must be below --num-shards 4"):
+        this_shard(4, 4)
+
+
+def test_the_devices_of_the_workers():
+    assert worker_devices(None, None) == []
+    assert worker_devices(3, None) == ["cpu"] * 3
+    assert worker_devices(None, "cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
+    for devices in ("", "cuda:0,", "cuda:0,cuda:0"):
+        with pytest.raises(ValueError, match="each once"):
+            worker_devices(None, devices)
+    with pytest.raises(ValueError, match="not both"):
+        worker_devices(2, "cuda:0")
