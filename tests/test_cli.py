@@ -119,9 +119,10 @@ def test_the_choices_of_dtype_are_auto_and_known_types():
 
 
 def test_the_choices_of_format_are_the_formats():
-    from effir_search.evaluate import FORMATS
+    from effir_search import compare, evaluate
 
-    assert choices("evaluate", "--format") == tuple(FORMATS)
+    assert choices("evaluate", "--format") == tuple(evaluate.FORMATS)
+    assert choices("compare", "--format") == tuple(compare.FORMATS)
 
 
 def test_the_choices_of_topics_field_are_the_fields_of_a_topic():

@@ -44,8 +44,9 @@ ALLOWED = LEAVES | {
     "verify": SEARCH,
     "info": SEARCH,
     "evaluate": {"files", "corpus", "trec"},
+    "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
-    "cli": SEARCH | {"search", "verify", "evaluate", "info", "demo"},
+    "cli": SEARCH | {"search", "verify", "evaluate", "compare", "info", "demo"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}
@@ -124,7 +125,7 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", ["evaluate", "trec", "corpus"])
+@pytest.mark.parametrize("module", ["evaluate", "compare", "trec", "corpus"])
 def test_the_text_side_reaches_no_model(module):
     tops = {name.split(".")[0] for reached_one in reached(module) for name in imports_of(reached_one)}
     assert not tops & {"torch", "transformers", "faiss", "pyserini", "jnius"}
@@ -150,5 +151,5 @@ def test_importing_the_package_and_its_commands_loads_nothing_heavy(module):
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert module in loaded
-    heavy = {"torch", "transformers", "numpy", "pyserini", "jnius", "faiss", "ir_measures", "ir_datasets"}
+    heavy = {"torch", "transformers", "numpy", "pyserini", "jnius", "faiss", "ir_measures", "ir_datasets", "scipy"}
     assert not heavy & set(loaded)
