@@ -27,7 +27,7 @@ from effir_search.verify import cosine
 
 def ours(model: str, dtype: str) -> Callable[[list[str]], np.ndarray]:
     """Encode as ``effir index`` does: parts, tokenized ahead of the model."""
-    encoder = Encoder.from_pretrained(model, dtype=dtype)
+    encoder = Encoder.from_pretrained(model, dtype=dtype).pack()
 
     def encode(texts: list[str]) -> np.ndarray:
         tokens = ahead(encoder.tokenize(part, prompt=encoder.config.document_prompt) for part in in_parts(texts))

@@ -13,6 +13,7 @@ POOLINGS = ("cls", "last", "mean")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
+DTYPE_HELP = "Arithmetic; auto is bf16 where the processor has it.  [default: auto; in a search, the index's]"
 TOPIC_FIELDS = ("title", "description", "narrative")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
@@ -52,7 +53,7 @@ def encoder_options(command: Callable) -> Callable:
         click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
         click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
-        click.option("--dtype", type=choice(DTYPES), help="Arithmetic.  [default: auto; in a search, the index's]"),
+        click.option("--dtype", type=choice(DTYPES), help=DTYPE_HELP),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
     ]  # fmt: skip
@@ -93,7 +94,9 @@ def cli(debug: bool) -> None:
 @click.option(
     "--shard-id", type=click.IntRange(0), help="Which of them this is, from 0.  [default: the launcher's, or 0]"
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
+@click.option("--workers", type=click.IntRange(1), help="Processes on this CPU that share the work.")
+@click.option("--devices", help="One process on each, sharing the work: cuda:0,cuda:1.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared]")
 @encoder_options
 def index(
     corpus: str | None,
@@ -106,10 +109,13 @@ def index(
     fields: str | None,
     num_shards: int | None,
     shard_id: int | None,
+    workers: int | None,
+    devices: str | None,
     **options: object,
 ) -> None:
     """Encode a corpus into a FAISS index that Pyserini opens; after a stop, the same command continues."""
-    from effir_search.index import describe_built, index_corpus, rebuild_index, this_shard
+    from effir_search.index import describe_built, index_corpus, rebuild_index
+    from effir_search.workers import this_shard, worker_devices
 
     settings = {"kind": kind, "train_size": train_size, "overwrite": overwrite}
     if source is not None and corpus is None and encoder is None:
@@ -118,6 +124,7 @@ def index(
         settings |= {
             "fields": [name.strip() for name in fields.split(",")] if fields is not None else None,
             "shard": this_shard(num_shards, shard_id),
+            "devices": worker_devices(workers, devices),
         }
         info = index_corpus(corpus, encoder, output, **settings, **options)
     else:

@@ -109,7 +109,8 @@ def _index(documents: list[Document], model: Path, folder: Path, index_dir: Path
     if info and (info.corpus_sha256, info.model_sha256) == (hasher.hexdigest(), MODEL_SHA256):
         return f"{index_dir} has them already, encoded with all-MiniLM-L6-v2."
     start = time.perf_counter()
-    index_corpus(str(folder / "corpus.jsonl"), str(model), index_dir, overwrite=True)
+    # In float32, whose figures every machine gets.
+    index_corpus(str(folder / "corpus.jsonl"), str(model), index_dir, overwrite=True, dtype="fp32")
     seconds = time.perf_counter() - start
     return (
         f"Encoded with all-MiniLM-L6-v2 in {seconds:.0f} s, {len(documents) / seconds:.0f} documents/s -> {index_dir}"

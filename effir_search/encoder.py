@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.corpus import Document, document_text
 from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
+from effir_search.model.packed import pack_linears
 from effir_search.model.save import save_model
 from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
 from effir_search.pooling import POOLERS, without_prompt
@@ -152,8 +154,8 @@ class Encoder:
 
         Args:
             path: Model folder, or a name on the Hugging Face hub.
-            device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
-            dtype: A key of ``DTYPES``; "auto" is bf16 on a GPU that has it and float32 on a CPU.
+            device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one, under a launcher each process its own.
+            dtype: A key of ``DTYPES``; "auto" is bf16 where the processor computes in it, float32 elsewhere.
             pooling: A key of ``POOLERS``.
             query_prompt: Put before every query.
             document_prompt: Put before every document.
@@ -202,6 +204,11 @@ class Encoder:
         """SHA-256 of the weights; see ``model.checkpoint.weights_sha256``."""
         dense = [place for kind, place in self.files.head if kind == "Dense"]
         return weights_sha256(self.files.folder, [self.files.transformer_folder, *dense])
+
+    def pack(self) -> "Encoder":
+        """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved."""
+        pack_linears(self.model)
+        return self
 
     def save(self, output: Path) -> None:
         """Save the model, which must be a pruned one, with its tokenizer and settings as a folder of its own.
@@ -450,7 +457,10 @@ def _position_offset(model: nn.Module) -> int:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # torchrun's and SLURM's
+        return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -466,7 +476,15 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
     if name not in DTYPES:
         raise ValueError(f"--dtype {name!r}: known are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies in bfloat16 by itself, instead of converting to float32 and back."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)

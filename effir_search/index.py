@@ -379,7 +379,7 @@ def _index_shard(job: _Job) -> None:
     """Index a shard in this process."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    encoder = Encoder.from_pretrained(job.encoder_name, **job.options)
+    encoder = Encoder.from_pretrained(job.encoder_name, **job.options).pack()
     logger.info("%d documents, encoded in %s on %s", job.summary.num_documents, encoder.dtype, encoder.device)
     build_index(
         read_corpus(job.corpus, fields=job.fields, on_bad_line=(lambda _complaint: None) if job.skip_bad else None),

@@ -221,7 +221,7 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
     if info is None:
         if name is None:
             raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
-        return Encoder.from_pretrained(name, **given)
+        return Encoder.from_pretrained(name, **given).pack()
     recorded = {
         "dtype": info.dtype,
         "pooling": info.encoder.pooling,
@@ -232,7 +232,7 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
     }
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
-    return Encoder.from_pretrained(name or info.model, **(recorded | given))
+    return Encoder.from_pretrained(name or info.model, **(recorded | given)).pack()
 
 
 def load_topics(source: str, *, field: str = "title", qrels: Sequence[Qrel] | None = None) -> list[Query]:

@@ -204,7 +204,7 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_f
     from effir_search.index import index_corpus
 
     index_dir = tmp_path_factory.mktemp("indexes") / "toy"
-    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir)
+    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir, dtype="fp32")
     return index_dir
 
 

@@ -1,4 +1,7 @@
+import gzip
 import json
+import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -55,8 +58,8 @@ def whole(tmp_path_factory, corpus, bert_folder):
 
 
 def command(corpus, model, index_dir, *options):
-    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir, "--threads", "1", *options]
-    return [sys.executable, "-m", "effir_search", *map(str, arguments)]
+    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir, *options]
+    return [sys.executable, "-m", "effir_search", *map(str, arguments), "--threads", "1", "--dtype", "fp32"]
 
 
 def run(*args):
@@ -100,6 +103,24 @@ def test_a_job_told_to_end_leaves_its_parts_and_nothing_hidden(tmp_path, corpus,
     assert [path.name for path in tmp_path.iterdir()] == ["index.parts"]
     assert run(corpus, bert_folder, tmp_path / "index").returncode == 0
     assert files_of(tmp_path / "index") == files_of(whole)
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
+    peaks, sizes = [], []
+    for name, num_documents in (("small", 4 * PART_SIZE), ("large", 80 * PART_SIZE)):
+        path = tmp_path / f"{name}.jsonl.gz"
+        with gzip.open(path, "wt", compresslevel=1) as file:
+            for number in range(num_documents):
+                file.write(json.dumps({"_id": f"d{number}", "text": f"sweet tea {number} " * 50}) + "\n")
+        job = subprocess.Popen(command(path, bert_folder, tmp_path / name, "--max-length", "16"))
+        _, status, usage = os.wait4(job.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss * 1024)
+        sizes.append(sum(len(content) for content in files_of(tmp_path / name).values()))
+    growth, of_index = peaks[1] - peaks[0], sizes[1] - sizes[0]
+    logging.info(f"peak memory grew by {growth / 1e6:.0f} MB, the index by {of_index / 1e6:.0f} MB")
+    assert growth <= of_index + 100e6
 
 
 @pytest.mark.slow

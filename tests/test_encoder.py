@@ -77,7 +77,7 @@ def test_lower_case_setting_equals_sentence_transformers(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     upper = ["THE CAT", "Hot Soup"]
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": True}))
-    encoder = Encoder.from_pretrained(folder)
+    encoder = Encoder.from_pretrained(folder, dtype="fp32")
     np.testing.assert_allclose(
         encoder.encode_documents(upper),
         SentenceTransformer(str(folder), device="cpu").encode_document(upper),

@@ -23,6 +23,7 @@ LEAVES = {
     "kinds": set(),
     "model.checkpoint": {"files"},
     "model.modeling_effir": set(),
+    "model.packed": set(),
     "model.layers": {"model.modeling_effir"},
     "model.surgery": {"model.layers", "model.modeling_effir"},
     "model.arithmetic": {"model.layers", "model.modeling_effir"},
@@ -32,12 +33,13 @@ LEAVES = {
 }
 ENCODER = set(LEAVES) - {"demo_collection.standard_library"}
 EMBEDDINGS = ENCODER | {"encoder"}
-INDEX = EMBEDDINGS | {"embeddings"}
+INDEX = EMBEDDINGS | {"embeddings", "workers"}
 BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
     "embeddings": EMBEDDINGS,
+    "workers": EMBEDDINGS | {"embeddings"},
     "index": INDEX,
     "pyserini_bridge": BRIDGE,
     "search": SEARCH,

@@ -47,7 +47,7 @@ def test_a_saved_encoder_is_the_same_for_us_and_for_sentence_transformers(tmp_pa
     before = vectors(encoder)
     encoder.save(tmp_path / "saved")
     np.testing.assert_array_equal(vectors(encoder), before)
-    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu")
+    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu", dtype="fp32")
     assert loaded.config == encoder.config
     np.testing.assert_array_equal(vectors(loaded), before)
     np.testing.assert_allclose(reference(tmp_path / "saved"), before, atol=1e-5)
@@ -55,7 +55,9 @@ def test_a_saved_encoder_is_the_same_for_us_and_for_sentence_transformers(tmp_pa
     for name, previous in (("again", "saved"), ("and again", "again")):
         SentenceTransformer(str(tmp_path / previous), device="cpu").save(str(tmp_path / name))
         assert (tmp_path / name / "modeling_effir.py").is_file()
-        np.testing.assert_allclose(vectors(Encoder.from_pretrained(tmp_path / name, device="cpu")), before, atol=1e-5)
+        np.testing.assert_allclose(
+            vectors(Encoder.from_pretrained(tmp_path / name, device="cpu", dtype="fp32")), before, atol=1e-5
+        )
 
 
 ELSEWHERE = """
@@ -113,7 +115,7 @@ def test_settings_given_by_hand_are_saved(tmp_path, llama_folder):
         llama_folder, pooling="cls", query_prompt="red ", document_prompt="green ", max_length=30, append_eos=True
     )
     encoder.save(tmp_path / "saved")
-    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu")
+    loaded = Encoder.from_pretrained(tmp_path / "saved", device="cpu", dtype="fp32")
     assert loaded.config.query_prompt == "red " and loaded.config.max_length == 30 and loaded.config.pooling == "cls"
     assert loaded.tokenizer("cat")["input_ids"] == encoder.tokenizer("cat")["input_ids"]
     np.testing.assert_array_equal(vectors(loaded), vectors(encoder))

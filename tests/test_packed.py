@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DOCUMENTS, FAMILIES, save_model
+from torch import nn
+from torch.nn import functional as F
+
+from effir_search.encoder import Encoder
+from effir_search.model.packed import PackedLinear, pack_linears
+
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+
+
+@needs_bf16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24)])
+def test_a_packed_linear_gives_the_products_of_the_linear(shape, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found = PackedLinear(linear)(x)
+        exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    assert found.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: what is nearest to the exact product is within 1 / 256 of it.
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@needs_bf16
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_an_encoder_changes_no_vector_by_more_than_rounding(tmp_path, family):
+    folder = save_model(tmp_path / family, family)
+    texts = [text for _, text in DOCUMENTS.values() if text]
+    plain, packed = (Encoder.from_pretrained(folder, device="cpu", dtype="bf16") for _ in range(2))
+    packed.pack()
+    assert any(isinstance(module, PackedLinear) for module in packed.model.modules())
+    a, b = plain.encode_documents(texts), packed.encode_documents(texts)
+    cosines = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosines.min() > 0.999
+
+
+def test_other_dtypes_are_left_as_they_are():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16))
+    pack_linears(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not list the processor's features")
+def test_the_arithmetic_is_bfloat16_where_the_processor_says_it_has_it(bert_folder):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    has_it = bool(flags & {"avx512_bf16", "amx_bf16"})
+    found = Encoder.from_pretrained(bert_folder, device="cpu").dtype
+    assert found == (torch.bfloat16 if has_it else torch.float32)
