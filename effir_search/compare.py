@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from ir_measures import Measure, Qrel
+from ir_measures import Measure
 from scipy import stats
 
 from effir_search.evaluate import (
     Evaluation,
-    evaluate_queries,
+    evaluate_file,
     parse_measures,
-    warn_of_missing,
     warn_of_no_positive,
 )
 from effir_search.files import whole_file
-from effir_search.trec import read_qrels, read_run
+from effir_search.trec import read_qrels
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def compare_runs(
             raise ValueError(f"{path}: this run is given twice; a comparison needs different files")
     parsed, judgments = parse_measures(measures), read_qrels(qrels)
     evaluations = {
-        name: _evaluate_file(path, judgments, parsed, only_with_positives=only_with_positives)
+        name: evaluate_file(path, judgments, parsed, only_with_positives=only_with_positives)
         for name, path in zip(_run_names(paths), paths, strict=True)
     }
     if not only_with_positives:
@@ -257,19 +256,6 @@ def draw_figure(comparison: Comparison, path: Path) -> None:
     with whole_file(path) as file:  # A text file; a PNG goes into the bytes below it.
         figure.savefig(file.buffer, format="png")
     logger.info("differences of each query -> %s", path)
-
-
-def _evaluate_file(
-    path: Path, qrels: Sequence[Qrel], measures: Sequence[Measure], *, only_with_positives: bool
-) -> Evaluation:
-    """Evaluate one run; errors and warnings name its file."""
-    hits = read_run(path)
-    try:
-        evaluation = evaluate_queries(hits, qrels, measures, only_with_positives=only_with_positives)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    warn_of_missing(evaluation, str(path))
-    return evaluation
 
 
 def _run_names(paths: Sequence[Path]) -> list[str]:

@@ -129,18 +129,25 @@ def evaluate_run(run: Path, qrels: str, measures: str, *, only_with_positives: b
         OSError: A file cannot be read.
     """
     parsed = parse_measures(measures)
-    evaluation = evaluate_queries(read_run(run), read_qrels(qrels), parsed, only_with_positives=only_with_positives)
-    warn_of_missing(evaluation, "the run")
+    evaluation = evaluate_file(run, read_qrels(qrels), parsed, only_with_positives=only_with_positives)
     if not only_with_positives:
         warn_of_no_positive(evaluation)
     return evaluation
 
 
-def warn_of_missing(evaluation: Evaluation, run: str) -> None:
-    """Warn of judged queries that the run, so named, has no hit for."""
+def evaluate_file(
+    run: Path, qrels: Sequence[Qrel], measures: Sequence[Measure], *, only_with_positives: bool
+) -> Evaluation:
+    """Score a run file, see ``evaluate_queries``; errors, and a warning of judged queries it lacks, name the file."""
+    hits = read_run(run)
+    try:
+        evaluation = evaluate_queries(hits, qrels, measures, only_with_positives=only_with_positives)
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from error
     if missing := evaluation.missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         logger.warning("%d judged queries are not in %s and count 0: %s", len(missing), run, names)
+    return evaluation
 
 
 def warn_of_no_positive(evaluation: Evaluation) -> None:

@@ -156,7 +156,7 @@ def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     result = effir(*args)
     # 1/2 over three judged queries.
     assert result.stdout.split() == ["RR@10", "all", "0.1667"]
-    assert result.stderr.splitlines()[0] == "WARNING: 2 judged queries are not in the run and count 0: q2, q3"
+    assert result.stderr.splitlines()[0] == f"WARNING: 2 judged queries are not in {folder / 'run.txt'} and count 0: q2, q3"
     # Without q3, which has no positive, it is over two.
     assert effir(*args, "--only-with-positives").stdout.split() == ["RR@10", "all", "0.2500"]
 
@@ -177,7 +177,7 @@ BAD_EVALUATIONS = {
     "run with NaN": ("run.txt", RUN + "q1 Q0 d3 3 nan tag\n", "run.txt:3: the score 'nan' is not"),
     "run with a document twice": ("run.txt", RUN + RUN, "run.txt:3: document \"d2\" is there twice"),
     "empty run": ("run.txt", "", "run.txt: no hits"),
-    "run of other queries": ("run.txt", "x1 Q0 d1 1 1.0 tag\n", "no query of the run is judged"),
+    "run of other queries": ("run.txt", "x1 Q0 d1 1 1.0 tag\n", "run.txt: no query of the run is judged"),
     "qrels of five columns": ("qrels.tsv", QRELS + "a b c d e\n", "qrels.tsv:3: 5 columns"),
     "qrels with a fraction": ("qrels.tsv", QRELS + "q1\td2\t0.5\n", "qrels.tsv:3: the grade '0.5'"),
     "qrels with two grades": ("qrels.tsv", QRELS + "q1\td1\t0\n", "qrels.tsv:3: a second, different grade"),

@@ -140,7 +140,7 @@ def test_queries_that_count_0_unsearched_are_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         evaluate_run(run_path, str(qrels_path), "RR@10")
     missing, without_positive = (record.getMessage() for record in caplog.records)
-    assert missing == "2 judged queries are not in the run and count 0: q3, q4"
+    assert missing == f"2 judged queries are not in {run_path} and count 0: q3, q4"
     assert without_positive.startswith("1 judged queries have no relevant document and count 0")
 
 
@@ -149,7 +149,7 @@ def test_of_many_missing_queries_ten_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         evaluate_run(run_path, str(qrels_path), "RR@10")
     names = ", ".join(["q3", *(f"m{number}" for number in range(9))])
-    assert caplog.records[0].getMessage() == f"21 judged queries are not in the run and count 0: {names}, ..."
+    assert caplog.records[0].getMessage() == f"21 judged queries are not in {run_path} and count 0: {names}, ..."
 
 
 # Names of measures

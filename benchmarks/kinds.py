@@ -1,0 +1,80 @@
+"""Recall@100 of every kind of index against Flat, over the documents of several collections together.
+
+    python benchmarks/kinds.py FOLDER MODEL [--work DIR] [--kinds "SQ8 HNSW32 ..."] [--queries 1000]
+
+FOLDER holds one folder a collection, each with corpus.jsonl and queries.jsonl (BEIR layout). Ids are prefixed by the
+collection's name. The Flat index stays in DIR, so that another run encodes nothing. Prints a Markdown table: the share
+of Flat's first 100 hits that a kind finds among its own, its size, the time to build it and that of a query, with the
+default search parameters.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import faiss
+import numpy as np
+
+from effir_search.corpus import Document, read_corpus
+from effir_search.encoder import Encoder
+from effir_search.index import build_index, read_index, rebuild_index, scale
+from effir_search.kinds import set_search_parameters
+from effir_search.trec import read_topics
+
+DEPTH = 100
+KINDS = "SQfp16 SQ8 HNSW32 IVF256,Flat IVF256,SQ8 PQ64 OPQ64,PQ64 IVF256,PQ64"
+
+
+def documents_of(folder: Path) -> Iterator[Document]:
+    """Yield the documents of all collections, with ids that tell them apart."""
+    for path in sorted(folder.glob("*/corpus.jsonl")):
+        for document in read_corpus(path):
+            yield document._replace(doc_id=f"{path.parent.name}/{document.doc_id}")
+
+
+def queries_of(folder: Path, size: int) -> list[str]:
+    """Return the texts of so many queries, the same share of every collection's, as far as it has them."""
+    texts = [[query.text for query in read_topics(path)] for path in sorted(folder.glob("*/queries.jsonl"))]
+    taken = itertools.chain.from_iterable(itertools.zip_longest(*texts))
+    return list(itertools.islice((text for text in taken if text is not None), size))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/kinds"))
+@click.option("--kinds", default=KINDS)
+@click.option("--queries", "num_queries", default=1000)
+def main(folder: Path, model: str, work: Path, kinds: str, num_queries: int) -> None:
+    """Print the table."""
+    work.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder.from_pretrained(model, dtype="fp32")
+    if not (work / "Flat").exists():
+        build_index(documents_of(folder), encoder, work / "Flat")
+    vectors = scale(encoder.encode_queries(queries_of(folder, num_queries)), encoder.config)
+    exact = None
+    print("| kind | recall@100 | MB | seconds to build | ms a query |")
+    print("| --- | ---: | ---: | ---: | ---: |", flush=True)
+    for kind in ["Flat", *kinds.split()]:
+        path, start = work / kind.replace(",", "-"), time.perf_counter()
+        if not path.exists():
+            rebuild_index(work / "Flat", path, kind=kind)
+        built = time.perf_counter() - start
+        index, _ = read_index(path)
+        set_search_parameters(index)
+        start = time.perf_counter()
+        _, rows = index.search(vectors, DEPTH)
+        searched = (time.perf_counter() - start) / len(vectors)
+        exact = rows if exact is None else exact
+        recall = np.mean([len(np.intersect1d(a, b)) / DEPTH for a, b in zip(rows, exact, strict=True)])
+        size = (path / "index").stat().st_size / 1e6
+        took = f"{built:.1f}" if kind != "Flat" else ""
+        print(f"| {kind} | {recall:.4f} | {size:.1f} | {took} | {searched * 1000:.2f} |", flush=True)
+    print(json.dumps({"documents": index.ntotal, "queries": len(vectors), "threads": faiss.omp_get_max_threads()}))
+
+
+if __name__ == "__main__":
+    main()
