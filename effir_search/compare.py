@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +84,7 @@ def compare_runs(
 ) -> Comparison:
     """Compare run files with a baseline over the same judged queries: ``effir compare``.
 
-    A run's name is its file's without the endings or, where two runs would have the same, the path.
+    A run's name is its file's without the endings or, where two would be the same, every run's is its path.
 
     Raises:
         ValueError: A bad run, qrels or measure, a file that is given twice, a run and qrels that share no query.
@@ -260,8 +259,7 @@ def draw_figure(comparison: Comparison, path: Path) -> None:
 
 def _run_names(paths: Sequence[Path]) -> list[str]:
     stems = [Path(path.name.removesuffix(".gz")).stem for path in paths]
-    counts = Counter(stems)
-    return [stem if counts[stem] == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def _values(evaluation: Evaluation, query_ids: Sequence[str], measure: Measure) -> np.ndarray:

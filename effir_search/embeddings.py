@@ -219,8 +219,11 @@ class Store:
             file.unlink()
 
     def remove(self) -> None:
-        """Delete the store."""
-        shutil.rmtree(self.path)
+        """Delete the store; the manifest goes first, so that a kill half-way leaves nothing that counts."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        hidden = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        os.replace(self.path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # NFS keeps files that are open: the locks of jobs at work
 
     @contextmanager
     def at_work(self, shard: Shard) -> Iterator[None]:
@@ -248,10 +251,16 @@ class Store:
             yield
 
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Hold the lock of the job that writes the index, having waited for it."""
-        with _lock(self.path / "finish.lock"):
-            yield
+    def finishing(self) -> Iterator[bool]:
+        """Hold the lock of the job that writes the index, having waited for it; yield whether the store still is."""
+        try:
+            file = open(self.path / "finish.lock", "w", encoding="utf-8")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield self.path.is_dir()
 
     def _manifest(self) -> tuple[StoreSettings | None, dict[int, Part]]:
         path = self.path / MANIFEST
@@ -302,6 +311,8 @@ def encode_corpus(
         ValueError: A repeated id, a vector that is not finite, or a finished part that is of other documents.
         OSError: The disk is full, or a file cannot be read.
     """
+    if shard.count > 1 and num_documents is None:
+        raise ValueError("shards need the number of all documents")
     finished = store.parts()
     mine = None if num_documents is None else shard.parts(number_of_parts(num_documents))
     reused = sum(part.num_documents for number, part in finished.items() if mine is None or number in mine)

@@ -18,7 +18,7 @@ from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpu
 from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
-from effir_search.kinds import memory, new_index, sample_rows, train, training_size
+from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size
 from effir_search.model.checkpoint import file_sha256, read_json
 from effir_search.workers import run_workers
 
@@ -116,19 +116,22 @@ def build_index(
         corpus_sha256: Hash of all documents, if known: another corpus is then noticed before it is read.
 
     Returns:
-        The number of documents in the index, or 0 if parts of other shards are still missing.
+        The number of documents in the index, or 0 if parts of other shards are still missing, or their job wrote it.
 
     Raises:
         ValueError: No documents, a repeated id, a vector that is not finite, a store of another job, an unknown kind.
         OSError: The folder exists or cannot be written, or another job is at work on it.
     """
     new_index(kind, encoder.dimension)
+    if shard.count > 1 and _is_built(index_dir, encoder, kind, corpus_sha256):
+        return 0  # the other shards' jobs needed nothing of this one
     replaced = _replaced(overwrite, index_dir)
     refuse_existing(index_dir, replaces=replaced)
     store = store_of(index_dir)
     if restart and shard.count > 1:
         raise ValueError(f"--restart would discard the other shards' parts; delete {store.path} before the first job")
     if num_documents is not None:
+        check_training(kind, _train_size(kind, num_documents, train_size))
         _announce(kind, encoder.dimension, num_documents, _train_size(kind, num_documents, train_size))
     with store.at_work(shard):
         if restart:
@@ -144,17 +147,17 @@ def build_index(
             if shard.count == 1 and not store.parts():
                 store.remove()
             raise
-        with store.finishing():
-            if not store.path.is_dir() or len(store.parts()) < num_parts:
+        with store.finishing() as there:
+            if not there or len(store.parts()) < num_parts:
                 return 0
-            if shard.count > 1 and not overwrite and index_dir.exists():
+            if shard.count > 1 and _is_built(index_dir, encoder, kind, found_sha256):
                 return 0  # another shard's job wrote it while this one waited for its turn
             records = store.parts().values()
             info = IndexInfo(
                 model=_lasting_name(encoder.name),
                 model_sha256=encoder.weights_sha256,
                 encoder=encoder.config,
-                dtype=str(encoder.dtype).removeprefix("torch."),
+                dtype=_name(encoder.dtype),
                 dimension=encoder.dimension,
                 num_documents=sum(part.num_documents for part in records),
                 num_empty=sum(part.num_empty for part in records),
@@ -169,6 +172,19 @@ def build_index(
             if not keep_embeddings:
                 store.remove()
     return info.num_documents
+
+
+def _is_built(index_dir: Path, encoder: Encoder, kind: str, corpus_sha256: str | None) -> bool:
+    """Whether a folder holds the index of this corpus, encoder and kind."""
+    info = read_index_info(index_dir) if (index_dir / INDEX_FILE).is_file() else None
+    return info is not None and (
+        (info.corpus_sha256, info.model_sha256, info.encoder, info.dtype, info.kind)
+        == (corpus_sha256, encoder.weights_sha256, encoder.config, _name(encoder.dtype), kind)
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def store_of(index_dir: Path) -> Store:
@@ -242,20 +258,29 @@ def rebuild_index(
     if info is None:
         raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(kind, info.dimension)
-    store = store_of(source_dir)
-    if store.settings() is not None:
-        rows = _rows_of_store(store, info.encoder)
-    elif info.kind == "Flat":
-        rows = _rows_of_flat(source_dir)
-    else:
-        raise ValueError(
-            f"{source_dir}: {info.kind} holds no exact vectors; --from takes a Flat index or kept embeddings"
-        )
+    rows = _rows_of_flat(source_dir) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
     _announce(kind, info.dimension, info.num_documents, _train_size(kind, info.num_documents, train_size))
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
 
 
+def _rows_of_kept(index_dir: Path, info: IndexInfo) -> Rows:
+    """Return the rows of the store that was kept beside an index, having checked that it is that index's."""
+    store = store_of(index_dir)
+    if (settings := store.settings()) is None:
+        raise ValueError(
+            f"{index_dir}: {info.kind} holds no exact vectors; --from takes a Flat index or kept embeddings"
+        )
+    of_store = (settings.model_sha256, settings.encoder, settings.dtype, settings.corpus_sha256 or info.corpus_sha256)
+    of_index = (info.model_sha256, asdict(info.encoder), info.dtype, info.corpus_sha256)
+    num_documents = sum(part.num_documents for part in store.parts().values())
+    if of_store != of_index or num_documents != info.num_documents:
+        raise ValueError(f"{store.path}: its embeddings are not those that {index_dir} was built from")
+    return _rows_of_store(store, info.encoder)
+
+
 def _train_size(kind: str, num_documents: int, asked: int | None) -> int:
+    if training_size(kind, num_documents) == 0:
+        return 0
     return min(num_documents, training_size(kind, num_documents) if asked is None else asked)
 
 
@@ -336,19 +361,21 @@ def index_corpus(
         ValueError: A bad corpus or model, or a store of another job.
         OSError: A file cannot be read or written.
     """
-    refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
+    if shard.count == 1:
+        refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
+    training_size(kind, 0)  # an unknown kind is an error before the corpus is read
     store = store_of(index_dir)
+    summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     if restart:
         _discard(store, shard)
-    summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
     given = {name: value for name, value in options.items() if value is not None}
     if (begun := store.settings()) is not None:
         given = {"dtype": begun.dtype, "batch_tokens": begun.batch_tokens} | given
         threads = threads or begun.threads
-        if given.get("device", "auto") == "auto":
-            given["device"] = begun.device
+        if given.get("device", "auto") == "auto" and begun.device == "cpu":
+            given["device"] = "cpu"
     if len(devices) == 1:
         given["device"] = devices[0]
     settings = {

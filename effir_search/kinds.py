@@ -57,16 +57,23 @@ def memory(kind: str, dimension: int, num_documents: int, train_size: int) -> in
     return num_documents * row + lists + rotation + train_size * 4 * dimension
 
 
+def check_training(kind: str, size: int) -> None:
+    """Raise ValueError if a kind cannot be trained on so many vectors."""
+    found = _parse(kind)
+    needed = max(int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0)
+    if found["opq"]:
+        needed = max(needed, 256)  # FAISS finds the rotation with codes of 8 bits, whatever the index has
+    if size < needed:
+        raise ValueError(f"--kind {kind}: needs at least {needed:,} vectors to train on, there are {size:,}")
+
+
 def train(index: faiss.Index, kind: str, sample: np.ndarray) -> None:
     """Train an index on ``(vectors, dimension)`` float32.
 
     Raises:
         ValueError: The kind needs more vectors.
     """
-    found = _parse(kind)
-    needed = max(int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0)
-    if len(sample) < needed:
-        raise ValueError(f"--kind {kind}: needs at least {needed:,} vectors to train on, there are {len(sample):,}")
+    check_training(kind, len(sample))
     index.train(sample)
 
 
@@ -107,6 +114,15 @@ def set_search_parameters(index: faiss.Index, *, ef_search: int | None = None, n
 
 def _parse(kind: str) -> re.Match:
     found = PATTERN.fullmatch(kind)
-    if not found or not (found["code"] or found["links"]) or (found["opq"] and not found["codes"]):
+    sizes = [] if not found else [int(found[name]) for name in ("lists", "links", "codes", "bits") if found[name]]
+    # FAISS crashes on an HNSW of one link and on codes of no bit.
+    if (
+        not found
+        or 0 in sizes
+        or found["links"] == "1"
+        or kind.startswith("OPQ0")
+        or not (found["code"] or found["links"])
+        or (found["opq"] and not found["codes"])
+    ):
         raise ValueError(f"--kind {kind!r} is unknown; known are FAISS factory strings such as {EXAMPLES}")
     return found

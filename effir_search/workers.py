@@ -1,17 +1,19 @@
 """Several processes that share a job: whose share is which, and the worker processes that a job starts by itself."""
 
+import io
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from effir_search.embeddings import WHOLE, Shard
+
+logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 # Seconds a worker has to leave after SIGTERM, before it is killed.
@@ -27,7 +29,10 @@ def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
     if num_shards is None and shard_id is None:
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if number in os.environ and count in os.environ:
-                return Shard(int(os.environ[number]), int(os.environ[count]))
+                shard = Shard(int(os.environ[number]), int(os.environ[count]))
+                if shard.count > 1:
+                    logger.info("shard %d of %d, as %s and %s say", *shard, number, count)
+                return shard
         return WHOLE
     if num_shards is None or shard_id is None:
         raise ValueError("--num-shards and --shard-id go together")
@@ -69,15 +74,14 @@ def run_workers(
     """
     context = multiprocessing.get_context("spawn")
     workers = []
-    with _without_progress_bars():
+    try:
         for number, job in enumerate(jobs):
             ours, theirs = context.Pipe(duplex=False)
             level = logging.ERROR if number else logging.getLogger().getEffectiveLevel()
-            worker = context.Process(target=_work, args=(work, job, level, theirs))
+            worker = context.Process(target=_work, args=(work, job, level, theirs), daemon=True)
             worker.start()
             theirs.close()  # so that a worker's end is seen here
             workers.append((worker, ours))
-    try:
         at_work = {worker.sentinel: (worker, connection) for worker, connection in workers}
         while at_work:
             for sentinel in wait(list(at_work), timeout=1):
@@ -103,23 +107,18 @@ def _reason(exitcode: int, connection: Connection) -> Exception:
         return OSError(f"a worker {how}; the others were stopped, and the same command continues")
 
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
+class _NotATerminal(io.TextIOWrapper):
+    """Standard error for workers: progress bars, which look for a terminal, stay silent."""
+
+    def isatty(self) -> bool:
+        return False
 
 
 def _work(work: Callable[[Job], object], job: Job, level: int, connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.stderr = _NotATerminal(sys.stderr.buffer, line_buffering=True)
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     try:
         work(job)

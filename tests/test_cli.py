@@ -156,7 +156,10 @@ def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     result = effir(*args)
     # 1/2 over three judged queries.
     assert result.stdout.split() == ["RR@10", "all", "0.1667"]
-    assert result.stderr.splitlines()[0] == f"WARNING: 2 judged queries are not in {folder / 'run.txt'} and count 0: q2, q3"
+    assert (
+        result.stderr.splitlines()[0]
+        == f"WARNING: 2 judged queries are not in {folder / 'run.txt'} and count 0: q2, q3"
+    )
     # Without q3, which has no positive, it is over two.
     assert effir(*args, "--only-with-positives").stdout.split() == ["RR@10", "all", "0.2500"]
 

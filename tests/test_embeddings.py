@@ -58,8 +58,9 @@ def whole(tmp_path_factory, corpus, bert_folder):
 
 
 def command(corpus, model, index_dir, *options):
-    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir, *options]
-    return [sys.executable, "-m", "effir_search", *map(str, arguments), "--threads", "1", "--dtype", "fp32"]
+    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir]
+    settings = ["--threads", "1", "--dtype", "fp32", *options]
+    return [sys.executable, "-m", "effir_search", *map(str, [*arguments, *settings])]
 
 
 def run(*args):

@@ -20,7 +20,7 @@ from effir_search.verify import cosine, verify_index
 
 @pytest.fixture(scope="module")
 def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder)
+    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 @pytest.fixture

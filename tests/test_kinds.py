@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
+from effir_search.corpus import Document
 from effir_search.encoder import Encoder
 from effir_search.index import build_index, index_corpus, read_index, read_index_info, rebuild_index
 from effir_search.kinds import memory, new_index, sample_rows, set_search_parameters, train, training_size
-from effir_search.search import search
+from effir_search.search import load_encoder, search
 from effir_search.trec import Query
+from effir_search.verify import verify_index
 
 KINDS = [
     "Flat",
@@ -169,6 +171,29 @@ def test_another_kind_comes_from_a_flat_index_without_encoding(tmp_path, flat_in
     assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     assert len(list(search(tmp_path / "new", encoder, [Query("q", "hot soup")], k=10))) == 10
+
+
+def test_embeddings_of_another_job_are_no_source(tmp_path, bert_folder):
+    documents = [Document(f"x{number}", f"sweet tea {number}") for number in range(300)]
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    build_index(documents, encoder, tmp_path / "sq", kind="SQ8", keep_embeddings=True)
+    rebuild_index(tmp_path / "sq", tmp_path / "again", kind="Flat")
+    other = Encoder.from_pretrained(bert_folder, dtype="fp32", pooling="cls")
+    build_index(documents[:200], other, tmp_path / "other", kind="SQ8", keep_embeddings=True)
+    shutil.rmtree(tmp_path / "sq.parts")
+    (tmp_path / "other.parts").rename(tmp_path / "sq.parts")
+    with pytest.raises(ValueError, match="sq.parts: its embeddings are not those that"):
+        rebuild_index(tmp_path / "sq", tmp_path / "third", kind="Flat")
+
+
+@pytest.mark.parametrize("kind", ["SQ8", "HNSW8", "IVF4,Flat", "PQ4x4", "OPQ4,IVF4,PQ4x4"])
+def test_verify_finds_every_kind_right(tmp_path, bert_folder, kind):
+    records = [
+        {"_id": f"x{number}", "text": f"tea {'cat ' * (number % 7)} {'soup ' * (number % 11)}"} for number in range(300)
+    ]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
+    index_corpus(str(corpus), str(bert_folder), tmp_path / "index", dtype="fp32", kind=kind)
+    assert verify_index(tmp_path / "index", load_encoder(tmp_path / "index")).num_sampled == 64
 
 
 def test_an_index_that_is_not_exact_and_has_no_embeddings_is_no_source(tmp_path, flat_index):

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_embeddings import command, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
+from test_embeddings import NUM_DOCUMENTS, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
 
 from effir_search.embeddings import Shard
-from effir_search.index import store_of
+from effir_search.index import index_corpus, store_of
 from effir_search.workers import run_workers, this_shard, worker_devices
 
 
@@ -118,6 +118,24 @@ def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, co
         done = run(corpus, bert_folder, tmp_path / "index", *options)
         assert done.returncode == 0, done.stderr
         assert ("the job that encodes the last part" in done.stdout) == (number == "0")
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
+def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    options = {"threads": 1, "dtype": "fp32"}
+    for number in range(2):
+        index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=Shard(number, 2), **options)
+    before = (tmp_path / "index" / "effir.json").read_bytes()
+    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=Shard(0, 2), **options)
+    assert info.num_documents == NUM_DOCUMENTS
+    assert (tmp_path / "index" / "effir.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_shards_write_into_an_empty_folder(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    (tmp_path / "index").mkdir()
+    done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
+    assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "index") == files_of(whole)
 
 

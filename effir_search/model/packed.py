@@ -26,7 +26,7 @@ def pack_linears(model: nn.Module) -> None:
 
     Other dtypes and devices are left alone: their products are fast as they are.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
