@@ -24,7 +24,7 @@ from effir_search.trec import Query
 
 @pytest.fixture(scope="module")
 def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder)
+    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 def test_an_older_java_is_not_used(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_bm25_finds_the_document_with_the_rare_words(tmp_path, collection):
 
 def test_another_encoder_than_the_indexs_is_an_error_with_both_values(toy_index, llama_folder, bert_folder):
     other = Encoder.from_pretrained(llama_folder)
-    ours = Encoder.from_pretrained(bert_folder)
+    ours = Encoder.from_pretrained(bert_folder, dtype="fp32")
     with pytest.raises(
         ValueError, match=f"weights is '{ours.weights_sha256}' in the index and '{other.weights_sha256}'"
     ):

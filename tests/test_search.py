@@ -16,7 +16,7 @@ from effir_search.trec import Query, read_qrels, read_run, strictly_decreasing
 
 @pytest.fixture(scope="module")
 def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder)
+    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
