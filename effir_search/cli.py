@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from effir_search.messages import show_messages
+
 # What the library's tables hold, written out: importing them would make --help wait for torch. A test compares them.
 POOLINGS = ("cls", "last", "mean")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -69,9 +71,7 @@ def cli(debug: bool) -> None:
     """Dense retrieval: index a corpus, search it, evaluate the run."""
     # What a batch system or a container sends: leave as after Ctrl-C, with nothing half-written behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s: %(message)s")
-    for noisy in ("httpx", "httpcore", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    show_messages(logging.DEBUG if debug else logging.INFO)
 
 
 @cli.command()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from effir_search.ahead import ahead
 from effir_search.corpus import CorpusHasher, Document, document_text
 from effir_search.encoder import Encoder, Tokens
-from effir_search.model.checkpoint import read_json
+from effir_search.model.checkpoint import dtype_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
     return StoreSettings(
         model_sha256=encoder.weights_sha256,
         encoder=asdict(encoder.config),
-        dtype=str(encoder.dtype).removeprefix("torch."),
+        dtype=dtype_name(encoder.dtype),
         device=encoder.device.type,
         threads=torch.get_num_threads(),
         batch_tokens=encoder.batch_tokens,

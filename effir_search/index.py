@@ -19,7 +19,7 @@ from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpu
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size
-from effir_search.model.checkpoint import file_sha256, read_json
+from effir_search.model.checkpoint import dtype_name, file_sha256, read_json
 from effir_search.workers import run_workers
 
 logger = logging.getLogger(__name__)
@@ -128,14 +128,11 @@ def build_index(
     replaced = _replaced(overwrite, index_dir)
     refuse_existing(index_dir, replaces=replaced)
     store = store_of(index_dir)
-    if restart and shard.count > 1:
-        raise ValueError(f"--restart would discard the other shards' parts; delete {store.path} before the first job")
+    if restart:
+        _discard(store, shard)
     if num_documents is not None:
-        check_training(kind, _train_size(kind, num_documents, train_size))
-        _announce(kind, encoder.dimension, num_documents, _train_size(kind, num_documents, train_size))
+        _announce(kind, encoder.dimension, num_documents, train_size)
     with store.at_work(shard):
-        if restart:
-            store.clear()
         store.begin(settings_of(encoder, corpus_sha256))
         try:
             num_parts, found_sha256 = encode_corpus(documents, encoder, store, shard=shard, num_documents=num_documents)
@@ -157,7 +154,7 @@ def build_index(
                 model=_lasting_name(encoder.name),
                 model_sha256=encoder.weights_sha256,
                 encoder=encoder.config,
-                dtype=_name(encoder.dtype),
+                dtype=dtype_name(encoder.dtype),
                 dimension=encoder.dimension,
                 num_documents=sum(part.num_documents for part in records),
                 num_empty=sum(part.num_empty for part in records),
@@ -179,12 +176,8 @@ def _is_built(index_dir: Path, encoder: Encoder, kind: str, corpus_sha256: str |
     info = read_index_info(index_dir) if (index_dir / INDEX_FILE).is_file() else None
     return info is not None and (
         (info.corpus_sha256, info.model_sha256, info.encoder, info.dtype, info.kind)
-        == (corpus_sha256, encoder.weights_sha256, encoder.config, _name(encoder.dtype), kind)
+        == (corpus_sha256, encoder.weights_sha256, encoder.config, dtype_name(encoder.dtype), kind)
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def store_of(index_dir: Path) -> Store:
@@ -259,7 +252,7 @@ def rebuild_index(
         raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(kind, info.dimension)
     rows = _rows_of_flat(source_dir) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
-    _announce(kind, info.dimension, info.num_documents, _train_size(kind, info.num_documents, train_size))
+    _announce(kind, info.dimension, info.num_documents, train_size)
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
 
 
@@ -279,14 +272,16 @@ def _rows_of_kept(index_dir: Path, info: IndexInfo) -> Rows:
 
 
 def _train_size(kind: str, num_documents: int, asked: int | None) -> int:
-    if training_size(kind, num_documents) == 0:
-        return 0
-    return min(num_documents, training_size(kind, num_documents) if asked is None else asked)
+    default = training_size(kind, num_documents)
+    return default if default == 0 or asked is None else min(num_documents, asked)
 
 
-def _announce(kind: str, dimension: int, num_documents: int, train_size: int) -> None:
-    megabytes = memory(kind, dimension, num_documents, train_size) / 1e6
-    trained = f", trained on {train_size:,}" if train_size else ""
+def _announce(kind: str, dimension: int, num_documents: int, train_size: int | None) -> None:
+    """Say what memory an index takes, once it is sure that there is enough to train it on."""
+    size = _train_size(kind, num_documents, train_size)
+    check_training(kind, size)
+    megabytes = memory(kind, dimension, num_documents, size) / 1e6
+    trained = f", trained on {size:,}" if size else ""
     logger.info(
         "a %s index of %s vectors%s takes about %.1f MB of memory", kind, f"{num_documents:,}", trained, megabytes
     )
@@ -440,8 +435,7 @@ def _index_with_workers(job: _Job, devices: Sequence[str]) -> None:
     total = min(mine.stop * PART_SIZE, total) - mine.start * PART_SIZE
 
     def num_encoded() -> int:
-        parts = store.parts() if store.settings() is not None else {}
-        return sum(part.num_documents for number, part in parts.items() if number in mine)
+        return sum(part.num_documents for number, part in store.parts().items() if number in mine)
 
     with tqdm(total=total, initial=num_encoded(), desc="Encoding", unit=" documents", disable=None) as progress:
         run_workers(_index_shard, jobs, watch=lambda: progress.update(max(0, num_encoded() - progress.n)))

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from effir_search.embeddings import WHOLE, Shard
+from effir_search.messages import show_messages
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _work(work: Callable[[Job], object], job: Job, level: int, connection: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stderr = _NotATerminal(sys.stderr.buffer, line_buffering=True)
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    show_messages(level)
     try:
         work(job)
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ LEAVES = {
     "trec": {"corpus", "files"},
     "pooling": set(),
     "ahead": set(),
+    "messages": set(),
     "kinds": set(),
     "model.checkpoint": {"files"},
     "model.modeling_effir": set(),

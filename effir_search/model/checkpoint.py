@@ -142,6 +142,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's own name of a type of numbers, as in "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def hub_revision(folder: Path) -> str | None:
     """Return the revision of a model folder that lies in the Hugging Face cache; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None

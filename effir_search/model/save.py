@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.files import whole_folder
 from effir_search.model.arithmetic import count, empty_model
-from effir_search.model.checkpoint import quiet_transformers
+from effir_search.model.checkpoint import dtype_name, quiet_transformers
 from effir_search.model.modeling_effir import EffirConfig, EffirModel
 from effir_search.model.sentence_files import SentenceFiles, write_sentence_files
 
@@ -54,7 +54,7 @@ def model_card(model: EffirModel, name: str) -> str:
         f"MLPs narrowed from {width} units": ", ".join(f"layer {i}: {n}" for i, n in narrowed.items()) or "none",
         "Parameters": f"{sizes.parameters:,} of {full.parameters:,} ({sizes.parameters / full.parameters:.1%})",
         "Without embeddings": f"{sizes.without_embeddings:,} of {full.without_embeddings:,}",
-        "Weights": f"{sizes.bytes(model.dtype):,} bytes, {str(model.dtype).removeprefix('torch.')}",
+        "Weights": f"{sizes.bytes(model.dtype):,} bytes, {dtype_name(model.dtype)}",
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return f"""---
