@@ -16,6 +16,7 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
 DTYPE_HELP = "Arithmetic; auto is bf16 where the processor has it.  [default: auto; in a search, the index's]"
+CRITERIA = ("cosine", "embedding", "greedy")
 TOPIC_FIELDS = ("title", "description", "narrative")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
@@ -212,6 +213,82 @@ def compare(
     if figure is not None:
         draw_figure(comparison, figure)
     click.echo(format_comparison(comparison, form, alpha=alpha))
+
+
+class Layers(click.ParamType):
+    """Numbers of layers, as in ``3,5``."""
+
+    name = "layers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Return the numbers."""
+        try:
+            return [int(number) for number in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of layers, as in 3,5", param, ctx)
+
+
+def depth_options(command: Callable) -> Callable:
+    """Add the options that say how many parts of each kind to drop, or of which layers."""
+    for kind, parts in (("block", "whole layers"), ("attention", "attentions"), ("mlp", "MLPs")):
+        number, layers = f"--drop-{kind}", f"--drop-{kind}-layers"
+        command = click.option(layers, type=Layers(), help=f"Drop the {parts} of these layers, from 0, as in 3,5.")(
+            command
+        )
+        command = click.option(number, type=click.IntRange(0), help=f"Drop so many {parts}.")(command)
+    return command
+
+
+def texts_options(command: Callable) -> Callable:
+    """Add the options that say which texts a model is measured on."""
+    options = [
+        click.option("--texts", "sources", multiple=True, help="Corpus, topics or text file; may be repeated."),
+        click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many of them to take."),
+        click.option("--seed", default=0, help="Seed of the sample."),
+        click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--encoder", required=True, help="Model folder or hub name.")
+@click.option("--output", type=PATH, required=True, help="New folder of the report.")
+@click.option(
+    "--criterion",
+    "criteria",
+    type=click.Choice(CRITERIA),
+    multiple=True,
+    default=("cosine", "embedding"),
+    help="What tells which parts matter least; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: that of the weights]")
+@texts_options
+def analyze(encoder: str, output: Path, **options: object) -> None:
+    """Measure how much each MLP, attention and block of a model matters; write tables and figures."""
+    from effir_search.pruning.analyze import analyze, format_analysis
+
+    analysis = analyze(encoder, output, **options)
+    click.echo(f"{format_analysis(analysis)}\n\nreport -> {output / 'README.md'}")
+
+
+@cli.command()
+@click.option("--encoder", required=True, help="Model folder or hub name.")
+@click.option("--output", type=PATH, required=True, help="New model folder.")
+@depth_options
+@click.option("--criterion", type=click.Choice(CRITERIA), default="cosine", help="What tells which parts matter least.")
+@texts_options
+def prune(encoder: str, output: Path, **options: object) -> None:
+    """Drop the MLPs, attentions or blocks of a model that matter least, and save what is left."""
+    from effir_search.pruning.prune import NAMES, describe_pruned, prune_encoder
+
+    numbers = {kind: number for kind in NAMES if (number := options.pop(f"drop_{kind}")) is not None}
+    layers = {kind: named for kind in NAMES if (named := options.pop(f"drop_{kind}_layers")) is not None}
+    pruned = prune_encoder(encoder, output, numbers=numbers, layers=layers, **options)
+    click.echo(describe_pruned(pruned, output))
 
 
 @cli.command()

@@ -155,7 +155,8 @@ class Encoder:
         Args:
             path: Model folder, or a name on the Hugging Face hub.
             device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one, under a launcher each process its own.
-            dtype: A key of ``DTYPES``; "auto" is bf16 where the processor computes in it, float32 elsewhere.
+            dtype: A key of ``DTYPES``; "auto" is bf16 where the processor computes in it, float32 elsewhere; "saved" is
+                that of the weights.
             pooling: A key of ``POOLERS``.
             query_prompt: Put before every query.
             document_prompt: Put before every document.
@@ -281,9 +282,7 @@ class Encoder:
             ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
         """
         embeddings = np.zeros((len(tokens.texts), self.dimension), dtype=np.float32)
-        for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
-            batch = tokens.batch(rows, self.tokenizer.pad_token_id or 0)
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        for rows, batch in self.batches(tokens):
             try:
                 vectors = embed(self.model, batch, self.config, head=self.head, prompt_length=tokens.prompt_length)
             except torch.OutOfMemoryError as error:
@@ -297,6 +296,12 @@ class Encoder:
             text = f"text {row + 1} of {len(finite)} ({tokens.texts[row][:40]!r})"
             raise ValueError(f"{text}: not finite in {self.dtype}; --dtype fp32 or bf16 has the range that fp16 lacks")
         return Encoded(embeddings, tokens.num_truncated)
+
+    def batches(self, tokens: "Tokens") -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """Yield the rows of each forward pass, and what the model takes for them; texts without a token are in none."""
+        for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
+            batch = tokens.batch(rows, self.tokenizer.pad_token_id or 0)
+            yield rows, {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt alone, a special token at its end left out, as sentence-transformers counts them."""
@@ -474,11 +479,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device) -> torch.dtype | None:
+    if name == "saved":
+        return None
     if name == "auto":
         return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"--dtype {name!r}: known are auto, {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {name!r}: known are auto, saved, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

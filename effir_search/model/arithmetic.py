@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from effir_search.model.layers import layers_of, parts_of
-from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of
+from effir_search.model.layers import Kind, layers_of, parts_of
+from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of, has_part
+
+# Tokens of the text whose FLOPs are told where nobody says how long it is.
+LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,46 @@ def flops(model: EffirModel, length: int) -> int:
     )
     heads = sum(layers[i].get_submodule(family.attention.output).in_features for i in parts_of(model, "attention"))
     return 2 * length * linear + 4 * length**2 * heads
+
+
+def part_parameters(model: PreTrainedModel, kind: Kind, layer_idx: int) -> int:
+    """Return how many parameters go when one more part of a model is dropped."""
+    family, layer = family_of(model.config), layers_of(model)[layer_idx]
+    if kind == "block" or not (has_part(layer, "attention") and has_part(layer, "mlp")):
+        return _numel(layer)
+    removed = (family.attention if kind == "attention" else family.mlp).removed
+    return sum(_numel(layer.get_submodule(path)) for path in removed)
+
+
+def facts(model: EffirModel, *, length: int = LENGTH, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Return the sizes that are told of a model, by name.
+
+    Args:
+        model: It may be on the meta device.
+        length: Tokens of the text that ``flops_per_text`` is of.
+        dtype: Of the weights in ``weights_bytes``; None = the model's.
+    """
+    sizes = count(model)
+    return {
+        "parameters": sizes.parameters,
+        "parameters_without_embeddings": sizes.without_embeddings,
+        "parameters_with_lm_head": sizes.with_lm_head,
+        "attention_parameters": sizes.attention,
+        "mlp_parameters": sizes.mlp,
+        "weights_bytes": sizes.bytes(dtype or model.dtype),
+        "flops_per_text": flops(model, length),
+    }
+
+
+def format_facts(before: dict[str, int], after: dict[str, int], *, names: tuple[str, str] = ("full", "pruned")) -> str:
+    """Return the ``facts`` of two models side by side, with the share that the second one has of the first."""
+    rows = [("", *names, "")]
+    for name, number in before.items():
+        share = f"{after[name] / number:.1%}" if number else ""
+        rows.append((name.replace("_", " "), f"{number:,}", f"{after[name]:,}", share))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[f"{row[0]:{widths[0]}}", *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def planned(

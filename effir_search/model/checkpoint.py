@@ -48,8 +48,10 @@ def resolve_model(name: str | Path) -> Path:
     return folder
 
 
-def load_transformer(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """Return a folder's transformer in eval mode, without LM head, its cache off; of an encoder-decoder, the encoder.
+
+    Its dtype is the given one or, for None, that of the weights.
 
     Nothing in the folder is executed, and nothing is left to random numbers but the pooler, whose output is not used.
 
@@ -59,7 +61,12 @@ def load_transformer(folder: Path, *, dtype: torch.dtype, device: torch.device) 
     config = _read_config(folder)
     with _named_errors(folder):
         model, report = _auto_class(config).from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     problems = [f"no tensor {key}" for key in sorted(report["missing_keys"]) if not key.startswith("pooler.")]
     problems += [

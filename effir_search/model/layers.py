@@ -4,7 +4,7 @@ Everything here takes a base model as AutoModel loads it, or an ``EffirModel``. 
 base model, also after pruning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,40 @@ def parts_of(model: PreTrainedModel, kind: Kind) -> dict[int, Part]:
             modules = layer.get_submodule(part.reads), layer.get_submodule(part.writes)
             parts[layer_idx] = Part(*modules, adds=not family.post_norm)
     return parts
+
+
+@contextmanager
+def watched(
+    parts: Iterable[tuple[Kind, int, Part]], report: Callable[[Kind, int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside the block, call ``report(kind, layer_idx, x, y)`` for every one of these parts that runs.
+
+    x is the part's input and y its output with the residual added, both ``(batch, seq, hidden_size)``.
+    """
+    inputs: dict[tuple[Kind, int], Tensor] = {}
+    handles = []
+    try:
+        for kind, layer_idx, part in parts:
+
+            def remember(_module: nn.Module, args: tuple, kind: Kind = kind, layer_idx: int = layer_idx) -> None:
+                inputs[kind, layer_idx] = args[0]
+
+            def tell(
+                _module: nn.Module,
+                _args: tuple,
+                output: Tensor | tuple,
+                kind: Kind = kind,
+                layer_idx: int = layer_idx,
+                adds: bool = part.adds,
+            ) -> None:
+                x, written = inputs.pop((kind, layer_idx)), output[0] if isinstance(output, tuple) else output
+                report(kind, layer_idx, x, x + written if adds else written)
+
+            handles += [part.reads.register_forward_pre_hook(remember), part.writes.register_forward_hook(tell)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

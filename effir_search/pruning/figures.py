@@ -1,0 +1,86 @@
+"""The figures of an analysis: importance by layer, order of dropping, size against drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from effir_search.pruning.analyze import Analysis
+
+# Told apart also by those who see no colours (Okabe and Ito).
+COLORS = {"attention": "#0072b2", "mlp": "#d55e00", "block": "#555555"}
+MARKERS = {"attention": "o", "mlp": "s", "block": "^"}
+DASHES = {"cosine": "solid", "embedding": "dashed", "greedy": "dotted"}
+
+
+def importance_figure(analysis: Analysis) -> Figure:
+    """Return a panel for each criterion with the score of every part, by layer."""
+    figure = Figure(figsize=(4.5 * len(analysis.order), 3.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(analysis.order), squeeze=False)[0]
+    for panel, (name, of_kinds) in zip(panels, analysis.order.items(), strict=True):
+        for kind, parts in of_kinds.items():
+            x, y = zip(*sorted(parts), strict=True) if parts else ((), ())
+            panel.plot(x, y, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
+        panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")
+        panel.set_xlabel("layer")
+        panel.set_ylim(bottom=0)
+        _tidy(panel)
+    panels[0].set_ylabel("importance")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def order_figure(analysis: Analysis) -> Figure:
+    """Return a panel for each criterion and kind: in the row of N parts dropped, the layers they are of."""
+    num_layers = analysis.num_hidden_layers
+    kinds = list(next(iter(analysis.order.values())))
+    figure = Figure(figsize=(3 * len(kinds), 2.9 * len(analysis.order)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(analysis.order), len(kinds), squeeze=False, sharex=True)
+    for of_name, (name, of_kinds) in zip(panels, analysis.order.items(), strict=True):
+        for panel, (kind, parts) in zip(of_name, of_kinds.items(), strict=True):
+            for number, (layer_idx, _score) in enumerate(parts, start=1):
+                height = len(parts) - number + 1  # dropped from this row on
+                panel.bar(layer_idx, height, bottom=number - 0.5, width=0.9, color=COLORS[kind])
+            panel.set_xlim(-0.5, num_layers - 0.5)
+            panel.set_ylim(0.5, len(parts) + 0.5 if parts else 1.5)
+            panel.set_title(f"{kind}, {name}", loc="left", fontsize="medium", fontweight="bold")
+            panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+            _tidy(panel)
+    figure.supxlabel("layer", fontsize="medium")
+    figure.supylabel("number dropped; filled: dropped", fontsize="medium")
+    return figure
+
+
+def curves_figure(analysis: Analysis) -> Figure:
+    """Return the drift of the embedding against the share of parameters that is left, a line a criterion and kind."""
+    figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
+    panel = figure.subplots()
+    for name, of_kinds in analysis.curves.items():
+        for kind, curve in of_kinds.items():
+            _numbers, shares, drifts = np.array(curve).T
+            style = {"color": COLORS[kind], "marker": MARKERS[kind], "linestyle": DASHES[name], "markersize": 4}
+            panel.plot(100 * shares, drifts, label=f"{kind}, {name}", **style)
+    panel.invert_xaxis()
+    panel.set_xlabel("parameters left outside the embeddings (%)")
+    panel.set_ylabel("drift of the embedding, 1 - cos")
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False, fontsize="small")
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Analysis], Figure]] = {
+    "importance.png": importance_figure,
+    "order.png": order_figure,
+    "curves.png": curves_figure,
+}
+
+
+def _tidy(panel: object) -> None:
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.spines[["top", "right"]].set_visible(False)
