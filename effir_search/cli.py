@@ -292,13 +292,24 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 
 
 @cli.command()
-@click.argument("model_or_index")
+@click.argument("model_or_index", required=False)
+@click.option("--config", "config_file", type=PATH, help="A model's config.json instead: no weights are needed.")
+@click.option("--drop-mlp", type=click.IntRange(0), help="Plan: so many MLPs less.")
+@click.option("--drop-attention", type=click.IntRange(0), help="Plan: so many attentions less.")
+@click.option("--drop-block", type=click.IntRange(0), help="Plan: so many whole layers less.")
+@click.option(
+    "--narrow", type=click.FloatRange(0, 1, max_open=True), help="Plan: this share of the MLP units left less."
+)
+@click.option("--length", type=click.IntRange(1), default=256, help="Tokens of the text whose FLOPs are told.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES[1:]), help="Of the weights whose bytes are told.  [default: the model's]"
+)
 @click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="Format of the answer.")
-def info(model_or_index: str, form: str) -> None:
-    """Say what a model folder or an index folder is."""
+def info(model_or_index: str | None, **options: object) -> None:
+    """Say what a model or an index is, or on paper what a pruned model would be."""
     from effir_search.info import describe
 
-    click.echo(describe(model_or_index, form))
+    click.echo(describe(model_or_index, **{name: value for name, value in options.items() if value is not None}))
 
 
 @cli.command()

@@ -1,35 +1,93 @@
-"""What is in a folder: an index, with what it was built from, or a model, with its sizes and settings."""
+"""What is in a folder, an index or a model, and what a plan would make of a model: ``effir info``."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-from effir_search.encoder import own_config
+from torch import nn
+from transformers import PretrainedConfig
+
+from effir_search.encoder import DTYPES, own_config
 from effir_search.index import DOCID_FILE, INFO_FILE, read_index, read_index_info
-from effir_search.model.checkpoint import empty_transformer, load_tokenizer, resolve_model, weight_files, weights_sha256
+from effir_search.model.arithmetic import LENGTH, empty_model, facts, flops, format_facts, planned
+from effir_search.model.checkpoint import (
+    empty_transformer,
+    load_tokenizer,
+    read_config_file,
+    resolve_model,
+    weight_files,
+    weights_sha256,
+)
+from effir_search.model.modeling_effir import FAMILIES, EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
 
 Facts = dict[str, object]
+# In these two facts stand the sizes of a model before and after pruning; as text they are a table.
+FULL, PRUNED = "full", "pruned"
 
 
-def describe(model_or_index: str, form: str = "text") -> str:
-    """Return a description of an index folder or a model: ``effir info``.
+def describe(
+    model_or_index: str | None,
+    form: str = "text",
+    *,
+    config_file: Path | None = None,
+    length: int = LENGTH,
+    dtype: str | None = None,
+    **plan: float,
+) -> str:
+    """Return a description of an index folder, a model, or a plan for a model: ``effir info``.
 
     Args:
-        model_or_index: Index folder, model folder or hub name.
+        model_or_index: Index folder, model folder or hub name; None for a plan from a config alone.
         form: "text" or "json".
+        config_file: A model's config.json, instead.
+        length: Tokens of the text whose FLOPs are told.
+        dtype: Of the weights whose bytes are told, a key of ``DTYPES``; None = the model's.
+        **plan: As ``arithmetic.planned`` takes it: what would be dropped and narrowed.
 
     Raises:
-        ValueError: A folder that is neither.
+        ValueError: A folder that is neither, a plan that cannot be, or a family that cannot be pruned and a plan.
         OSError: A file cannot be read.
     """
-    path = Path(model_or_index)
-    is_index = (path / DOCID_FILE).is_file() or (path / INFO_FILE).is_file()
-    facts = describe_index(path) if is_index else describe_model(model_or_index)
+    if (model_or_index is None) == (config_file is None):
+        raise ValueError("give a model, an index, or --config with a model's config.json")
+    path = Path(model_or_index or "")
+    if config_file is not None:
+        config = read_config_file(config_file)
+        told: Facts = {"config": str(config_file), "model_type": config.model_type}
+    elif (path / DOCID_FILE).is_file() or (path / INFO_FILE).is_file():
+        if plan:
+            raise ValueError(f"{path}: is an index; a plan is for a model")
+        config, told = None, describe_index(path)
+    else:
+        config, told = describe_model(model_or_index, length=length)
+    if config is not None and (plan or config_file is not None or isinstance(config, EffirConfig)):
+        told |= compare_sizes(config, plan, length=length, dtype=dtype)
     if form == "json":
-        return json.dumps(facts, indent=2, ensure_ascii=False)
-    width = max(map(len, facts))
-    return "\n".join(f"{name.replace('_', ' '):{width}}  {_plain(value)}" for name, value in facts.items())
+        return json.dumps(told, indent=2, ensure_ascii=False)
+    full, pruned = told.pop(FULL, None), told.pop(PRUNED, None)
+    width = max(map(len, told))
+    lines = [f"{name.replace('_', ' '):{width}}  {_plain(value)}" for name, value in told.items()]
+    return "\n".join(lines + (["", format_facts(full, pruned)] if full else []))
+
+
+def compare_sizes(config: PretrainedConfig, plan: dict[str, float], *, length: int, dtype: str | None) -> Facts:
+    """Return what a model has lost, or would lose by a plan, and its sizes beside those of the base model."""
+    left = planned(config, **plan)
+    base, width = left.base_config, left.base_config.intermediate_size
+    sizes = {"length": length, "dtype": DTYPES[dtype] if dtype else base.dtype}
+    steps = [step for step in left.plan if "criterion" in step]
+    lost: Facts = {
+        "base_model": left.base_model,
+        "mlps_dropped": [i for i, units in enumerate(left.mlp_widths) if units == 0],
+        "attentions_dropped": left.dropped_attention,
+        "mlps_narrowed": {f"layer {i}": units for i, units in enumerate(left.mlp_widths) if 0 < units < width},
+        "criteria": [step["criterion"] for step in steps],
+        "text_length": length,
+    }
+    if plan:  # which layers it would be is not known yet
+        lost = {"plan": {name.replace("_", " "): number for name, number in plan.items()}, "text_length": length}
+    return lost | {FULL: facts(empty_model(base), **sizes), PRUNED: facts(empty_model(left), **sizes)}
 
 
 def describe_index(index_dir: Path) -> Facts:
@@ -46,26 +104,30 @@ def describe_index(index_dir: Path) -> Facts:
     return facts | {name: value for name, value in record.items() if name not in ("num_documents", "dimension")}
 
 
-def describe_model(name: str) -> Facts:
-    """Return the sizes of a model, counted from its config on the meta device, and its settings as an encoder."""
+def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig, Facts]:
+    """Return a model's config, its sizes, counted on the meta device, and its settings as an encoder."""
     folder = resolve_model(name)
     files = read_sentence_files(folder)
     model = empty_transformer(files.transformer_folder)
     settings = own_config(files, model, load_tokenizer(files.transformer_folder, model))
-    embeddings = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = sum(table.weight.numel() for table in tables)
     parameters = model.num_parameters()
     config = model.config
     places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
-    facts: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
+    told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        facts[size] = getattr(config, size, None)
-    return facts | {
+        told[size] = getattr(config, size, None)
+    told |= {
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
         "weights_bytes": sum(file.stat().st_size for place in places for file in weight_files(place)),
         "weights_sha256": weights_sha256(folder, places),
         **asdict(settings),
     }
+    if config.model_type in FAMILIES:
+        told |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
+    return config, told
 
 
 def _plain(value: object) -> str:
@@ -73,6 +135,8 @@ def _plain(value: object) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
+    if value in ([], {}):
+        return "(none)"
     if isinstance(value, dict):
         return ", ".join(f"{name} {of}" for name, of in value.items())
     if isinstance(value, list):

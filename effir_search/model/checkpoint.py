@@ -97,6 +97,20 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def read_config_file(path: Path) -> PretrainedConfig:
+    """Return the config of a model from its config.json alone; nothing else is needed, nor downloaded.
+
+    Raises:
+        ValueError: No config, or of an architecture that transformers does not know.
+        OSError: The file cannot be read.
+    """
+    settings = read_json(path)
+    if "model_type" not in settings:
+        raise ValueError(f"{path}: no model_type, so it is not a Hugging Face model's config")
+    with _named_errors(path):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
 def _auto_class(config: PretrainedConfig) -> type[AutoModel | AutoModelForTextEncoding]:
     return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
 
@@ -190,14 +204,14 @@ def _from_hub(name: str) -> Path:
 
 
 @contextmanager
-def _named_errors(folder: Path) -> Iterator[None]:
-    """Keep transformers quiet, and turn what it, safetensors and torch raise about a folder into one ValueError."""
+def _named_errors(path: Path) -> Iterator[None]:
+    """Keep transformers quiet, and turn what it, safetensors and torch raise about a model into one ValueError."""
     try:
         with quiet_transformers():
             yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: cannot be loaded: {reason[:150]}") from error
+        raise ValueError(f"{path}: cannot be loaded: {reason[:150]}") from error
 
 
 @contextmanager

@@ -190,9 +190,10 @@ def _write_csv(path: Path, names: Sequence[str], rows: Sequence[tuple]) -> None:
 EXPLAINED = {
     "cosine": "1 - cos(x, y) between what enters a part and what leaves it, the residual added; mean over all tokens.\n"
     "EffiR's criterion (arXiv 2512.20612).",
-    "embedding": "1 - cos between the final embedding with this one part left out and the model's own; mean over texts.",
-    "greedy": "As embedding, but each part is chosen with those before it left out: the score is the drift with all of\n"
-    "them left out.",
+    "embedding": "1 - cos between the final embedding with this one part left out and the model's own; mean over the\n"
+    "texts.",
+    "greedy": "As embedding, but each part is chosen with those before it left out: the score is the drift with all\n"
+    "of them left out.",
 }
 
 
