@@ -239,19 +239,29 @@ def depth_options(command: Callable) -> Callable:
     return command
 
 
-def texts_options(command: Callable) -> Callable:
-    """Add the options that say which texts a model is measured on."""
-    options = [
-        click.option("--texts", "sources", multiple=True, help="Corpus, topics or text file; may be repeated."),
-        click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many of them to take."),
-        click.option("--seed", default=0, help="Seed of the sample."),
-        click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
+    """Return what adds the options that say which texts a model is measured on."""
+
+    def add(command: Callable) -> Callable:
+        options = [
+            click.option(
+                "--texts",
+                "sources",
+                multiple=True,
+                required=required,
+                help="Corpus, topics or text file to measure on; may be repeated.",
+            ),
+            click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many texts to take."),
+            click.option("--seed", type=click.IntRange(0), default=0, help="Seed of their sample."),
+            click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
+            click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+            click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
+        ]
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @cli.command()
@@ -266,7 +276,7 @@ def texts_options(command: Callable) -> Callable:
     help="What tells which parts matter least; may be repeated.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: that of the weights]")
-@texts_options
+@texts_options(required=True)
 def analyze(encoder: str, output: Path, **options: object) -> None:
     """Measure how much each MLP, attention and block of a model matters; write tables and figures."""
     from effir_search.pruning.analyze import analyze, format_analysis
@@ -280,7 +290,7 @@ def analyze(encoder: str, output: Path, **options: object) -> None:
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @depth_options
 @click.option("--criterion", type=click.Choice(CRITERIA), default="cosine", help="What tells which parts matter least.")
-@texts_options
+@texts_options(required=False)
 def prune(encoder: str, output: Path, **options: object) -> None:
     """Drop the MLPs, attentions or blocks of a model that matter least, and save what is left."""
     from effir_search.pruning.prune import NAMES, describe_pruned, prune_encoder

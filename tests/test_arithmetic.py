@@ -7,7 +7,8 @@ from conftest import PRUNABLE, prunable_model, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from effir_search.model.arithmetic import count, empty_model, flops, planned
+from effir_search.model.arithmetic import count, empty_model, facts, flops, format_facts, part_parameters, planned
+from effir_search.model.layers import KINDS, parts_of
 from effir_search.model.surgery import prune
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
@@ -129,3 +130,23 @@ def test_a_family_that_cannot_be_pruned_is_an_error():
     for attempt in (planned, empty_model):
         with pytest.raises(ValueError, match="'t5' cannot be pruned"):
             attempt(tiny_config("t5"))
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_s_parameters_are_those_that_go_with_it(family, kind):
+    for earlier in ({}, {"mlp": [1], "attention": [2]}):
+        for layer_idx in parts_of(prune(prunable_model(family), **earlier), kind):
+            model = prune(prunable_model(family), **earlier)
+            before, expected = count(model).parameters, part_parameters(model, kind, layer_idx)
+            assert before - count(prune(model, **{kind: [layer_idx]})).parameters == expected > 0
+
+
+def test_two_models_side_by_side():
+    full = facts(empty_model(mistral_7b()), length=10, dtype=torch.float16)
+    half = facts(empty_model(planned(mistral_7b(), drop_mlp=16)), length=10, dtype=torch.float16)
+    assert full["weights_bytes"] == 2 * full["parameters"] == 14_221_320_192
+    lines = format_facts(full, half).splitlines()
+    assert lines[0].split() == ["full", "pruned"]
+    assert lines[1].split() == ["parameters", "7,110,660,096", "4,292,022,272", "60.4%"]
+    assert len(set(map(len, lines[1:]))) == 1

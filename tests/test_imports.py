@@ -33,6 +33,7 @@ LEAVES = {
     "demo_collection.standard_library": {"corpus"},
 }
 ENCODER = set(LEAVES) - {"demo_collection.standard_library"}
+PRUNING = ENCODER | {"encoder"}
 EMBEDDINGS = ENCODER | {"encoder"}
 INDEX = EMBEDDINGS | {"embeddings", "workers"}
 BRIDGE = INDEX | {"index"}
@@ -46,10 +47,15 @@ ALLOWED = LEAVES | {
     "search": SEARCH,
     "verify": SEARCH,
     "info": SEARCH,
+    "pruning.calibration": {"files", "corpus", "trec"},
+    "pruning.importance": PRUNING,
+    "pruning.figures": set(),
+    "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
+    "pruning.analyze": PRUNING | {"pruning.calibration", "pruning.importance", "pruning.figures"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
-    "cli": SEARCH | {"search", "verify", "evaluate", "compare", "info", "demo"},
+    "cli": SEARCH | {"search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}
@@ -57,7 +63,11 @@ HAS_PYSERINI = {"pyserini_bridge"}
 
 def source_files() -> dict[str, Path]:
     """Module names without the package's, and their files."""
-    files = [path for pattern in ("*.py", "model/*.py", "demo_collection/*.py") for path in PACKAGE.glob(pattern)]
+    files = [
+        path
+        for pattern in ("*.py", "model/*.py", "pruning/*.py", "demo_collection/*.py")
+        for path in PACKAGE.glob(pattern)
+    ]
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
     return {name: path for name, path in names.items() if not name.endswith("__init__")}
 

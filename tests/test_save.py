@@ -182,7 +182,7 @@ def test_the_model_card_says_what_was_dropped_from_what(tmp_path, bert_folder):
 def test_the_commands_take_a_pruned_folder_as_any_other(tmp_path, bert_folder):
     encoder = pruned_encoder(bert_folder)
     encoder.save(tmp_path / "saved")
-    facts = describe_model(str(tmp_path / "saved"))
+    _config, facts = describe_model(str(tmp_path / "saved"))
     assert facts["parameters"] == encoder.model.num_parameters() and facts["architecture"] == "EffirModel"
     assert Encoder.from_pretrained(tmp_path / "saved").weights_sha256 == facts["weights_sha256"]
 

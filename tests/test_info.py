@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from conftest import save_model
+
+from effir_search.cli import cli
+from effir_search.encoder import Encoder
+from effir_search.model.surgery import prune
+
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def info(*arguments):
+    result = CliRunner().invoke(cli, ["info", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def error_of(*arguments):
+    result = CliRunner().invoke(cli, ["info", *map(str, arguments)])
+    assert result.exit_code == 1, result.output
+    (line,) = result.output.splitlines()
+    return line
+
+
+@pytest.fixture
+def mistral(tmp_path):
+    path = tmp_path / "mistral-7b.json"
+    path.write_text(json.dumps(MISTRAL_7B))
+    return path
+
+
+# The paper's table: parameters in billions, without LM head.
+@pytest.mark.parametrize(
+    ("plan", "billions"),
+    [
+        ([], 7.1),
+        (["--drop-mlp", 16], 4.3),
+        (["--drop-mlp", 20], 3.6),
+        (["--drop-mlp", 24], 2.9),
+        (["--drop-attention", 16], 6.4),
+        (["--drop-block", 8], 5.4),
+        (["--drop-mlp", 16, "--narrow", 0.3], 3.4),
+    ],
+)
+def test_plans_of_mistral_7b_need_its_config_alone(mistral, plan, billions):
+    facts = json.loads(info("--config", mistral, *plan, "--format", "json"))
+    assert round(facts["pruned"]["parameters"] / 1e9, 1) == billions
+    assert round(facts["full"]["parameters"] / 1e9, 1) == 7.1
+    assert facts["pruned"]["weights_bytes"] == 2 * facts["pruned"]["parameters"]  # bfloat16
+    # 2 * 32 * (41,943,040 + 176,160,768) a token in the linear layers, 4 * 256 * 4096 * 32 in the attentions.
+    assert facts["full"]["flops_per_text"] == 256 * (2 * 32 * (41_943_040 + 176_160_768) + 4 * 256 * 4096 * 32)
+
+
+def test_a_plan_as_text_shows_both_sizes_and_the_share(mistral):
+    lines = info("--config", mistral, "--drop-mlp", 16, "--narrow", 0.3, "--length", 100).splitlines()
+    (mlp,) = (line.split() for line in lines if line.startswith("mlp parameters"))
+    # 32 and 16 MLPs of 176,160,768 weights; 30 % of 14,336 units are 4,300.8, and round(14336 * 0.7) = 10,035 are left.
+    assert mlp == ["mlp", "parameters", f"{32 * 176_160_768:,}", f"{16 * 3 * 4096 * 10_035:,}", "35.0%"]
+    assert "text length  100" in lines and "plan         drop mlp 16, narrow 0.3" in lines
+
+
+def test_a_pruned_model_says_what_it_lost(tmp_path, llama_folder):
+    encoder = Encoder.from_pretrained(llama_folder, dtype="fp32")
+    encoder.model = prune(
+        encoder.model, mlp=[1], attention=[0, 2], record={"criterion": "cosine"}, base_model="org/name"
+    )
+    encoder.save(tmp_path / "pruned")
+    facts = json.loads(info(tmp_path / "pruned", "--format", "json"))
+    assert (facts["base_model"], facts["mlps_dropped"], facts["attentions_dropped"]) == ("org/name", [1], [0, 2])
+    assert facts["criteria"] == ["cosine"] and facts["pruned"]["parameters"] == facts["parameters"]
+    assert facts["pruned"]["mlp_parameters"] == 3 / 4 * facts["full"]["mlp_parameters"]
+    text = info(tmp_path / "pruned")
+    assert "mlps dropped" in text and "75.0%" in text
+
+    more = json.loads(info(tmp_path / "pruned", "--drop-mlp", 1, "--format", "json"))
+    assert more["pruned"]["mlp_parameters"] == 2 / 4 * facts["full"]["mlp_parameters"]
+
+
+def test_a_model_that_cannot_be_pruned_is_described_all_the_same(tmp_path):
+    save_model(tmp_path, "t5")
+    assert "model type" in info(tmp_path) and "flops" not in info(tmp_path)
+    assert "'t5' cannot be pruned; those that can: bert," in error_of(tmp_path, "--drop-mlp", 1)
+
+
+def test_wrong_questions_are_one_line(tmp_path, mistral, toy_index, bert_folder):
+    assert "give a model, an index, or --config" in error_of()
+    assert "give a model, an index, or --config" in error_of(bert_folder, "--config", mistral)
+    assert "is an index; a plan is for a model" in error_of(toy_index, "--drop-mlp", 1)
+    assert "40 MLPs cannot be dropped; there are 32" in error_of("--config", mistral, "--drop-mlp", 40)
+    assert "nowhere.json: No such file" in error_of("--config", tmp_path / "nowhere.json")
+    mistral.write_text('{"hidden_size": 3}')
+    assert "no model_type" in error_of("--config", mistral)
+    mistral.write_text('{"model_type": "unheard-of"}')
+    assert "unheard-of" in error_of("--config", mistral)
