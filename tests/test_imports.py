@@ -38,6 +38,7 @@ BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
+    "model.convert": EMBEDDINGS,
     "embeddings": EMBEDDINGS,
     "workers": EMBEDDINGS | {"embeddings"},
     "index": INDEX,
@@ -48,7 +49,7 @@ ALLOWED = LEAVES | {
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
-    "cli": SEARCH | {"search", "verify", "evaluate", "compare", "info", "demo"},
+    "cli": SEARCH | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}
