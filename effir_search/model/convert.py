@@ -35,6 +35,8 @@ from effir_search.model.sentence_files import SentenceFiles, read_sentence_files
 
 # Layers without MLP and layers without attention, sorted.
 Plan = dict[str, list[int]]
+Given = dict[str, Iterable[int] | None]
+Loaded = tuple[EffirModel, PreTrainedTokenizerBase, SentenceFiles]
 # In a config.json.
 DROP_LISTS = {"mlp": "drop_mlp_list", "attention": "drop_attn_list"}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -124,10 +126,7 @@ def describe_converted(config: EffirConfig) -> str:
     return f"{config.base_config.model_type}, {what} dropped, {now} parameters ({before})"
 
 
-Loaded = tuple[EffirModel, PreTrainedTokenizerBase, SentenceFiles]
-
-
-def _read_llm_drop(folder: Path, given: dict[str, Iterable[int] | None], origin: dict) -> Loaded:
+def _read_llm_drop(folder: Path, given: Given, origin: dict) -> Loaded:
     settings = _settings(folder)
     if not settings.keys() & {*DROP_LISTS.values()} and settings.get("model_type") != EffirConfig.model_type:
         raise ValueError(
@@ -144,9 +143,7 @@ def _read_llm_drop(folder: Path, given: dict[str, Iterable[int] | None], origin:
     return model, load_tokenizer(folder, model), files._replace(pooling=files.pooling or "last")
 
 
-def _read_lora(
-    folder: Path, adapter: Path, base: str | Path | None, given: dict[str, Iterable[int] | None], origin: dict
-) -> Loaded:
+def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Given, origin: dict) -> Loaded:
     settings = read_json(adapter / ADAPTER_CONFIG)
     base_name = settings.get("base_model_name_or_path")
     if base is None:
@@ -154,12 +151,11 @@ def _read_lora(
     base_folder = resolve_model(base)
     base_config = _base_config(base_folder)
     num_layers = base_config.num_hidden_layers
-    accounts = _said(folder, num_layers) | _said(base_folder, num_layers) | _given(given, num_layers)
-    plan = _agreed(accounts)
+    plan = _agreed(_said(folder, num_layers) | _said(base_folder, num_layers) | _given(given, num_layers))
     if plan is None:
         raise ValueError(
-            f"neither {folder} nor {base_folder} has a config.json with drop_mlp_list or drop_attn_list; "
-            "say what was dropped with --drop-mlp-layers, --drop-attention-layers or both"
+            "what was dropped must be said by --drop-mlp-layers, --drop-attention-layers or both, since no config.json "
+            f"does by drop_mlp_list or drop_attn_list: neither {folder}'s nor {base_folder}'s"
         )
     config = _pruned_config(base_config, plan, {"source": "EffiR LoRA"} | origin)
     names = (str(base) if not Path(base).exists() else None, base_name, _settings(base_folder).get("_name_or_path"))
@@ -194,7 +190,7 @@ def _said(folder: Path, num_layers: int) -> dict[str, Plan]:
     return {str(path): {k: _layers(v, f"{path}: {DROP_LISTS[k]}", num_layers) for k, v in lists.items()}}
 
 
-def _given(given: dict[str, Iterable[int] | None], num_layers: int) -> dict[str, Plan]:
+def _given(given: Given, num_layers: int) -> dict[str, Plan]:
     """Return what the options say was dropped, under their names; nothing if none is given."""
     lists = {kind: None if value is None else list(value) for kind, value in given.items()}
     if all(value is None for value in lists.values()):
@@ -229,8 +225,7 @@ def _agreed(accounts: dict[str, Plan]) -> Plan | None:
     (first, plan), *others = accounts.items() or [("", None)]
     for place, other in others:
         if other != plan:
-            of = [f"MLPs {said['mlp']} and attentions {said['attention']}" for said in (plan, other)]
-            raise ValueError(f"{first} says that {of[0]} were dropped, {place} that {of[1]}; they must agree")
+            raise ValueError(f"{first} and {place} disagree on the dropped layers, which are {plan} or {other}")
     return plan
 
 
