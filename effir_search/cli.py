@@ -47,8 +47,8 @@ def one_line(error: Exception) -> str:
     return message if len(message) <= room else message[: room - 3] + "..."
 
 
-def encoder_options(command: Callable) -> Callable:
-    """Add the options that say how texts are encoded."""
+def text_options(command: Callable) -> Callable:
+    """Add the options that say how a text becomes one vector."""
     choice = click.Choice
     options = [
         click.option("--pooling", type=choice(POOLINGS), help="Token states to one vector.  [default: the model's]"),
@@ -56,13 +56,30 @@ def encoder_options(command: Callable) -> Callable:
         click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
         click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
-        click.option("--dtype", type=choice(DTYPES), help=DTYPE_HELP),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def encoder_options(command: Callable) -> Callable:
+    """Add the options that say how texts are encoded."""
+    options = [
+        click.option("--dtype", type=click.Choice(DTYPES), help=DTYPE_HELP),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
-    return command
+    return text_options(command)
+
+
+def layer_numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
+    """Return the numbers of an option such as ``16,17,18``."""
+    try:
+        return None if value is None else [int(number) for number in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of layers such as 16,17,18") from error
 
 
 @click.group(cls=OneLineErrors, context_settings={"show_default": True, "max_content_width": 110})
@@ -299,6 +316,26 @@ def prune(encoder: str, output: Path, **options: object) -> None:
     layers = {kind: named for kind in NAMES if (named := options.pop(f"drop_{kind}_layers")) is not None}
     pruned = prune_encoder(encoder, output, numbers=numbers, layers=layers, **options)
     click.echo(describe_pruned(pruned, output))
+
+
+@cli.command()
+@click.option("--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name.")
+@click.option("--output", type=PATH, required=True, help="New model folder.")
+@click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")
+@click.option(
+    "--drop-mlp-layers", callback=layer_numbers, help="Layers without MLP, as in 16,17.  [default: config.json's]"
+)
+@click.option(
+    "--drop-attention-layers", callback=layer_numbers, help="Layers without attention.  [default: config.json's]"
+)
+@text_options
+def convert(source: str, output: Path, **options: object) -> None:
+    """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""
+    from effir_search.model.convert import convert as convert_checkpoint
+    from effir_search.model.convert import describe_converted
+
+    config = convert_checkpoint(source, output, **options)
+    click.echo(f"{describe_converted(config)} -> {output}")
 
 
 @cli.command()

@@ -176,20 +176,13 @@ class Encoder:
         tokenizer = load_tokenizer(files.transformer_folder, model)
         if files.lower_case:
             _lower_case(tokenizer)
-        if append_eos:
-            append_eos_token(tokenizer)
-        else:
-            _warn_of_lost_eos(files.transformer_folder, tokenizer)
         if files.pooling is None and tokenizer.chat_template:
             logger.warning("%s has a chat template, which is not used: texts are read as they are", path)
-        given = {"pooling": pooling, "query_prompt": query_prompt, "document_prompt": document_prompt}
-        config = replace(
-            own_config(files, model, tokenizer),
+        config = encoder_config(
+            files, model, tokenizer,
+            pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
             append_eos=append_eos,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        if max_length is not None:
-            config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+        )  # fmt: skip
         return cls(
             model,
             tokenizer,
@@ -394,8 +387,8 @@ def _piece(name: str) -> dict:
     return {"Sequence": {"id": name, "type_id": 0}}
 
 
-def _warn_of_lost_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    path = folder / "tokenizer_config.json"
+def _warn_of_lost_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    path = Path(tokenizer.name_or_path) / "tokenizer_config.json"
     wanted = path.is_file() and read_json(path).get("add_eos_token")
     if wanted and tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         logger.warning(
@@ -428,6 +421,36 @@ def own_config(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrain
         max_length=min(length for length in lengths if length is not None),
         dimension=files.dimension,
     )
+
+
+def encoder_config(
+    files: SentenceFiles,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pooling: str | None,
+    query_prompt: str | None,
+    document_prompt: str | None,
+    max_length: int | None,
+    append_eos: bool,
+) -> EncoderConfig:
+    """Return the settings that are given, and for those that are None the model's own; see ``Encoder.from_pretrained``.
+
+    With ``append_eos`` the tokenizer is changed.
+    """
+    if append_eos:
+        append_eos_token(tokenizer)
+    else:
+        _warn_of_lost_eos(tokenizer)
+    given = {"pooling": pooling, "query_prompt": query_prompt, "document_prompt": document_prompt}
+    config = replace(
+        own_config(files, model, tokenizer),
+        append_eos=append_eos,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if max_length is not None:
+        config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+    return config
 
 
 def _is_causal(model: PreTrainedModel) -> bool:

@@ -40,6 +40,7 @@ BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
+    "model.convert": EMBEDDINGS,
     "embeddings": EMBEDDINGS,
     "workers": EMBEDDINGS | {"embeddings"},
     "index": INDEX,
@@ -55,7 +56,8 @@ ALLOWED = LEAVES | {
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
-    "cli": SEARCH | {"search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"},
+    "cli": SEARCH
+    | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}

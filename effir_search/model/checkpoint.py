@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,22 +30,36 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # What the hub is asked for: no code and no pickle.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
+ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
+# What transformers, safetensors and torch raise about a folder or a file that is damaged or is something else.
+LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, EOFError, struct.error, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, *, adapter: bool = False) -> Path:
     """Return the folder of a model: the path itself, or that of a hub model, downloaded if the cache lacks it.
+
+    Args:
+        name: Folder or hub name.
+        adapter: Whether it may be a LoRA adapter.
 
     Raises:
         OSError: Neither a folder nor a hub model that can be had.
-        ValueError: A LoRA adapter.
+        ValueError: A LoRA adapter, where it must not be one.
     """
     folder = Path(name)
     if not folder.exists():
-        folder = _from_hub(str(name))
+        folder = _from_hub(str(name), adapter=adapter)
     if not folder.is_dir():
         raise NotADirectoryError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{name}: is a LoRA adapter; merge it into its base model first (peft's merge_and_unload)")
+    if not adapter and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name}: is a LoRA adapter; merge it into its base model first (peft's merge_and_unload, or effir convert "
+            "where layers were dropped)"
+        )
     return folder
 
 
@@ -59,7 +74,7 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.d
         ValueError: No model folder, an unknown architecture, or a weight that is missing, damaged or of another shape.
     """
     config = _read_config(folder)
-    with _named_errors(folder):
+    with named_errors(folder):
         model, report = _auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -81,7 +96,7 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.d
 def empty_transformer(folder: Path) -> PreTrainedModel:
     """Return a folder's transformer on the meta device: all shapes, no weights, no memory."""
     config = _read_config(folder)
-    with _named_errors(folder), torch.device("meta"):
+    with named_errors(folder), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=False)
 
 
@@ -91,7 +106,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
             raise ValueError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
     if "model_type" not in read_json(folder / "config.json"):
         raise ValueError(f"{folder / 'config.json'}: no model_type, so it is not a Hugging Face model")
-    with _named_errors(folder):
+    with named_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config.use_cache = False
     return config
@@ -107,7 +122,7 @@ def read_config_file(path: Path) -> PretrainedConfig:
     settings = read_json(path)
     if "model_type" not in settings:
         raise ValueError(f"{path}: no model_type, so it is not a Hugging Face model's config")
-    with _named_errors(path):
+    with named_errors(path):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
@@ -121,7 +136,7 @@ def load_tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: It cannot be read, is not a fast one, or has more tokens than the model has embeddings.
     """
-    with _named_errors(folder):
+    with named_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
@@ -189,28 +204,28 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, *, adapter: bool) -> Path:
+    patterns = [*HUB_FILES, *(ADAPTER_FILES if adapter else ())]
+    # A cache filled by another command lacks an adapter's own files without a sign, so of these the hub is asked first.
+    for cache_only in (False,) if adapter else (True, False):
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cache_only))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{name}: no such model folder") from error
+        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            failure = error
     unreachable = f"{name}: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=True))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: no such model folder") from error
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: the next call downloads it, with progress bars
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(unreachable) from error
+    raise FileNotFoundError(unreachable) from failure
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Keep transformers quiet, and turn what it, safetensors and torch raise about a model into one ValueError."""
+def named_errors(path: Path) -> Iterator[None]:
+    """Keep transformers quiet, and turn what it, safetensors and torch raise about a place into one ValueError."""
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be loaded: {reason[:150]}") from error
 
 
