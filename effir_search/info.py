@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from effir_search.encoder import own_config
+from effir_search.encoder import EncoderConfig, own_config
 from effir_search.index import DOCID_FILE, INFO_FILE, read_index, read_index_info
 from effir_search.model.checkpoint import empty_transformer, load_tokenizer, resolve_model, weight_files, weights_sha256
 from effir_search.model.sentence_files import read_sentence_files
@@ -41,9 +41,9 @@ def describe_index(index_dir: Path) -> Facts:
     info = read_index_info(index_dir)
     if info is None:
         return facts | {"built_by": f"another program: no {INFO_FILE}, so a search needs --encoder"}
-    record = asdict(info)
-    facts |= {f"encoder_{name}": value for name, value in record.pop("encoder").items()}
-    return facts | {name: value for name, value in record.items() if name not in ("num_documents", "dimension")}
+    facts |= {f"encoder_{name}": value for name, value in _settings(info.encoder).items()}
+    shown_above = ("encoder", "num_documents", "dimension")
+    return facts | {name: value for name, value in asdict(info).items() if name not in shown_above}
 
 
 def describe_model(name: str) -> Facts:
@@ -64,8 +64,15 @@ def describe_model(name: str) -> Facts:
         "parameters_without_embeddings": parameters - embeddings,
         "weights_bytes": sum(file.stat().st_size for place in places for file in weight_files(place)),
         "weights_sha256": weights_sha256(folder, places),
-        **asdict(settings),
+        **_settings(settings),
     }
+
+
+def _settings(config: EncoderConfig) -> Facts:
+    """The fields of a config, its dimension under a name that tells it from that of the vectors."""
+    settings = asdict(config)
+    dimension = settings.pop("dimension")
+    return settings | {"truncate_dimension": dimension}
 
 
 def _plain(value: object) -> str:
