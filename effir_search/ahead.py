@@ -12,7 +12,8 @@ _END = object()
 def ahead(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
     """Yield the items of an iterable that a thread runs up to ``size`` items ahead.
 
-    What the iterable raises is raised here, in its place. The thread ends when this iterator is closed.
+    What the iterable raises is raised here, in its place. When this iterator is closed, it waits for the thread, which
+    ends with the item that it is at.
     """
     waiting: queue.Queue = queue.Queue(maxsize=size)
     closed = threading.Event()

@@ -3,10 +3,11 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from effir_search.messages import show_messages
 
@@ -45,6 +46,14 @@ def one_line(error: Exception) -> str:
     message = " ".join(message.split())
     room = ERROR_LENGTH - len("Error: ")
     return message if len(message) <= room else message[: room - 3] + "..."
+
+
+def refuse(names: Iterable[str], why: str) -> None:
+    """Raise a usage error if one of these options of the running command was given: it would be ignored."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} {why}")
 
 
 def text_options(command: Callable) -> Callable:
@@ -136,9 +145,13 @@ def index(
     from effir_search.workers import this_shard, worker_devices
 
     settings = {"kind": kind, "train_size": train_size, "overwrite": overwrite}
-    if source is not None and corpus is None and encoder is None:
+    if source is not None:
+        others = click.get_current_context().params.keys() - {"source", "output", *settings}
+        refuse(others, "does not go with --from")
         info = rebuild_index(source, output, **settings)
-    elif source is None and corpus is not None and encoder is not None:
+    elif corpus is not None and encoder is not None:
+        if workers or devices:
+            refuse(["device"], "does not go with --workers or --devices")
         settings |= {
             "fields": [name.strip() for name in fields.split(",")] if fields is not None else None,
             "shard": this_shard(num_shards, shard_id),
@@ -181,12 +194,10 @@ def search(
     from effir_search.search import format_hits, search_text, search_topics
 
     if query is not None and topics is None and output is None:
-        if qrels is not None or remove_query:
-            raise click.UsageError("--qrels and --remove-query go with --topics, not with --query")
+        refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
         click.echo(format_hits(search_text(query, corpus=corpus, **options)))
     elif query is None and topics is not None and output is not None:
-        if corpus is not None:
-            raise click.UsageError("--corpus goes with --query, not with --topics")
+        refuse(["corpus"], "goes with --query, not with --topics")
         settings = {"topics_field": topics_field, "qrels": qrels, "remove_query": remove_query, "tag": tag}
         num_topics, num_hits = search_topics(topics, output, **settings, **options)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,6 +48,8 @@ ARITHMETIC = ("torch", "transformers", "tokenizers")
 class StoreSettings:
     """What the vectors of a store depend on, to the bit: a job that differs in one of these cannot continue it.
 
+    The processor is the exception: on another one the last bits differ, which makes the vectors no worse.
+
     Attributes:
         model_sha256: See ``model.checkpoint.weights_sha256``.
         encoder: The fields of the ``EncoderConfig``.
@@ -58,6 +61,7 @@ class StoreSettings:
         part_size: Documents of a part; the last may have fewer.
         corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
         versions: Of the packages that do the arithmetic.
+        processor: Of the job that began the store, see ``processor_name``.
     """
 
     model_sha256: str
@@ -70,6 +74,7 @@ class StoreSettings:
     part_size: int
     corpus_sha256: str | None
     versions: dict[str, str]
+    processor: str
 
 
 def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
@@ -85,7 +90,17 @@ def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
         part_size=PART_SIZE,
         corpus_sha256=corpus_sha256,
         versions={package: version(package) for package in ARITHMETIC},
+        processor=processor_name(encoder.device),
     )
+
+
+def processor_name(device: torch.device) -> str:
+    """Return the model of a GPU or CPU; of a CPU also what torch computes with, since virtual machines hide models."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    able = torch.cpu.get_capabilities()
+    sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
+    return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
 
 
 class Part(NamedTuple):
@@ -150,6 +165,8 @@ class Store:
     def begin(self, settings: StoreSettings) -> None:
         """Write the manifest of a new store, or check that an old one has these settings.
 
+        Another processor is warned of: shards may be on machines of several kinds.
+
         Raises:
             ValueError: The store has other settings; the first difference is named.
         """
@@ -159,7 +176,13 @@ class Store:
                 self._write_manifest(settings, {})
                 return
         ours, theirs = asdict(settings), asdict(found)
-        if differing := [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]:
+        differing = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
+        if differing == ["processor"]:
+            logger.warning(
+                "%s was begun on %s, this is %s: the last bits of vectors differ between the two",
+                *(self.path, found.processor, settings.processor),
+            )
+        elif differing:
             name = differing[0]
             ours, theirs = _differing(ours[name], theirs[name])
             raise ValueError(
@@ -323,7 +346,7 @@ def encode_corpus(
         total = min(mine.stop * PART_SIZE, num_documents) - mine.start * PART_SIZE
     hasher, doc_ids, num_parts = CorpusHasher(), set(), 0
 
-    def prepared() -> Iterator[tuple[int, list[Document], Part, Tokens]]:
+    def prepared() -> Iterator[tuple[int, list[Document], Part, Tokens] | None]:
         nonlocal num_parts
         for number, part in enumerate(in_parts(documents)):
             num_parts += 1
@@ -333,6 +356,7 @@ def encode_corpus(
                 doc_ids.add(document.doc_id)
                 hasher.add(document)
             if mine is not None and number not in mine:
+                yield None  # so that the thread notices an end while it reads other shards' parts
                 continue
             sha256 = documents_sha256(part)
             if number in finished:
@@ -341,13 +365,14 @@ def encode_corpus(
                         f"{store.path}: part {number} is of other documents than the corpus has now; "
                         "--restart discards it"
                     )
+                yield None
                 continue
             texts = [document_text(document) for document in part]
             tokens = encoder.tokenize(texts, prompt=encoder.config.document_prompt)
             yield number, part, Part(len(part), texts.count(""), tokens.num_truncated, sha256), tokens
 
     with tqdm(total=total, initial=reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
-        for number, part, record, tokens in ahead(prepared()):
+        for number, part, record, tokens in filter(None, ahead(prepared())):
             store.write(number, encoder.encode_tokens(tokens, done=progress.update).embeddings, part, record)
     if extra := [number for number in finished if number >= num_parts]:
         raise ValueError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")

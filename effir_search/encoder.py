@@ -248,16 +248,20 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "") -> "Tokens":
         """Return the texts tokenized with the prompt before each, for ``encode_tokens``; other threads may do this."""
-        tokens = self.tokenizer([prompt + text for text in texts], truncation=True, max_length=self.config.max_length)
-        types = tokens.get("token_type_ids")
-        if types is not None and not any(map(any, types)):
-            types = None  # all zero is what every model takes by itself
+        # What the tokenizer returns, without the offsets and copies it makes: a call of it sets its backend up.
+        self.tokenizer("", truncation=True, max_length=self.config.max_length)
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast([prompt + text for text in texts])
+        types = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            types = [encoding.type_ids for encoding in encodings]
+            if not any(map(any, types)):
+                types = None  # all zero is what every model takes by itself
         return Tokens(
             texts=texts,
-            input_ids=tokens["input_ids"],
+            input_ids=[encoding.ids for encoding in encodings],
             token_type_ids=types,
             prompt_length=0 if self.config.include_prompt else self._prompt_length(prompt),
-            num_truncated=sum(bool(encoding.overflowing) for encoding in tokens.encodings),
+            num_truncated=sum(bool(encoding.overflowing) for encoding in encodings),
         )
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ir_measures
-from ir_measures import Measure, Qrel, ScoredDoc
+from ir_measures import Measure, Qrel, ScoredDoc, SumAgg
 
 from effir_search.trec import read_qrels, read_run, strictly_decreasing
 
@@ -172,7 +172,7 @@ def _as_text(mean: Values, rows: Rows) -> str:
     """Columns as trec_eval prints them: measure, query id or "all", value."""
     width = max(len(str(measure)) for measure in mean)
     return "\n".join(
-        f"{measure!s:{width}}\t{query_id}\t{value:.4f}"
+        f"{measure!s:{width}}\t{query_id}\t{_readable(measure, value)}"
         for query_id, values in [*rows, ("all", mean)]
         for measure, value in values.items()
     )
@@ -194,11 +194,17 @@ def _as_csv(mean: Values, rows: Rows) -> str:
 
 def _as_markdown(mean: Values, rows: Rows) -> str:
     lines = [["query", *map(str, mean)], ["---", *["---:"] * len(mean)]]
-    lines += [[query_id, *(f"{value:.4f}" for value in of.values())] for query_id, of in [*rows, ("all", mean)]]
+    lines += [[query_id, *(_readable(*pair) for pair in of.items())] for query_id, of in [*rows, ("all", mean)]]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 FORMATS = {"text": _as_text, "json": _as_json, "csv": _as_csv, "markdown": _as_markdown}
+
+
+def _readable(measure: Measure, value: float) -> str:
+    """Counts, which are summed over queries, as whole numbers; others with four decimals."""
+    return f"{value:.0f}" if isinstance(measure.aggregator(), SumAgg) else f"{value:.4f}"
 
 
 def _split_names(text: str) -> list[str]:

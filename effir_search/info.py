@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PretrainedConfig
 
-from effir_search.encoder import DTYPES, own_config
+from effir_search.encoder import DTYPES, EncoderConfig, own_config
 from effir_search.index import DOCID_FILE, INFO_FILE, read_index, read_index_info
 from effir_search.model.arithmetic import LENGTH, empty_model, facts, flops, format_facts, planned
 from effir_search.model.checkpoint import (
@@ -99,9 +99,9 @@ def describe_index(index_dir: Path) -> Facts:
     info = read_index_info(index_dir)
     if info is None:
         return facts | {"built_by": f"another program: no {INFO_FILE}, so a search needs --encoder"}
-    record = asdict(info)
-    facts |= {f"encoder_{name}": value for name, value in record.pop("encoder").items()}
-    return facts | {name: value for name, value in record.items() if name not in ("num_documents", "dimension")}
+    facts |= {f"encoder_{name}": value for name, value in _settings(info.encoder).items()}
+    shown_above = ("encoder", "num_documents", "dimension")
+    return facts | {name: value for name, value in asdict(info).items() if name not in shown_above}
 
 
 def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig, Facts]:
@@ -123,11 +123,18 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
         "parameters_without_embeddings": parameters - embeddings,
         "weights_bytes": sum(file.stat().st_size for place in places for file in weight_files(place)),
         "weights_sha256": weights_sha256(folder, places),
-        **asdict(settings),
+        **_settings(settings),
     }
     if config.model_type in FAMILIES:
         told |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
     return config, told
+
+
+def _settings(config: EncoderConfig) -> Facts:
+    """The fields of a config, its dimension under a name that tells it from that of the vectors."""
+    settings = asdict(config)
+    dimension = settings.pop("dimension")
+    return settings | {"truncate_dimension": dimension}
 
 
 def _plain(value: object) -> str:

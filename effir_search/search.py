@@ -54,8 +54,11 @@ def search(
         raise ValueError(f"--hits {k}: must be at least 1")
     folders = _folders(index_dir)
     searchers = [faiss_searcher(folder, encoder) for folder in folders]
-    for searcher in searchers:
-        set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
+    for folder, searcher in zip(folders, searchers, strict=True):
+        try:
+            set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     if len(folders) > 1:
         _check_disjoint(folders, [searcher.docids for searcher in searchers])
     return _hits(

@@ -230,6 +230,11 @@ def _trec_topics(lines: Iterable[tuple[str, str]], field: str) -> Iterator[tuple
                 block = None
             elif block is not None:
                 block.append(piece)
+            elif not start and piece.lstrip().startswith("<"):
+                raise ValueError(
+                    f"{where}: {piece.strip()[:30]!r} is no <top>; topics in XML are not read: "
+                    "make them a TSV file, id and text with a tab between"
+                )
             elif piece.strip():
                 raise ValueError(f"{where}: text outside <top> ... </top>")
     if block is not None:

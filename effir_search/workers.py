@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
@@ -72,6 +73,7 @@ def run_workers(
     Raises:
         ValueError: A worker raised it.
         OSError: A worker raised it, or was killed.
+        RuntimeError: A worker raised any other error. The worker's own traceback is a note of what is raised.
     """
     context = multiprocessing.get_context("spawn")
     workers = []
@@ -123,8 +125,11 @@ def _work(work: Callable[[Job], object], job: Job, level: int, connection: Conne
     show_messages(level)
     try:
         work(job)
-    except (ValueError, OSError) as error:
-        connection.send(error)
+    except Exception as error:
+        # Not every exception can be unpickled at the other end; these two kinds, which the command shows, can.
+        sent = error if isinstance(error, ValueError | OSError) else RuntimeError(f"{type(error).__name__}: {error}")
+        sent.add_note(f"In the worker:\n{traceback.format_exc()}")
+        connection.send(sent)
         sys.exit(1)
 
 

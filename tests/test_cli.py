@@ -412,6 +412,7 @@ def test_verify_and_info_answer_for_a_good_index(toy_index):
     assert run("verify", toy_index).startswith(f"{toy_index}: 12 documents, hashes right; 12 encoded again")
     facts = json.loads(run("info", toy_index, "--format", "json"))
     assert (facts["documents"], facts["dimension"], facts["first_ids"]) == (12, 32, ["001", "002", "003"])
+    assert [name for name in facts if "dimension" in name] == ["dimension", "encoder_truncate_dimension"]
 
 
 def test_a_damaged_index_is_one_line(collection, toy_index, tmp_path, error_of):
@@ -466,6 +467,32 @@ def test_a_usage_error_ends_with_2(args):
     result = CliRunner().invoke(cli, args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
+
+
+FROM = ["index", "--from", "x", "--output", "y"]
+INDEX = ["index", "--corpus", "x", "--encoder", "x", "--output", "y"]
+QUERY = ["search", "--index", "x", "--query", "x"]
+IGNORED = [
+    *([*FROM, option, "2"] for option in ("--corpus", "--encoder", "--fields", "--num-shards", "--shard-id")),
+    *([*FROM, option, "2"] for option in ("--workers", "--devices", "--threads", "--max-length", "--batch-tokens")),
+    *([*FROM, option, "2"] for option in ("--query-prompt", "--document-prompt", "--device")),
+    *([*FROM, option] for option in ("--skip-bad", "--restart", "--keep-embeddings", "--append-eos")),
+    [*FROM, "--pooling", "cls"],
+    [*FROM, "--dtype", "auto"],
+    [*INDEX, "--workers", "2", "--device", "cpu"],
+    [*INDEX, "--devices", "cuda:0", "--device", "auto"],
+    *([*QUERY, option, "title"] for option in ("--qrels", "--tag", "--topics-field")),
+    [*QUERY, "--remove-query"],
+    ["search", "--index", "x", "--topics", "x", "--output", "y", "--corpus", "x"],
+]
+
+
+@pytest.mark.parametrize("args", IGNORED, ids=" ".join)
+def test_an_option_that_would_be_ignored_is_a_usage_error_that_names_it(args):
+    result = CliRunner().invoke(cli, args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    named = next(arg for arg in reversed(args) if arg.startswith("--"))
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {named} ")
 
 
 def test_an_error_of_several_lines_becomes_one():

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from effir_search.embeddings import (
     documents_sha256,
     encode_corpus,
     in_parts,
+    processor_name,
     settings_of,
 )
 from effir_search.encoder import Encoder
@@ -236,6 +238,18 @@ def test_a_store_of_another_job_is_an_error_that_names_the_difference(stopped, c
     assert go_on(corpus, other, stopped, restart=True) == NUM_DOCUMENTS
 
 
+def test_another_processor_is_warned_of_and_both_are_named(stopped, corpus, encoder, caplog):
+    manifest = store_of(stopped).path / "manifest.json"
+    here = processor_name(encoder.device)
+    manifest.write_text(manifest.read_text().replace(json.dumps(here), '"a slide rule"'))
+    assert go_on(corpus, encoder, stopped) == NUM_DOCUMENTS
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        f"{store_of(stopped).path} was begun on a slide rule, this is {here}: "
+        "the last bits of vectors differ between the two"
+    ]
+
+
 def test_a_store_of_another_corpus_is_an_error(stopped, corpus, tmp_path, encoder):
     lines = corpus.read_text().splitlines()
     lines[5000] = json.dumps({"_id": "d05000", "text": "another text"})
@@ -347,6 +361,23 @@ def test_encoding_in_parts_equals_encoding_each_part_alone(tmp_path, corpus, enc
         assert encode_corpus(documents, encoder, store)[0] == 3
     for (rows, _), part in zip(store.read_all(), in_parts(documents), strict=True):
         np.testing.assert_allclose(rows, encoder.encode_documents(part), atol=1e-5)
+
+
+def test_a_job_that_fails_does_not_go_on_reading_other_shards_documents(tmp_path, encoder):
+    end, store = time.monotonic() + 60, Store(tmp_path / "x.parts")
+    documents = (Document(str(number), "") for number in iter(itertools.count().__next__, None))
+    with store.at_work(Shard(0, 10**6)):
+        store.begin(settings_of(encoder, None))
+        (store.path / "part-00000.npy").mkdir()  # where the first part is to be
+        with pytest.raises(OSError, match="part-00000.npy"):
+            encode_corpus(
+                itertools.takewhile(lambda _document: time.monotonic() < end, documents),
+                encoder,
+                store,
+                shard=Shard(0, 10**6),
+                num_documents=10**6 * PART_SIZE,
+            )
+    assert time.monotonic() < end - 30
 
 
 def test_items_come_in_order_from_a_thread_ahead():

@@ -287,6 +287,19 @@ def test_markdown_is_a_table(evaluation, per_query):
     assert found == expected_rows(per_query, digits=4)
 
 
+def test_a_bar_in_a_query_id_is_escaped_in_markdown():
+    evaluation = evaluate_queries([ScoredDoc("a|b", "d", 1.0)], [Qrel("a|b", "d", 1)], [RR @ 10])
+    assert r"| a\|b | 1.0000 |" in format_evaluation(evaluation, "markdown", per_query=True).split("\n")
+
+
+@pytest.mark.parametrize("form", ["text", "markdown"])
+def test_counts_are_whole_numbers_and_shares_are_not(form):
+    evaluation = evaluate_queries(RUN, QRELS[:4], parse_measures("NumQ NumRet NumRel P@1"))
+    values = format_evaluation(evaluation, form).replace("|", " ").split()
+    # Two judged queries, six hits, three positives; one query of two has a positive at rank 1.
+    assert [value for value in values if value[0].isdigit()] == ["2", "6", "3", "0.5000"]
+
+
 def test_a_measure_with_a_comma_in_its_name_is_one_column_of_csv():
     (measure,) = parse_measures("P(rel=2, judged_only=True)@10")
     header, _values = csv.reader(io.StringIO(format_evaluation(evaluate_queries(RUN, QRELS, [measure]), "csv")))

@@ -239,5 +239,5 @@ def test_a_search_looks_at_as_many_lists_as_it_is_told(tmp_path, flat_index, ber
     exact = [hit.doc_id for hit in search(flat_index, encoder, query, k=50)]
     assert [hit.doc_id for hit in search(tmp_path / "ivf", encoder, query, k=50, nprobe=16)] == exact
     assert len(list(search(tmp_path / "ivf", encoder, query, k=3000, nprobe=1))) < 3000
-    with pytest.raises(ValueError, match="--nprobe is for IVF"):
-        search(flat_index, encoder, query, nprobe=4)
+    with pytest.raises(ValueError, match=f"^{flat_index}: --nprobe is for IVF indexes; this one is IndexFlat"):
+        search([tmp_path / "ivf", flat_index], encoder, query, nprobe=4)

@@ -180,7 +180,8 @@ TOPIC_ERRORS = {
     "TREC not closed": (["<top>", "<num> 1", "<title> a"], 1, "<top> without </top>"),
     "TREC opened twice": (["<top>", "<num> 1", "<title> a", "<top>"], 4, "a second <top> before the </top> of the one"),
     "TREC text outside": (["<top><num> 1 <title> a </top>", "b"], 2, "text outside <top> ... </top>"),
-    "XML of another kind": (["<topics>", "<topic>"], 1, "text outside <top> ... </top>"),
+    "XML of another kind": (["<topics>", "<topic>"], 1, "'<topics>' is no <top>; topics in XML are not read: make"),
+    "XML with its declaration": (['<?xml version="1.0"?>', "<topics>"], 1, r"'<\?xml .* is no <top>; topics in XML"),
 }
 
 

@@ -104,6 +104,18 @@ def test_what_a_worker_raises_is_raised_and_the_others_are_stopped(tmp_path):
     assert not (tmp_path / "waits").exists() or wait_for_end(pid_of(tmp_path / "waits"))
 
 
+def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_traceback(tmp_path):
+    for raised, expected, message in (
+        (ValueError("a bad line"), ValueError, "a bad line"),
+        (KeyError("lost"), RuntimeError, "KeyError: 'lost'"),
+    ):
+        with pytest.raises(expected) as caught:
+            run_workers(fail_or_wait, [raised])
+        assert str(caught.value) == message
+        (note,) = caught.value.__notes__
+        assert note.startswith("In the worker:\nTraceback") and "in fail_or_wait" in note
+
+
 @pytest.mark.parametrize(
     ("work", "message"), [(leave, "ended with status 3"), (kill_itself, "was killed by signal 9; .* continues")]
 )
