@@ -83,19 +83,24 @@ def encoder_options(command: Callable) -> Callable:
     return text_options(command)
 
 
-def layer_numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
-    """Return the numbers of an option such as ``16,17,18``."""
-    try:
-        return None if value is None else [int(number) for number in value.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a list of layers such as 16,17,18") from error
+class Layers(click.ParamType):
+    """Numbers of layers, as in ``16,17,18``."""
+
+    name = "layers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Return the numbers."""
+        try:
+            return [int(number) for number in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of layers such as 16,17,18", param, ctx)
 
 
 @click.group(cls=OneLineErrors, context_settings={"show_default": True, "max_content_width": 110})
 @click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
 @click.version_option(package_name="effir_search")
 def cli(debug: bool) -> None:
-    """Dense retrieval: index a corpus, search it, evaluate the run."""
+    """Dense retrieval: index a corpus, search it, evaluate the run; prune the encoder."""
     # What a batch system or a container sends: leave as after Ctrl-C, with nothing half-written behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     show_messages(logging.DEBUG if debug else logging.INFO)
@@ -243,19 +248,6 @@ def compare(
     click.echo(format_comparison(comparison, form, alpha=alpha))
 
 
-class Layers(click.ParamType):
-    """Numbers of layers, as in ``3,5``."""
-
-    name = "layers"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Return the numbers."""
-        try:
-            return [int(number) for number in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of layers, as in 3,5", param, ctx)
-
-
 def depth_options(command: Callable) -> Callable:
     """Add the options that say how many parts of each kind to drop, or of which layers."""
     for kind, parts in (("block", "whole layers"), ("attention", "attentions"), ("mlp", "MLPs")):
@@ -333,12 +325,8 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 @click.option("--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name.")
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")
-@click.option(
-    "--drop-mlp-layers", callback=layer_numbers, help="Layers without MLP, as in 16,17.  [default: config.json's]"
-)
-@click.option(
-    "--drop-attention-layers", callback=layer_numbers, help="Layers without attention.  [default: config.json's]"
-)
+@click.option("--drop-mlp-layers", type=Layers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
+@click.option("--drop-attention-layers", type=Layers(), help="Layers without attention.  [default: config.json's]")
 @text_options
 def convert(source: str, output: Path, **options: object) -> None:
     """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""
