@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.corpus import Document, document_text
 from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
-from effir_search.model.packed import pack_linears
+from effir_search.model.packed import pack
 from effir_search.model.save import save_model
 from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
 from effir_search.pooling import POOLERS, without_prompt
@@ -201,7 +201,7 @@ class Encoder:
 
     def pack(self) -> "Encoder":
         """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved."""
-        pack_linears(self.model)
+        pack(self.model)
         return self
 
     def save(self, output: Path) -> None:

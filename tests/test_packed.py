@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from effir_search.encoder import Encoder
-from effir_search.model.packed import PackedLinear, pack_linears
+from effir_search.model.packed import SHORT, SHORT_ATTENTION, PackedLinear, pack, short_attention
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
@@ -43,9 +43,47 @@ def test_packing_an_encoder_changes_no_vector_by_more_than_rounding(tmp_path, fa
     assert cosines.min() > 0.999
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [1, 5, SHORT, SHORT + 1])
+def test_short_attention_is_attention(length, masked):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, length, 4) for _ in range(3))
+    lengths = torch.tensor([length, max(1, length - 2), 1])
+    mask = (torch.arange(length) < lengths[:, None])[:, None, None].expand(3, 1, length, length) if masked else None
+    module = nn.Module()
+    module.is_causal = False
+    found, _ = short_attention(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    products = 0.3 * torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double())
+    weights = (products if mask is None else products.masked_fill(~mask, -torch.inf)).softmax(-1)
+    torch.testing.assert_close(
+        found.double(), torch.einsum("bhqk,bhkd->bqhd", weights, value.double()), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_causal_attention_without_a_mask_stays_causal():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    module = nn.Module()
+    module.is_causal = True
+    found, _ = short_attention(module, query, key, value, None)
+    torch.testing.assert_close(found[:, 0], value[:, :, 0])  # the first token sees itself alone
+
+
+def test_a_row_that_sees_nothing_stays_finite():
+    states = torch.randn(1, 1, 2, 4)
+    found, _ = short_attention(nn.Module(), states, states, states, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    assert found.isfinite().all()
+
+
+@needs_bf16
+def test_a_packed_bert_runs_short_attention(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="bf16").pack()
+    assert encoder.model.config._attn_implementation == SHORT_ATTENTION
+
+
 def test_other_dtypes_are_left_as_they_are():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16))
-    pack_linears(model)
+    pack(model)
     assert [type(module) for module in model] == [nn.Linear, nn.Linear]
 
 
