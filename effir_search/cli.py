@@ -18,6 +18,8 @@ REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
 DTYPE_HELP = "Arithmetic; auto is bf16 where the processor has it.  [default: auto; in a search, the index's]"
 CRITERIA = ("cosine", "embedding", "greedy")
+SCHEDULES = ("linear", "cosine", "constant")
+REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
@@ -83,17 +85,17 @@ def encoder_options(command: Callable) -> Callable:
     return text_options(command)
 
 
-class Layers(click.ParamType):
-    """Numbers of layers, as in ``16,17,18``."""
+class Numbers(click.ParamType):
+    """Whole numbers, as in ``16,17,18``."""
 
-    name = "layers"
+    name = "numbers"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         """Return the numbers."""
         try:
             return [int(number) for number in str(value).split(",")]
         except ValueError:
-            self.fail(f"{value!r} is not a list of layers such as 16,17,18", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers such as 16,17,18", param, ctx)
 
 
 @click.group(cls=OneLineErrors, context_settings={"show_default": True, "max_content_width": 110})
@@ -129,6 +131,7 @@ def cli(debug: bool) -> None:
 @click.option("--workers", type=click.IntRange(1), help="Processes on this CPU that share the work.")
 @click.option("--devices", help="One process on each, sharing the work: cuda:0,cuda:1.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared]")
+@click.option("--dimension", type=click.IntRange(1), help="Leading components of a vector to keep.  [default: all]")
 @encoder_options
 def index(
     corpus: str | None,
@@ -252,7 +255,7 @@ def depth_options(command: Callable) -> Callable:
     """Add the options that say how many parts of each kind to drop, or of which layers."""
     for kind, parts in (("block", "whole layers"), ("attention", "attentions"), ("mlp", "MLPs")):
         number, layers = f"--drop-{kind}", f"--drop-{kind}-layers"
-        command = click.option(layers, type=Layers(), help=f"Drop the {parts} of these layers, from 0, as in 3,5.")(
+        command = click.option(layers, type=Numbers(), help=f"Drop the {parts} of these layers, from 0, as in 3,5.")(
             command
         )
         command = click.option(number, type=click.IntRange(0), help=f"Drop so many {parts}.")(command)
@@ -322,11 +325,98 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 
 
 @cli.command()
+@click.option("--encoder", required=True, help="Model folder or hub name, pruned or not.")
+@click.option("--output", type=PATH, required=True, help="New model folder.")
+@click.option("--train", help="Examples: JSONL of query, positives, negatives or of their ids, or a BEIR folder.")
+@click.option("--corpus", help="Where the documents are, for examples that are ids.")
+@click.option("--topics", help="Where the queries are, for examples that are ids.")
+@click.option("--split", default="train", help="Qrels of a BEIR folder to train on.")
+@click.option("--negatives", type=click.IntRange(0), default=7, help="Hard negatives of an example that are used.")
+@click.option(
+    "--texts", multiple=True, help="Without labels: corpus or text file to imitate the teacher on; repeatable."
+)
+@click.option("--queries", multiple=True, help="The same, with the query prompt: topics or text file.")
+@click.option("--num-texts", type=click.IntRange(1), help="Take a sample of so many texts.  [default: all]")
+@click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train.")
+@click.option("--reranker", help="Cross-encoder whose scores to learn with --train.")
+@click.option("--dev", help="BEIR folder whose nDCG@10 to watch.  [default: likeness to the teacher, with --texts]")
+@click.option("--dev-split", default="dev", help="Its qrels.")
+@click.option("--dev-queries", type=click.IntRange(1), default=200, help="Sample of its queries.")
+@click.option("--dev-documents", type=click.IntRange(1), default=2000, help="Sample of its documents.")
+@click.option("--full", "lora_rank", flag_value=0, type=int, help="Train all weights.  [default: below 1 billion]")
+@click.option("--lora-rank", type=click.IntRange(1), help="Train LoRA matrices only.  [default: 32 from 1 billion on]")
+@click.option("--lora-alpha", type=click.IntRange(1), help="Scale of LoRA.  [default: twice the rank]")
+@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of LoRA's input.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Highest.  [default: 4e-4 with --texts, 1e-4 with LoRA, else 2e-5]",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples or texts a step, over all devices.")
+@click.option("--accumulation", type=click.IntRange(1), default=1, help="Batches whose gradients make a step.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=1.0, help="Passes over the data.")
+@click.option("--max-steps", type=click.IntRange(1), help="Stop after so many.  [default: by epochs]")
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.1, help="Share of steps in which the rate rises.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="linear", help="Of the rate after that.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, help="Of AdamW.")
+@click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory a layer, for a second forward pass.")
+@click.option("--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size.")
+@click.option("--dropout", is_flag=True, help="Dropout as the model's config says, instead of none.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    help="Of InfoNCE and KL.  [default: 0.02; dot products: 1]",
+)
+@click.option(
+    "--teacher-temperature",
+    type=click.FloatRange(0, min_open=True),
+    help="Of the teacher's scores.  [default: 1; with --teacher: --temperature]",
+)
+@click.option("--distillation-weight", type=click.FloatRange(0), default=1.0, help="Of KL beside InfoNCE.")
+@click.option(
+    "--score-weight", type=click.FloatRange(0), default=10.0, help="With --texts: of score matrices beside embeddings."
+)
+@click.option("--matryoshka", "dimensions", type=Numbers(), help="Train vectors that can be cut: 384,256,128.")
+@click.option("--eval-steps", type=click.IntRange(1), help="Steps between checkpoints.  [default: a twentieth of all]")
+@click.option("--patience", type=click.IntRange(1), help="End after so many checkpoints without a better one.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of order, sample, dropout and LoRA.")
+@click.option(
+    "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."
+)
+@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read in training.  [default: the model's]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
+@click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
+@click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
+def finetune(encoder: str, output: Path, **options: object) -> None:
+    """Fine-tune an encoder for retrieval, or let it imitate a teacher; after a stop, the same command continues."""
+    from effir_search.training.finetune import Data, Recipe, describe_finetuned, finetune
+    from effir_search.training.objective import LossSettings
+
+    data, recipe, losses = (taken(kind, options) for kind in (Data, Recipe, LossSettings))
+    done = finetune(encoder, output, data, recipe=recipe, losses=losses, **options)
+    click.echo(describe_finetuned(done, output))
+
+
+def taken(kind: type, options: dict[str, object]) -> object:
+    """Return a dataclass made of the options that are its fields, which are taken out; None is its default."""
+    values = {name: options.pop(name) for name in kind.__dataclass_fields__}
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if value is not None
+        }
+    )
+
+
+@cli.command()
 @click.option("--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name.")
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")
-@click.option("--drop-mlp-layers", type=Layers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
-@click.option("--drop-attention-layers", type=Layers(), help="Layers without attention.  [default: config.json's]")
+@click.option("--drop-mlp-layers", type=Numbers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
+@click.option("--drop-attention-layers", type=Numbers(), help="Layers without attention.  [default: config.json's]")
 @text_options
 def convert(source: str, output: Path, **options: object) -> None:
     """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""

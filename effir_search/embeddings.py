@@ -34,6 +34,7 @@ from tqdm import tqdm
 from effir_search.ahead import ahead
 from effir_search.corpus import CorpusHasher, Document, document_text
 from effir_search.encoder import Encoder, Tokens
+from effir_search.job import try_lock
 from effir_search.model.checkpoint import dtype_name, read_json
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class Store:
             )
         elif differing:
             name = differing[0]
-            ours, theirs = _differing(ours[name], theirs[name])
+            ours, theirs = differing(ours[name], theirs[name])
             raise ValueError(
                 f"{self.path}: its embeddings are of another job: {name} is {theirs} there and {ours} now; "
                 "--restart discards them"
@@ -259,7 +260,7 @@ class Store:
         with ExitStack() as stack:
             shards = stack.enter_context(open(self.path / "shards.lock", "a+", encoding="utf-8"))
             with _lock(self.path / "manifest.lock"):
-                if _try_lock(shards, fcntl.LOCK_EX):  # nobody is at work: this job says how many shards there are
+                if try_lock(shards, fcntl.LOCK_EX):  # nobody is at work: this job says how many shards there are
                     shards.truncate(0)
                     shards.write(str(shard.count))
                     shards.flush()
@@ -268,7 +269,7 @@ class Store:
             if (count := shards.read()) != str(shard.count):
                 raise OSError(f"{self.path}: another job is at work on it, in {count} shards, not {shard.count}")
             own = stack.enter_context(open(self.path / f"shard-{shard.number}.lock", "w", encoding="utf-8"))
-            if not _try_lock(own, fcntl.LOCK_EX):
+            if not try_lock(own, fcntl.LOCK_EX):
                 which = f" on shard {shard.number} of {shard.count}" if shard.count > 1 else ""
                 raise OSError(f"{self.path}: another job is at work on it{which}; wait for it, or stop it")
             yield
@@ -411,19 +412,3 @@ def _lock(path: Path) -> Iterator[None]:
     with open(path, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _try_lock(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _differing(ours: object, theirs: object) -> tuple[object, object]:
-    """Of two dicts, only what differs; else both values."""
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return ours, theirs
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    return {name: ours.get(name) for name in names}, {name: theirs.get(name) for name in names}

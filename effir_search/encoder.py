@@ -70,6 +70,8 @@ class EncoderConfig:
             raise ValueError(f"similarity {self.similarity!r} is unknown; known are cosine, dot")
         if self.max_length < 1:
             raise ValueError(f"max_length {self.max_length} must be at least 1 token")
+        if self.dimension is not None and self.dimension < 1:
+            raise ValueError(f"dimension {self.dimension} must be at least 1 component")
 
 
 class Encoded(NamedTuple):
@@ -148,6 +150,7 @@ class Encoder:
         document_prompt: str | None = None,
         max_length: int | None = None,
         append_eos: bool = False,
+        dimension: int | None = None,
         batch_tokens: int | None = None,
     ) -> "Encoder":
         """Load a Hugging Face or sentence-transformers model; what is None is taken from the model's own files.
@@ -162,6 +165,7 @@ class Encoder:
             document_prompt: Put before every document.
             max_length: Tokens of a text that are read, special tokens included.
             append_eos: Add the end-of-sequence token to the end of every text, also of a truncated one.
+            dimension: Leading components of a vector that are kept, for models trained so (Matryoshka).
             batch_tokens: See the class; None = by device.
 
         Raises:
@@ -181,17 +185,12 @@ class Encoder:
         config = encoder_config(
             files, model, tokenizer,
             pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
-            append_eos=append_eos,
+            append_eos=append_eos, dimension=dimension,
         )  # fmt: skip
-        return cls(
-            model,
-            tokenizer,
-            config,
-            name=str(path),
-            files=files,
-            head=head,
-            batch_tokens=batch_tokens,
-        )
+        encoder = cls(model, tokenizer, config, name=str(path), files=files, head=head, batch_tokens=batch_tokens)
+        if dimension is not None and encoder.dimension < dimension:
+            raise ValueError(f"--dimension {dimension}: the vectors of {path} have {encoder.dimension} components")
+        return encoder
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -204,17 +203,20 @@ class Encoder:
         pack(self.model)
         return self
 
-    def save(self, output: Path) -> None:
-        """Save the model, which must be a pruned one, with its tokenizer and settings as a folder of its own.
+    def save(self, output: Path, *, training: dict | None = None) -> None:
+        """Save the model with its tokenizer and settings as a folder of its own.
 
         Loaded from there, the encoder gives the same vectors. What ``append_eos`` added is then part of the tokenizer.
 
+        Args:
+            output: The new folder.
+            training: How the model was trained, kept beside it; JSON types.
+
         Raises:
-            ValueError: The model is not a pruned one.
             OSError: ``output`` exists, or cannot be written.
         """
         settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
-        save_model(self.model, self.tokenizer, self.files._replace(**settings), output)
+        save_model(self.model, self.tokenizer, self.files._replace(**settings), output, training=training)
 
     @cached_property
     def dimension(self) -> int:
@@ -437,6 +439,7 @@ def encoder_config(
     document_prompt: str | None,
     max_length: int | None,
     append_eos: bool,
+    dimension: int | None = None,
 ) -> EncoderConfig:
     """Return the settings that are given, and for those that are None the model's own; see ``Encoder.from_pretrained``.
 
@@ -454,6 +457,8 @@ def encoder_config(
     )
     if max_length is not None:
         config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+    if dimension is not None:
+        config = replace(config, dimension=dimension)
     return config
 
 
@@ -510,13 +515,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name == "saved":
         return None
     if name == "auto":
-        return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
+        return torch.bfloat16 if computes_in_bf16(device) else torch.float32
     if name not in DTYPES:
         raise ValueError(f"--dtype {name!r}: known are auto, saved, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
+def computes_in_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies in bfloat16 by itself, instead of converting to float32 and back."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -232,6 +232,7 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         "document_prompt": info.encoder.document_prompt,
         "max_length": info.encoder.max_length,
         "append_eos": info.encoder.append_eos,
+        "dimension": info.encoder.dimension,
     }
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")

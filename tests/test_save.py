@@ -199,9 +199,16 @@ def test_a_folder_is_whole_or_not_there(tmp_path, bert_folder):
         encoder.save(tmp_path / "saved")
 
 
-def test_a_model_that_is_not_pruned_is_refused(tmp_path, bert_folder):
-    with pytest.raises(ValueError, match="a BertModel is not a pruned model"):
-        Encoder.from_pretrained(bert_folder).save(tmp_path / "saved")
+def test_a_model_that_is_not_pruned_is_saved_as_it_is(tmp_path, bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    encoder.save(tmp_path / "saved")
+    saved = Encoder.from_pretrained(tmp_path / "saved", dtype="fp32")
+    assert type(saved.model).__name__ == "BertModel"
+    assert saved.config == encoder.config
+    texts = ["the cat chases the small mouse", "hot soup"]
+    np.testing.assert_array_equal(saved.encode_queries(texts), encoder.encode_queries(texts))
+    assert str(bert_folder) not in (tmp_path / "saved" / "config.json").read_text()
+    assert "trust_remote_code" not in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_the_revision_is_that_of_the_cache(tmp_path):

@@ -1,5 +1,6 @@
-"""Save a pruned model as a folder that everything loads: transformers, sentence-transformers, peft, this project."""
+"""Save a model as a folder that everything loads: transformers, sentence-transformers, peft, this project."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,22 +12,45 @@ from effir_search.model.checkpoint import dtype_name, quiet_transformers
 from effir_search.model.modeling_effir import EffirConfig, EffirModel
 from effir_search.model.sentence_files import SentenceFiles, write_sentence_files
 
+TRAINING_FILE = "training.json"
+HEADER = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+- effir
+---
+"""
+CODE = """`modeling_effir.py` beside the weights is the code of the model, which `trust_remote_code=True` lets run.
+Where effir_search is installed, `import effir_search.model` does instead, for sentence-transformers and for
+`AutoModel.from_pretrained`, and the folder is an encoder for its commands.
+"""
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, files: SentenceFiles, output: Path) -> None:
-    """Write a model folder, whole or not at all: weights in the model's dtype, code, tokenizer, settings, model card.
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: SentenceFiles,
+    output: Path,
+    *,
+    training: dict | None = None,
+) -> None:
+    """Write a model folder, whole or not at all: weights in the model's dtype, tokenizer, settings, model card.
+
+    Beside the weights of a pruned model lies its code.
 
     Args:
-        model: A pruned model; LoRA must be merged.
+        model: A pruned model, or any base model as AutoModel loads it; LoRA must be merged.
         tokenizer: Its tokenizer.
         files: What the folder is to say; see ``write_sentence_files``.
         output: The new folder.
+        training: How it was trained, which becomes ``training.json`` and a part of the card; JSON types.
 
     Raises:
-        ValueError: The model is not an ``EffirModel``.
         OSError: ``output`` exists, or cannot be written.
     """
-    if not isinstance(model, EffirModel):
-        raise ValueError(f"{output}: a {type(model).__name__} is not a pruned model, so it is not saved as one")
+    model.config.name_or_path = ""  # a path of this machine has no place in a saved config
     with whole_folder(output) as folder:
         try:
             with quiet_transformers():
@@ -35,11 +59,38 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, files
         except SafetensorError as error:
             raise OSError(f"{output}: the weights cannot be written: {error}") from error
         write_sentence_files(folder, files, hidden_size=model.config.hidden_size)
-        (folder / "README.md").write_text(model_card(model, output.name), encoding="utf-8")
+        if training is not None:
+            text = json.dumps(training, indent=1, ensure_ascii=False)
+            (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+        card = model_card(model, output.name, training=training)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: EffirModel, name: str) -> str:
-    """Return the README.md of a saved model: what was dropped, from what, how large it is, how it is loaded."""
+def model_card(model: PreTrainedModel, name: str, *, training: dict | None = None) -> str:
+    """Return the README.md of a saved model: what was dropped, how it was trained, how large it is, how it loads."""
+    parts = [HEADER, f"# {name}\n"]
+    if isinstance(model, EffirModel):
+        parts.append(_pruned(model))
+    if training is not None:
+        parts.append(_trained(training))
+    code = ", trust_remote_code=True" if isinstance(model, EffirModel) else ""
+    parts.append(
+        f'''## Loading
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}"{code})
+model.encode_query(["what is pruned?"])
+```
+'''
+    )
+    if code:
+        parts.append(CODE)
+    return "\n".join(parts)
+
+
+def _pruned(model: EffirModel) -> str:
     config = model.config
     sizes, full = count(model), count(empty_model(EffirConfig(config.base_config)))
     width = config.base_config.intermediate_size
@@ -57,38 +108,41 @@ def model_card(model: EffirModel, name: str) -> str:
         "Weights": f"{sizes.bytes(model.dtype):,} bytes, {dtype_name(model.dtype)}",
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- effir
----
-
-# {name}
-
-{base}, pruned for dense retrieval with EffiR (arXiv 2512.20612). Layers have the 0-based numbers of the base model.
+    return f"""{base}, pruned for dense retrieval with EffiR (arXiv 2512.20612).
+Layers have the 0-based numbers of the base model.
 
 | | |
 | --- | --- |
 {table}
 
 The plan that led to this, with its scores, is in `config.json` under `plan`.
+"""
 
-## Loading
 
-`modeling_effir.py` beside the weights is the code of the model; `trust_remote_code=True` lets it run:
+def _trained(training: dict) -> str:
+    data, recipe, result = training["data"], training["recipe"], training["result"]
+    sources = {
+        "Examples": data["train"],
+        "Texts": ", ".join(data["texts"]),
+        "Queries": ", ".join(data["queries"]),
+        "Teacher": data["teacher"] or data["reranker"],
+        "Measured on": f"{data['dev']}, split {data['dev_split']}" if data["dev"] else "held-out texts",
+    }
+    rows = {name: Path(source).name for name, source in sources.items() if source}
+    rows |= {name.replace("_", " "): value for name, value in recipe.items() if value not in (None, [], ())}
+    rows |= {name.replace("_", " "): value for name, value in training["losses"].items() if value not in (None, [], ())}
+    rows |= {"steps": f"{result['steps']:,} with {result['num_examples']:,} examples"}
+    if result["measure"]:
+        rows[f"{result['measure']} before"] = f"{result['before']:.4f}"
+        rows[f"{result['measure']} after"] = f"{result['best']:.4f} (step {result['best_step']}, which is this model)"
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
+    return f"""## Training
 
-```python
-from sentence_transformers import SentenceTransformer
+| | |
+| --- | --- |
+{table}
 
-model = SentenceTransformer("{name}", trust_remote_code=True)
-model.encode_query(["what is pruned?"])
-```
-
-Where effir_search is installed, `import effir_search.model` does instead, for sentence-transformers and for
-`AutoModel.from_pretrained`, and the folder is an encoder for its commands.
+All settings, hashes of the data and the log are in `{TRAINING_FILE}`.
 """
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning for retrieval: data, hard negatives, losses, the job."""

@@ -1,0 +1,106 @@
+"""How good an encoder is while it is trained: nDCG@10 on a split that is no test, or likeness to the teacher."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ir_measures import Qrel, ScoredDoc
+
+from effir_search.corpus import Document, read_corpus
+from effir_search.encoder import Encoder
+from effir_search.evaluate import evaluate, parse_measures
+from effir_search.index import scale
+from effir_search.training.taught import TaughtText
+from effir_search.trec import Query, read_qrels, read_topics
+
+# Name of a figure and the function that measures it; larger is better.
+Measure = tuple[str, Callable[[Encoder], float]]
+
+
+class DevSplit(NamedTuple):
+    """Some judged queries and the documents they are searched in."""
+
+    queries: list[Query]
+    documents: list[Document]
+    qrels: list[Qrel]
+
+
+def read_dev_split(
+    folder: Path, split: str, *, num_queries: int = 200, num_documents: int = 2000, seed: int = 0
+) -> DevSplit:
+    """Return a sample of a BEIR folder's split: some of its queries, their judged documents and some others.
+
+    Searching a sample is easier than searching all: its figures compare checkpoints, not systems.
+
+    Args:
+        folder: With ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
+        split: Name of the qrels.
+        num_queries: At most so many.
+        num_documents: Of the corpus, at most so many; judged ones of these queries are in, whatever their number.
+        seed: Of both samples.
+
+    Raises:
+        ValueError: A bad line, or a split without a relevant document.
+        OSError: A file cannot be read.
+    """
+    qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
+    judged = sorted({qrel.query_id for qrel in qrels if qrel.relevance > 0})
+    if not judged:
+        raise ValueError(f"{folder}: no relevant document in its split {split!r}")
+    generator = random.Random(seed)
+    chosen = set(generator.sample(judged, min(num_queries, len(judged))))
+    qrels = [qrel for qrel in qrels if qrel.query_id in chosen]
+    wanted = {qrel.doc_id for qrel in qrels}
+    others = [
+        document.doc_id for document in read_corpus(str(folder / "corpus.jsonl")) if document.doc_id not in wanted
+    ]
+    wanted.update(generator.sample(others, min(max(0, num_documents - len(wanted)), len(others))))
+    documents = [document for document in read_corpus(str(folder / "corpus.jsonl")) if document.doc_id in wanted]
+    queries = [query for query in read_topics(folder / "queries.jsonl") if query.query_id in chosen]
+    return DevSplit(queries, documents, qrels)
+
+
+def ndcg(split: DevSplit) -> Measure:
+    """Return nDCG@10 of an encoder's exact search in a dev split."""
+    measures = parse_measures("nDCG@10")
+
+    def measure(encoder: Encoder) -> float:
+        documents = scale(encoder.encode_documents(split.documents), encoder.config)
+        queries = scale(encoder.encode_queries([query.text for query in split.queries]), encoder.config)
+        scores = queries @ documents.T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
+        run = [
+            ScoredDoc(query.query_id, split.documents[column].doc_id, float(scores[row, column]))
+            for row, query in enumerate(split.queries)
+            for column in best[row]
+        ]
+        return float(evaluate(run, split.qrels, measures)[measures[0]])
+
+    return "nDCG@10", measure
+
+
+def likeness(texts: list[TaughtText]) -> Measure:
+    """Return how well an encoder's similarities between held-out texts agree with the teacher's: Pearson's correlation.
+
+    It lies in [-1, 1], compares teachers and students of any dimension, and is what ranking depends on.
+    """
+    teacher = np.stack([text.embedding.numpy() for text in texts])
+    upper = np.triu_indices(len(texts), k=1)
+    expected = _cosines(teacher)[upper]
+
+    def measure(encoder: Encoder) -> float:
+        embeddings = np.zeros((len(texts), encoder.dimension), dtype=np.float32)
+        for query, encode in ((True, encoder.encode_queries), (False, encoder.encode_documents)):
+            rows = [row for row, text in enumerate(texts) if text.query == query]
+            embeddings[rows] = encode([texts[row].text for row in rows])
+        return float(np.corrcoef(_cosines(embeddings)[upper], expected)[0, 1])
+
+    return "likeness", measure
+
+
+def _cosines(embeddings: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = embeddings / np.where(lengths == 0, 1, lengths)
+    return unit @ unit.T

@@ -1,0 +1,423 @@
+"""Fine-tune an encoder for retrieval: ``effir finetune``."""
+
+import logging
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.data import Subset
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+from effir_search.encoder import Encoder, computes_in_bf16, own_config
+from effir_search.files import refuse_existing
+from effir_search.job import job_folder
+from effir_search.model.checkpoint import file_sha256, quiet_transformers
+from effir_search.model.layers import lora_targets
+from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
+from effir_search.training.examples import Examples, prepare_examples, with_scores
+from effir_search.training.lines import Lines
+from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
+from effir_search.training.taught import TaughtTexts, as_batch, prepare_texts, teach
+from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
+from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Texts that are held out to measure likeness to the teacher.
+HELD_OUT = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from, and what is measured on meanwhile.
+
+    Attributes:
+        train: Examples, see ``examples.read_records``; or None, and
+        texts: texts to imitate a teacher on, as documents,
+        queries: and as queries; each as ``texts.read_texts`` takes it.
+        num_texts: At most so many of them; None = all.
+        corpus: For examples that are ids.
+        topics: For examples that are ids.
+        split: Of a BEIR folder.
+        negatives: Hard negatives of an example that are used, the first ones.
+        teacher: A bi-encoder: what is imitated, or what scores candidates.
+        reranker: A cross-encoder that scores candidates.
+        dev: BEIR folder with a split for nDCG@10 while training.
+        dev_split: Its name.
+        dev_queries: At most so many of its queries.
+        dev_documents: In so many of its documents.
+    """
+
+    train: str | None = None
+    texts: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
+    num_texts: int | None = None
+    corpus: str | None = None
+    topics: str | None = None
+    split: str = "train"
+    negatives: int = 7
+    teacher: str | None = None
+    reranker: str | None = None
+    dev: str | None = None
+    dev_split: str = "dev"
+    dev_queries: int = 200
+    dev_documents: int = 2000
+
+    def __post_init__(self) -> None:
+        imitates = bool(self.texts or self.queries)
+        if bool(self.train) == imitates:
+            raise ValueError(
+                "give either --train with examples, or --texts (or --queries) and --teacher without labels"
+            )
+        if imitates and not self.teacher:
+            raise ValueError("--texts without --teacher: name the model to imitate, such as the one before pruning")
+        if self.reranker and (imitates or self.teacher):
+            raise ValueError("--reranker scores the candidates of --train examples; it does not go with --teacher")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How it is learned. The defaults of LoRA are EffiR's.
+
+    Attributes:
+        lora_rank: Rank of LoRA on all matrices of attentions and MLPs; 0 = all weights are trained; None = 32 for a
+            model of a billion parameters or more, 0 for a smaller one.
+        lora_alpha: None = twice the rank.
+        lora_dropout: Of LoRA's input.
+        learning_rate: None = 1e-4 for LoRA, 2e-5 for full fine-tuning, 4e-4 for imitation by either.
+        batch_size: Examples or texts of a step, over all devices.
+        accumulation: Forward passes whose gradients make a step; in-batch negatives come from one of them.
+        epochs: Passes over the data.
+        max_steps: At most so many; None = by epochs.
+        warmup: Share of the steps in which the rate rises.
+        schedule: "linear", "cosine" or "constant" after that.
+        weight_decay: Of AdamW.
+        bf16: Compute in bfloat16 beside float32 weights; None = where the processor does by itself.
+        gradient_checkpointing: Keep only the layers' inputs for the backward pass.
+        dropout: As the model's config says; False = none.
+        eval_steps: Steps between two measurements and checkpoints; None = a twentieth of all.
+        patience: Measurements without a better one after which training ends; None = never.
+        seed: Of order, dropout and LoRA's start.
+        log_to: Where transformers reports besides the JSON log: "tensorboard", "wandb".
+    """
+
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    learning_rate: float | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    epochs: float = 1
+    max_steps: int | None = None
+    warmup: float = 0.1
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    dropout: bool = False
+    eval_steps: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    log_to: tuple[str, ...] = ()
+
+
+class Finetuned(NamedTuple):
+    """What was done.
+
+    Attributes:
+        num_examples: Examples or texts.
+        steps: Of the optimiser, those before a stop included.
+        measure: Name of the figure that was watched; None without.
+        before: Its value at the start.
+        best: Its value of the model that is kept.
+        best_step: When that was.
+        seconds: Of this process.
+    """
+
+    num_examples: int
+    steps: int
+    measure: str | None
+    before: float | None
+    best: float | None
+    best_step: int
+    seconds: float
+
+
+def finetune(
+    encoder_name: str,
+    output: Path,
+    data: Data,
+    *,
+    recipe: Recipe,
+    losses: LossSettings,
+    max_length: int | None = None,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    restart: bool = False,
+    keep_checkpoints: bool = False,
+) -> Finetuned:
+    """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
+
+    Checkpoints, prepared data and the log are in ``OUTPUT.training`` until the model is written.
+
+    Args:
+        encoder_name: Model folder or hub name, pruned or not.
+        output: The new folder.
+        data: What is learned from.
+        recipe: How.
+        losses: What is minimised.
+        max_length: Tokens of a text that are read in training; the saved model keeps its own.
+        device: As ``Encoder.from_pretrained`` takes it.
+        batch_tokens: Padded tokens of a forward pass; None = by device.
+        restart: Discard what a stopped job left.
+        keep_checkpoints: Keep ``OUTPUT.training``.
+
+    Raises:
+        ValueError: Bad data, a loss that is not finite, or settings other than those of the job that was stopped.
+        OSError: The folder exists, or a file cannot be read or written.
+    """
+    start = time.monotonic()
+    refuse_existing(output, replaces=())
+    encoder = Encoder.from_pretrained(
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens
+    )
+    process = PartialState(cpu=encoder.device.type == "cpu")
+    recipe, losses = _resolved(recipe, losses, data, encoder)
+    settings = {
+        "model_sha256": encoder.weights_sha256,
+        "data": asdict(data),
+        "files": _hashes(data),
+        "recipe": asdict(recipe),
+        "losses": asdict(losses),
+        "max_length": encoder.config.max_length,
+        "processes": process.num_processes,
+    }
+    folder = output.with_name(f"{output.name}.training")
+    with job_folder(folder, settings, restart=restart) if process.is_main_process else nullcontext():
+        if process.is_main_process:
+            _prepare(folder, data, recipe.seed, device)
+        process.wait_for_everyone()
+        dtype = encoder.dtype
+        trainer, num_examples = _trainer(encoder, folder, data, recipe, losses)
+        checkpoint = last_whole_checkpoint(folder)
+        if checkpoint is not None:
+            logger.info("continuing from %s", checkpoint)
+        with quiet_transformers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finetuned = _outcome(trainer, num_examples, time.monotonic() - start)
+        if process.is_main_process:
+            _make_plain(encoder, dtype)
+            record = settings | {"result": finetuned._asdict(), "log": trainer.state.log_history}
+            encoder.save(output, training=record)
+        process.wait_for_everyone()
+    if process.is_main_process and not keep_checkpoints:
+        shutil.rmtree(folder)
+    return finetuned
+
+
+def _resolved(recipe: Recipe, losses: LossSettings, data: Data, encoder: Encoder) -> tuple[Recipe, LossSettings]:
+    """Return the settings with a value for every None that stands for one."""
+    rank = recipe.lora_rank
+    if rank is None:
+        rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
+    rate = recipe.learning_rate or (4e-4 if not data.train else 1e-4 if rank else 2e-5)
+    bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
+    temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
+    of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
+    return (
+        replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16),
+        replace(losses, temperature=temperature, teacher_temperature=of_teacher),
+    )
+
+
+def _prepare(folder: Path, data: Data, seed: int, device: str) -> None:
+    """Write what is learned from into the job's folder, a file at a time; what a stopped job has written is kept."""
+    if not data.train:
+        file = folder / "texts.jsonl"
+        if not file.is_file():
+            prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
+        teach(Lines(file), Encoder.from_pretrained(data.teacher, device=device).pack(), folder)
+        return
+    file = folder / "examples.jsonl"
+    if file.is_file():
+        return
+    prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
+    options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
+    prepare_examples(data.train, prepared, **options)
+    if data.teacher:
+        teacher = Encoder.from_pretrained(data.teacher, device=device).pack()
+        with_scores(prepared, file, lambda pairs: bi_encoder_scores(teacher, pairs))
+    elif data.reranker:
+        reranker = load_cross_encoder(data.reranker, device=device)
+        with_scores(prepared, file, lambda pairs: cross_encoder_scores(reranker, pairs))
+
+
+def _trainer(
+    encoder: Encoder, folder: Path, data: Data, recipe: Recipe, losses: LossSettings
+) -> tuple[ObjectiveTrainer, int]:
+    """Return what trains the encoder, and on how many examples or texts."""
+    measure: Measure | None = None
+    if data.train:
+        dataset: Sequence = Examples(folder / "examples.jsonl")
+    else:
+        taught = TaughtTexts(Lines(folder / "texts.jsonl"), folder)
+        held_out = random.Random(recipe.seed).sample(range(len(taught)), min(HELD_OUT, len(taught) // 10))
+        dataset = Subset(taught, sorted(set(range(len(taught))) - set(held_out)))
+        measure = likeness([taught[number] for number in held_out]) if len(held_out) > 2 else None
+    if data.dev:
+        split = read_dev_split(
+            Path(data.dev), data.dev_split, num_queries=data.dev_queries, num_documents=data.dev_documents
+        )
+        measure = ndcg(split)
+    _make_trainable(encoder, recipe)
+    objective = (RetrievalObjective if data.train else ImitationObjective)(encoder, losses)
+    trainer = ObjectiveTrainer(
+        objective,
+        measure,
+        _arguments(folder, recipe, encoder, num_examples=len(dataset), watched=bool(measure)),
+        train_dataset=dataset,
+        eval_dataset=dataset,  # the trainer asks for one; what is measured is the measure
+        data_collator=as_batch if not data.train else lambda examples: {"examples": examples},
+        callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience and measure else [],
+    )
+    return trainer, len(dataset)
+
+
+def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
+    """Say which parameters are trained: those of LoRA, which are added, or all, in float32."""
+    set_seed(recipe.seed)
+    model = encoder.model
+    if recipe.dropout is False:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+    if recipe.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
+        model.activation_checkpointing_enable()
+    if not recipe.lora_rank:
+        model.float()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith("pooler."))
+    else:
+        encoder.model = get_peft_model(
+            model,
+            LoraConfig(
+                r=recipe.lora_rank,
+                lora_alpha=recipe.lora_alpha,
+                lora_dropout=recipe.lora_dropout,
+                target_modules=lora_targets(model),
+            ),
+        )
+    encoder.dtype = model.dtype
+
+
+@torch.no_grad()
+def _make_plain(encoder: Encoder, dtype: torch.dtype) -> None:
+    """Leave an encoder with a model of the dtype it had; LoRA is merged in float32, one matrix at a time."""
+    if isinstance(encoder.model, PeftModel):
+        for module in encoder.model.modules():
+            if isinstance(module, LoraLayer):
+                matrix = module.get_base_layer()
+                matrix.float()
+                module.merge()
+                matrix.to(dtype)
+        encoder.model = encoder.model.unload()
+    encoder.model.to(dtype)
+    encoder.dtype = dtype
+    encoder.model.activation_checkpointing_disable()
+    own = own_config(encoder.files, encoder.model, encoder.tokenizer)
+    encoder.config = replace(encoder.config, max_length=own.max_length)
+
+
+def _arguments(
+    folder: Path, recipe: Recipe, encoder: Encoder, *, num_examples: int, watched: bool
+) -> TrainingArguments:
+    """Return the recipe in transformers' words."""
+    process = PartialState()
+    if recipe.batch_size % process.num_processes:
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {process.num_processes} processes")
+    total = math.ceil(num_examples / (recipe.batch_size * recipe.accumulation) * recipe.epochs)
+    total = min(total, recipe.max_steps or total)
+    every = recipe.eval_steps or max(1, total // 20)
+    on_cpu = encoder.device.type == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_size // process.num_processes,
+        gradient_accumulation_steps=recipe.accumulation,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * total),
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.bf16,
+        use_cpu=on_cpu,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=max(1, min(10, every)),
+        eval_strategy="steps" if watched else "no",
+        eval_on_start=watched,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=3,  # the best one, the last one, and the one before while that is written
+        load_best_model_at_end=watched,
+        metric_for_best_model="eval_measure" if watched else None,
+        greater_is_better=True,
+        remove_unused_columns=False,
+        label_names=[],
+        # Buffers are constants here, and must not change between the forward passes of a step.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        report_to=list(recipe.log_to) or "none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+def _outcome(trainer: ObjectiveTrainer, num_examples: int, seconds: float) -> Finetuned:
+    state, watched = trainer.state, trainer.measure is not None
+    figures = [entry["eval_measure"] for entry in state.log_history if "eval_measure" in entry]
+    return Finetuned(
+        num_examples=num_examples,
+        steps=state.global_step,
+        measure=trainer.measure[0] if watched else None,
+        before=figures[0] if figures else None,
+        best=state.best_metric if watched else None,
+        best_step=state.best_global_step or state.global_step,
+        seconds=seconds,
+    )
+
+
+def describe_finetuned(done: Finetuned, output: Path) -> str:
+    """Return what ``finetune`` did, in two lines."""
+    line = f"{done.num_examples:,} examples, {done.steps:,} steps, {done.seconds:.0f} s"
+    if done.measure:
+        line += f"; {done.measure} {done.before:.4f} before, {done.best:.4f} at step {done.best_step}, which is kept"
+    return f"{line}\n-> {output}"
+
+
+def _hashes(data: Data) -> dict[str, str]:
+    """SHA-256 of every file that is learned from or measured on."""
+    names = [data.train, *data.texts, *data.queries, data.corpus, data.topics, data.dev, data.teacher, data.reranker]
+    hashes = {}
+    for name in filter(None, names):
+        path = Path(name)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        hashes |= {str(file): file_sha256(file) for file in files if file.is_file()}
+    return hashes

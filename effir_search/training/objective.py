@@ -1,0 +1,239 @@
+"""From a batch of texts to a loss: the encoder's own forward pass with gradients, chunk by chunk, on every device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from effir_search.encoder import Encoder, embed
+from effir_search.training.examples import Example, document_key
+from effir_search.training.losses import (
+    contrastive_loss,
+    distillation_loss,
+    embedding_loss,
+    score_matrix_loss,
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the losses depend on.
+
+    Attributes:
+        temperature: What similarities are divided by; None = 0.02 for cosines, 1 for dot products.
+        teacher_temperature: What a teacher's scores are divided by; None = 1, but for a bi-encoder as its student's.
+        distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
+        score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
+        dimensions: The loss is the mean over the leading so many components of the embeddings (Matryoshka,
+            arXiv 2205.13147); empty = all components alone.
+        cached: Keep no activations between the forward and the backward pass (GradCache, arXiv 2101.06983): a batch
+            then needs the memory of one chunk, for the time of one more forward pass.
+    """
+
+    temperature: float | None = None
+    teacher_temperature: float | None = None
+    distillation_weight: float = 1.0
+    score_weight: float = 10.0
+    dimensions: tuple[int, ...] = ()
+    cached: bool = False
+
+
+class Objective(nn.Module):
+    """An encoder with its loss. What is trained is the encoder's transformer, here under the name ``model``.
+
+    On several devices each is given its own part of the batch. Embeddings are exchanged with their gradients, so that
+    the mean of the devices' losses and gradients is that of the whole batch on one.
+    """
+
+    def __init__(self, encoder: Encoder, settings: LossSettings) -> None:
+        super().__init__()
+        self.encoder, self.settings = encoder, settings
+        self.model = encoder.model
+        if too_many := [size for size in settings.dimensions if not 0 < size <= encoder.dimension]:
+            raise ValueError(f"--matryoshka {too_many[0]}: embeddings have {encoder.dimension} components")
+
+    def embed_texts(self, texts: Sequence[str], prompt: str) -> Tensor:
+        """Return ``(texts, dimension)`` float32 in the texts' order, as ``Encoder.encode`` would; gradients flow.
+
+        Under ``cached`` only the embeddings are kept: torch's checkpointing repeats a chunk's forward pass, dropout
+        included, when its gradient is due, and that is all that GradCache does.
+        """
+        encoder = self.encoder
+        tokens = encoder.tokenize(texts, prompt=prompt)
+        if empty := [text for text, ids in zip(texts, tokens.input_ids, strict=True) if not ids]:
+            raise ValueError(f"the text {empty[0][:40]!r} has no token, so nothing can be learned from it")
+
+        def forward(batch: dict[str, Tensor]) -> Tensor:
+            return embed(encoder.model, batch, encoder.config, head=encoder.head, prompt_length=tokens.prompt_length)
+
+        chunks, order = [], []
+        for rows, batch in encoder.batches(tokens):
+            cached = self.settings.cached and torch.is_grad_enabled()
+            chunks.append(checkpoint(forward, batch, use_reentrant=False) if cached else forward(batch))
+            order.append(rows)
+        places = torch.from_numpy(np.argsort(np.concatenate(order))).to(chunks[0].device)
+        return torch.cat(chunks)[places]
+
+    def leading(self, embeddings: Tensor) -> list[Tensor]:
+        """Return the embeddings at each of the dimensions, of length 1 where the model's similarity is the cosine."""
+        parts = [embeddings[:, :size] for size in self.settings.dimensions] or [embeddings]
+        cosine = self.encoder.config.similarity == "cosine"
+        return [F.normalize(part, dim=-1) for part in parts] if cosine else parts
+
+
+class RetrievalObjective(Objective):
+    """InfoNCE over positives and negatives of the batch, and KL from a teacher's scores where examples have them."""
+
+    def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return the loss of a batch and its terms, each a scalar.
+
+        Every document of the batch, on whatever device, is a negative of every query, but for a document with
+        the text of one of its known positives.
+        """
+        config, device = self.encoder.config, self.encoder.device
+        texts = list(dict.fromkeys(text for example in examples for text in _candidates(example)))
+        column = {text: number for number, text in enumerate(texts)}
+        queries = self.embed_texts([example.query for example in examples], config.query_prompt)
+        documents = self.embed_texts(texts, config.document_prompt)
+        keys = torch.tensor([document_key(text) for text in texts], device=device)
+        all_documents, all_keys, start = _gathered(documents), _gathered(keys), _rows_before(len(texts))
+        positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
+        known = [torch.tensor(example.known, device=device) for example in examples]
+        left_out = torch.stack([torch.isin(all_keys, of_query) for of_query in known]) | _repeated(all_keys)
+        own, candidates, teacher_scores = _own_candidates(examples, column, device)
+
+        terms: dict[str, list[Tensor]] = {"contrastive": [], "distillation": []}
+        settings = self.settings
+        for query_part, document_part in zip(self.leading(queries), self.leading(all_documents), strict=True):
+            scores = query_part @ document_part.T  # (queries, documents)
+            terms["contrastive"].append(
+                contrastive_loss(scores, positives, temperature=settings.temperature, left_out=left_out)
+            )
+            if teacher_scores is not None:
+                terms["distillation"].append(
+                    distillation_loss(
+                        scores.gather(1, own + start),
+                        teacher_scores,
+                        temperature=settings.temperature,
+                        teacher_temperature=settings.teacher_temperature,
+                        candidates=candidates,
+                    )
+                )
+        means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
+        loss = means["contrastive"] + settings.distillation_weight * means.get("distillation", 0)
+        return {"loss": loss, **means}
+
+
+class ImitationObjective(Objective):
+    """Match a teacher's embeddings of any texts and its score matrix over the batch; no labels are needed.
+
+    A teacher with embeddings of another length is matched in its score matrix alone.
+    """
+
+    def forward(self, texts: Sequence[str], queries: Sequence[bool], teacher: Tensor) -> dict[str, Tensor]:
+        """Return the loss of a batch and its terms, each a scalar.
+
+        Args:
+            texts: Any texts.
+            queries: Of each, whether it is a query; the others are documents.
+            teacher: ``(texts, teacher_dimension)``, the teacher's embeddings.
+        """
+        config = self.encoder.config
+        teacher = teacher.to(self.encoder.device)
+        kinds = np.asarray(queries, dtype=bool)
+        rows = [np.flatnonzero(kinds), np.flatnonzero(~kinds)]
+        prompts = [config.query_prompt, config.document_prompt]
+        if config.query_prompt == config.document_prompt:  # then all may share forward passes
+            rows, prompts = [np.arange(len(texts))], prompts[:1]
+        parts = [
+            self.embed_texts([texts[row] for row in of_kind], prompt)
+            for of_kind, prompt in zip(rows, prompts, strict=True)
+            if len(of_kind)
+        ]
+        student = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(rows)))]
+        student_all, teacher_all = _gathered(student), _gathered(teacher)
+
+        terms: dict[str, list[Tensor]] = {"embedding": [], "scores": []}
+        for size in self.settings.dimensions or (student.shape[1],):
+            part, part_all = student[:, :size], student_all[:, :size]
+            if teacher.shape[1] == student.shape[1]:
+                terms["embedding"].append(embedding_loss(part, teacher[:, :size]))
+            terms["scores"].append(score_matrix_loss(part, part_all, teacher, teacher_all))
+        means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
+        return {"loss": means.get("embedding", 0) + self.settings.score_weight * means["scores"], **means}
+
+
+def _candidates(example: Example) -> list[str]:
+    return [example.positive, *example.negatives]
+
+
+def _own_candidates(
+    examples: Sequence[Example], column: dict[str, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return for each query its candidates' columns, which of them are real, and the teacher's scores, if any.
+
+    All are ``(queries, candidates)``; shorter rows are filled up. A query without scores has its positive alone, whose
+    divergence is 0.
+    """
+    own = [_candidates(example) if example.scores is not None else [example.positive] for example in examples]
+    longest = max(map(len, own))
+    columns = torch.zeros(len(own), longest, dtype=torch.int64)
+    scores = torch.zeros(len(own), longest)
+    real = torch.zeros(len(own), longest, dtype=torch.bool)
+    for row, (texts, example) in enumerate(zip(own, examples, strict=True)):
+        columns[row, : len(texts)] = torch.tensor([column[text] for text in texts])
+        real[row, : len(texts)] = True
+        if example.scores is not None:
+            scores[row, : len(texts)] = torch.tensor(example.scores)
+    has_scores = any(example.scores is not None for example in examples)
+    return columns.to(device), real.to(device), scores.to(device) if has_scores else None
+
+
+def _repeated(keys: Tensor) -> Tensor:
+    """Return which keys occur before, ``(keys,)`` bool: documents that another device has, too, count once."""
+    first = (keys.unsqueeze(0) == keys.unsqueeze(1)).int().argmax(dim=1)
+    return first < torch.arange(len(keys), device=keys.device)
+
+
+def _several_devices() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sizes(rows: int) -> list[int]:
+    """The numbers of rows of all processes."""
+    sizes: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, rows)
+    return sizes
+
+
+def _rows_before(rows: int) -> int:
+    """The number of rows of the processes before this one."""
+    return sum(_sizes(rows)[: dist.get_rank()]) if _several_devices() else 0
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order; gradients flow to the process that a row comes from."""
+    return _Gather.apply(tensor) if _several_devices() else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
+        sizes = _sizes(len(tensor))
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.rows = sum(sizes[: dist.get_rank()]), len(tensor)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.start : ctx.start + ctx.rows]

@@ -1,0 +1,175 @@
+"""transformers' training loop around an objective: our checkpoints, our measure, one clear error."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from effir_search.files import whole_file
+from effir_search.training.dev import Measure
+from effir_search.training.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "trainer_state.json"
+LOG_FILE = "log.jsonl"
+
+
+class ObjectiveTrainer(Trainer):
+    """Trains an ``Objective``: batches are what its collator makes, and go to the objective as they are.
+
+    A checkpoint holds the parameters that are trained, those of LoRA or all; the rest is in the base model.
+    """
+
+    def __init__(
+        self, objective: Objective, measure: Measure | None, args: TrainingArguments, **kwargs: object
+    ) -> None:
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for several processes, not for threads of one
+        super().__init__(objective, args, **kwargs)
+        self.objective, self.measure = objective, measure
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(_Progress())
+        self.add_callback(_Log(Path(args.output_dir) / LOG_FILE))
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: object, **kwargs: object) -> Tensor:
+        """Return the objective's loss.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        terms = model(**inputs)
+        if not torch.isfinite(terms["loss"]):
+            told = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise ValueError(
+                f"the loss of step {self.state.global_step + 1} is not finite ({told}); lower --learning-rate or give "
+                f"--dtype fp32, with --restart; the checkpoints in {self.args.output_dir} are from before"
+            )
+        return terms["loss"]
+
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+        """Return the measure of the encoder as it is, logged."""
+        name, measure = self.measure
+        self.model.eval()
+        with self.compute_loss_context_manager(), self.autocast_smart_context():
+            metrics = {"eval_measure": measure(self.objective.encoder)}
+        self.log(metrics)
+        logger.info("step %d: %s %.4f", self.state.global_step, name, metrics["eval_measure"])
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @contextmanager
+    def autocast_smart_context(self) -> Iterator[None]:
+        """Let the encoder compute as in training."""
+        with self.accelerator.autocast():
+            yield
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        return inputs  # texts; the objective moves what it makes of them
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: parameter.detach().contiguous() for name, parameter in trained_parameters(self.objective)}
+        if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(
+                f"step {self.state.global_step}: the weights are not finite any more ({bad[0]}); lower --learning-rate "
+                f"with --restart; the other checkpoints in {self.args.output_dir} are from before"
+            )
+        save_file(tensors, folder / WEIGHTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.objective, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_trained(self.objective, Path(self.state.best_model_checkpoint))
+
+
+def trained_parameters(objective: Objective) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are trained, with their names."""
+    return ((name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def load_trained(objective: Objective, checkpoint: Path) -> None:
+    """Take the parameters that are trained from a checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or of another model.
+    """
+    tensors = read_weights(checkpoint)
+    parameters = dict(trained_parameters(objective))
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())[0]
+        raise ValueError(f"{checkpoint}: is of another model; {odd} is only in one of the two")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint.
+
+    Raises:
+        ValueError: They are damaged or not there.
+    """
+    try:
+        return load_file(checkpoint / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{checkpoint}: its weights cannot be read ({error})") from error
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint to continue from: the latest whose state parses and whose weights load; None without any.
+
+    The state is written last, so that a checkpoint with it is whole; transformers takes the highest number as it is.
+    """
+    numbered = sorted(
+        (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda path: -int(path.name.removeprefix("checkpoint-")),
+    )
+    for checkpoint in numbered:
+        try:
+            json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            read_weights(checkpoint)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is not whole and is passed over (%s)", checkpoint, error)
+            continue
+        return checkpoint
+    return None
+
+
+class _Progress(ProgressCallback):
+    """The progress bar with the last figures beside it, instead of a line for each of them."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: object,
+    ) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+
+
+class _Log(TrainerCallback):
+    """Keeps a JSONL file with all that was logged, also before a stop."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.is_world_process_zero:
+            with whole_file(self.path) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in state.log_history)

@@ -1,0 +1,377 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, save_model, save_sentence_files, word_tokenizer, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralModel
+
+from effir_search import cli
+from effir_search.cli import cli as command
+from effir_search.encoder import Encoder
+from effir_search.model.layers import lora_targets
+from effir_search.model.surgery import prune
+from effir_search.training.dev import likeness, ndcg, read_dev_split
+from effir_search.training.finetune import Data, Recipe, finetune
+from effir_search.training.objective import LossSettings
+from effir_search.training.taught import TaughtText
+from effir_search.training.trainer import last_whole_checkpoint
+
+TEXTS = [text for _, text in DOCUMENTS.values() if text]
+RECORDS = [
+    {
+        "query": TOPICS[query_id],
+        "positives": [DOCUMENTS[doc_id][1]],
+        "negatives": [DOCUMENTS["002"][1]],
+        "scores": [2, 1],
+    }
+    for (query_id, doc_id), grade in QRELS.items()
+    if grade and DOCUMENTS[doc_id][1] and doc_id != "002"
+]
+QUICK = {"device": "cpu", "losses": LossSettings(temperature=0.1)}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
+    """The tiny BERT without the MLP of layer 1 and the attention of layer 2."""
+    encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="saved")
+    encoder.model = prune(encoder.model, mlp=[1], attention=[2])
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    encoder.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS * 4))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "texts.txt"
+    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
+    return str(path)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_fine_tuning_a_pruned_model_lowers_the_loss_and_saves_a_pruned_model(tmp_path, pruned, examples):
+    recipe = Recipe(batch_size=4, epochs=10, learning_rate=3e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert (done.num_examples, done.steps) == (4 * len(RECORDS), record["result"]["steps"])
+    before, after = (Encoder.from_pretrained(path, dtype="fp32") for path in (pruned, tmp_path / "tuned"))
+    assert after.config == before.config
+    assert after.model.config.mlp_widths == before.model.config.mlp_widths
+    assert not np.allclose(after.encode_queries(TEXTS), before.encode_queries(TEXTS), atol=1e-3)
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "train.jsonl" in card and "learning rate | 0.003" in card
+    assert not (tmp_path / "tuned.training").exists()
+
+
+def test_a_model_that_was_never_pruned_is_fine_tuned_alike(tmp_path, bert_folder, examples):
+    finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=Recipe(batch_size=4), **QUICK)
+    assert Encoder.from_pretrained(tmp_path / "tuned").model.config.model_type == "bert"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_lora_equals_unmerged(tmp_path, pruned, examples, dtype):
+    from effir_search.training import finetune as module
+
+    encoder = Encoder.from_pretrained(pruned, device="cpu", dtype="saved")
+    encoder.model.to(dtype)
+    original = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    module._make_trainable(encoder, Recipe(lora_rank=2, lora_alpha=4))
+    adapted = {name: m for name, m in encoder.model.named_modules() if hasattr(m, "lora_A")}
+    for name, lora in adapted.items():
+        torch.manual_seed(len(name))
+        torch.nn.init.normal_(lora.lora_B["default"].weight)
+    assert len(adapted) == len(lora_targets(Encoder.from_pretrained(pruned, device="cpu").model))
+    tokens = encoder.tokenizer(TEXTS[:3], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        unmerged = encoder.model(**tokens).last_hidden_state
+        expected = {
+            name.removeprefix("base_model.model."): (
+                lora.get_base_layer().weight.float()
+                + 2 * lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float()
+            ).to(dtype)
+            for name, lora in adapted.items()
+        }
+    module._make_plain(encoder, dtype)
+    state = encoder.model.state_dict()
+    assert state.keys() == original.keys()
+    for name, matrix in expected.items():
+        torch.testing.assert_close(
+            state[f"{name}.weight"], matrix, rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
+    if dtype == torch.float32:
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.model(**tokens).last_hidden_state, unmerged, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "mpnet"])
+def test_lora_trains_the_matrices_of_what_is_left_alone(tmp_path, examples, family):
+    encoder = Encoder.from_pretrained(save_model(tmp_path / "base", family), device="cpu", dtype="saved")
+    encoder.model = prune(encoder.model, mlp=[1], attention=[2])
+    encoder.save(tmp_path / "pruned")
+    recipe = Recipe(batch_size=4, lora_rank=2, learning_rate=1e-2, gradient_checkpointing=family != "mpnet")
+    finetune(str(tmp_path / "pruned"), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+    before, after = weights(tmp_path / "pruned"), weights(tmp_path / "tuned")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{path}.weight" for path in lora_targets(encoder.model)}
+
+
+def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, bert_folder, pruned, texts):
+    data = Data(texts=(texts,), teacher=str(bert_folder))
+    recipe = Recipe(batch_size=16, epochs=20, learning_rate=2e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    assert done.measure == "likeness"
+    assert done.best > done.before + 0.05
+    teacher, before, after = (
+        Encoder.from_pretrained(path, dtype="fp32").encode_documents(TEXTS)
+        for path in (bert_folder, pruned, tmp_path / "tuned")
+    )
+    assert (teacher * after).sum(axis=1).mean() > (teacher * before).sum(axis=1).mean()
+
+
+def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_folder, examples, collection):
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (dev / name).write_text((collection / name).read_text())
+    (dev / "qrels").mkdir()
+    (dev / "qrels" / "dev.tsv").write_text((collection / "qrels" / "test.tsv").read_text())
+    data = Data(train=examples, dev=str(dev))
+    recipe = Recipe(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
+    done = finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    figures = [entry["eval_measure"] for entry in record["log"] if "eval_measure" in entry]
+    assert done.measure == "nDCG@10" and done.before == figures[0]
+    assert done.best == max(figures[1:]) and done.steps < 50 * len(RECORDS)
+    split = read_dev_split(dev, "dev")
+    assert ndcg(split)[1](Encoder.from_pretrained(tmp_path / "tuned", dtype="fp32")) == pytest.approx(
+        done.best, abs=1e-4
+    )
+
+
+def test_the_measure_of_a_dev_split_is_that_of_the_commands(tmp_path, toy_index, bert_folder, collection):
+    split = read_dev_split(collection, "test", num_documents=12)
+    assert len(split.documents) == 12 and len(split.queries) == 3
+    found = ndcg(split)[1](Encoder.from_pretrained(bert_folder, dtype="fp32"))
+    run = tmp_path / "run.trec"
+    arguments = ["search", "--index", toy_index, "--topics", collection / "queries.jsonl", "--output", run]
+    assert CliRunner().invoke(command, [str(a) for a in arguments]).exit_code == 0
+    arguments = ["evaluate", "--run", run, "--qrels", collection / "qrels" / "test.tsv", "--measures", "nDCG@10"]
+    assert f"{found:.4f}" in CliRunner().invoke(command, [str(a) for a in arguments]).stdout
+
+
+def test_a_sample_of_a_dev_split_keeps_what_is_judged(collection):
+    split = read_dev_split(collection, "test", num_queries=1, num_documents=5)
+    assert len(split.queries) == 1 and len(split.documents) == 5
+    assert {qrel.doc_id for qrel in split.qrels} <= {document.doc_id for document in split.documents}
+    with pytest.raises(FileNotFoundError):
+        read_dev_split(collection, "absent")
+
+
+def test_likeness_is_one_for_the_teacher_itself(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    texts = [
+        TaughtText(t, False, torch.from_numpy(v)) for t, v in zip(TEXTS, encoder.encode_documents(TEXTS), strict=True)
+    ]
+    assert likeness(texts)[1](encoder) == pytest.approx(1.0)
+
+
+def test_a_random_mistral_learns_to_rank_a_toy_task(tmp_path):
+    """From chance to perfect: each query is a word that one document of twenty contains, among shared words."""
+    words = WORDS[:40]
+    pairs = [
+        (words[i], f"the {words[20 + i]} is here") for i in range(20)
+    ]  # which word belongs to which must be learned
+    write_jsonl(tmp_path / "train.jsonl", [{"query": q, "positives": [d], "negatives": []} for q, d in pairs] * 20)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    MistralModel(config).save_pretrained(tmp_path / "model")
+    word_tokenizer(bos=True, eos=True).save_pretrained(tmp_path / "model")
+    save_sentence_files(tmp_path / "model", pooling="lasttoken")
+    recipe = Recipe(batch_size=20, epochs=8, learning_rate=3e-3)
+    data = Data(train=str(tmp_path / "train.jsonl"))
+    finetune(
+        str(tmp_path / "model"),
+        tmp_path / "tuned",
+        data,
+        recipe=recipe,
+        device="cpu",
+        losses=LossSettings(temperature=0.05),
+    )
+
+    def first(folder: Path) -> float:
+        encoder = Encoder.from_pretrained(folder, device="cpu", dtype="fp32")
+        scores = encoder.encode_queries([q for q, _ in pairs]) @ encoder.encode_documents([d for _, d in pairs]).T
+        return float((scores.argmax(axis=1) == np.arange(20)).mean())
+
+    assert first(tmp_path / "model") < 0.3
+    assert first(tmp_path / "tuned") == 1.0
+
+
+def arguments(model: Path, examples: str, output: Path) -> list[str]:
+    options = "--batch-size 2 --epochs 6 --learning-rate 1e-3 --eval-steps 3 --temperature 0.1 --device cpu --dropout"
+    return ["finetune", "--encoder", str(model), "--train", examples, "--output", str(output), *options.split()]
+
+
+def in_a_process(arguments: list[str], *launcher: str, **options: object) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "effir_search", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
+    whole = in_a_process(arguments(pruned, examples, tmp_path / "whole"))
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
+    work = tmp_path / "killed.training"
+    while not (work / "checkpoint-6" / "trainer_state.json").is_file():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    latest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    (latest.with_name("checkpoint-999")).mkdir()  # as if it had been killed while it wrote one more
+    save_file({}, latest.with_name("checkpoint-999") / "model.safetensors")
+    again = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
+    _, told = again.communicate()
+    assert again.returncode == 0, told
+    assert "checkpoint-999 is not whole" in told and "continuing from" in told
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    before = weights(pruned)
+    assert any(not torch.equal(found[name], before[name]) for name in before)
+
+
+def test_two_processes_train_to_the_weights_of_one(tmp_path, pruned, examples):
+    options = [
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1e-3",
+        "--temperature",
+        "0.1",
+        "--device",
+        "cpu",
+    ]
+    common = ["finetune", "--encoder", str(pruned), "--train", examples, "--no-bf16", *options]
+    one = in_a_process([*common, "--output", str(tmp_path / "one")])
+    assert one.wait() == 0, one.stderr.read()
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    two = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
+    _, told = two.communicate()
+    assert two.returncode == 0, told
+    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_last_whole_checkpoint_is_the_one_to_continue_from(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for number in (9, 10, 11, 12):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / f"checkpoint-{number}" / "model.safetensors")
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_')
+    (tmp_path / "checkpoint-11" / "model.safetensors").write_bytes(b"cut")
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
+    run = lambda **more: finetune(  # noqa: E731
+        str(pruned),
+        tmp_path / "tuned",
+        Data(train=examples),
+        recipe=Recipe(batch_size=4, max_steps=2, **more),
+        **QUICK,
+        keep_checkpoints=True,
+    )
+    run()
+    assert (tmp_path / "tuned.training" / "log.jsonl").is_file()
+    (tmp_path / "tuned").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"recipe was \{'seed': 0\} there and is \{'seed': 1\} now; --restart discards it"
+    ):
+        run(seed=1)
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(tmp_path, pruned, examples):
+    recipe = Recipe(batch_size=4, epochs=5, learning_rate=1e25, warmup=0.9, eval_steps=1, bf16=False)
+    with pytest.raises(ValueError, match="lower --learning-rate"):
+        finetune(str(pruned), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+    assert not (tmp_path / "tuned").exists()
+    checkpoint = last_whole_checkpoint(tmp_path / "tuned.training")
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "give either --train"),
+        ({"train": "a", "texts": ("b",)}, "give either --train"),
+        ({"texts": ("b",)}, "--texts without --teacher"),
+        ({"train": "a", "teacher": "b", "reranker": "c"}, "--reranker scores"),
+    ],
+)
+def test_data_that_says_too_much_or_too_little_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        Data(**data)
+
+
+def test_the_commands_defaults_are_the_librarys():
+    context = cli.finetune.make_context("finetune", ["--encoder", "x", "--output", "y", "--train", "a"])
+    options = dict(context.params)
+    assert [cli.taken(kind, options) for kind in (Data, Recipe, LossSettings)] == [Data("a"), Recipe(), LossSettings()]
+
+
+def test_the_model_is_told_when_it_is_done(tmp_path, pruned, examples):
+    result = CliRunner().invoke(command, [*arguments(pruned, examples, tmp_path / "tuned"), "--max-steps", "3"])
+    assert result.exit_code == 0, result.output
+    assert f"{4 * len(RECORDS)} examples, 3 steps" in result.stdout and f"-> {tmp_path / 'tuned'}" in result.stdout
+
+
+def test_vectors_cut_to_a_dimension_are_searched_by_cosine(tmp_path, bert_folder, collection):
+    options = ["--corpus", collection / "corpus.jsonl", "--encoder", bert_folder, "--dimension", 8, "--dtype", "fp32"]
+    result = CliRunner().invoke(command, [str(a) for a in ("index", *options, "--output", tmp_path / "cut")])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(
+        command, ["search", "--index", str(tmp_path / "cut"), "--query", "hot soup", "--hits", "1"]
+    )
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    documents = encoder.encode_documents([" ".join(filter(None, d)) for d in DOCUMENTS.values()])[:, :8]
+    query = encoder.encode_queries(["hot soup"])[0, :8]
+    cosines = documents @ query / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
+    assert f"{cosines.max():.4f}" in result.stdout
+    result = CliRunner().invoke(
+        command, [str(a) for a in ("index", *options[:-4], "--dimension", 99, "--output", tmp_path / "x")]
+    )
+    assert "--dimension 99: the vectors of" in result.output and result.exit_code == 1

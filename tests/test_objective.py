@@ -1,0 +1,209 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import DOCUMENTS, save_model, save_sentence_files
+from torch import Tensor
+from torch.nn import functional as F
+
+from effir_search.encoder import Encoder
+from effir_search.training.examples import Example, document_key
+from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
+
+TEXTS = [text for _, text in DOCUMENTS.values() if text]
+QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
+SETTINGS = LossSettings(temperature=0.1, teacher_temperature=1.0)
+
+
+def example(
+    query: int, positive: int, negatives: tuple[int, ...] = (), *, scores: bool = False, known: tuple = ()
+) -> Example:
+    return Example(
+        QUERIES[query],
+        TEXTS[positive],
+        [TEXTS[number] for number in negatives],
+        [1.0, *(0.3 * number for number in range(len(negatives)))] if scores else None,
+        [document_key(TEXTS[number]) for number in (positive, *known)],
+    )
+
+
+EXAMPLES = [
+    example(0, 0, (1, 2), scores=True, known=(5,)),
+    example(1, 6, (3, 4), scores=True),
+    example(2, 5, (0, 1), scores=True),
+    example(3, 1, (7, 6), scores=True, known=(2,)),
+]
+
+
+def load(folder: str, **settings: object) -> Encoder:
+    encoder = Encoder.from_pretrained(folder, device="cpu", dtype="fp32", **settings)
+    encoder.model.requires_grad_(True)
+    return encoder
+
+
+def gradients(objective: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
+
+
+def expected_contrastive(encoder: Encoder, examples: list[Example], temperature: float) -> float:
+    """InfoNCE query by query from the encoder's own vectors, in numpy."""
+    texts = list(dict.fromkeys(text for e in examples for text in (e.positive, *e.negatives)))
+    vectors = dict(zip(texts, encoder.encode_documents(texts), strict=True))
+    losses = []
+    for e, query in zip(examples, encoder.encode_queries([e.query for e in examples]), strict=True):
+        allowed = [t for t in texts if t == e.positive or document_key(t) not in e.known]
+        scores = np.array([query @ vectors[t] for t in allowed], dtype=np.float64) / temperature
+        losses.append(np.log(np.exp(scores).sum()) - scores[allowed.index(e.positive)])
+    return float(np.mean(losses))
+
+
+def test_embeddings_are_those_of_the_encoder(bert_folder):
+    encoder = load(bert_folder, batch_tokens=20)  # several forward passes
+    found = RetrievalObjective(encoder, SETTINGS).embed_texts(TEXTS, "")
+    np.testing.assert_allclose(found.detach().numpy(), encoder.encode_documents(TEXTS), atol=1e-6)
+
+
+def test_the_loss_is_infonce_with_known_positives_left_out(bert_folder):
+    encoder = load(bert_folder)
+    examples = [e._replace(scores=None) for e in EXAMPLES]
+    terms = RetrievalObjective(encoder, SETTINGS)(examples)
+    assert terms["loss"].item() == pytest.approx(expected_contrastive(encoder, examples, 0.1), rel=1e-5)
+    assert "distillation" not in terms
+    unmasked = [e._replace(known=e.known[:1]) for e in examples]
+    assert expected_contrastive(encoder, unmasked, 0.1) > terms["loss"].item()  # the test's masks do something
+
+
+def test_a_document_of_two_examples_counts_once(bert_folder):
+    encoder = load(bert_folder)
+    examples = [example(0, 0, (1,)), example(1, 6, (1,))]
+    found = RetrievalObjective(encoder, SETTINGS)(examples)["loss"].item()
+    assert found == pytest.approx(expected_contrastive(encoder, examples, 0.1), rel=1e-5)
+
+
+def test_the_teachers_scores_are_learned_from_over_a_querys_own_candidates(bert_folder):
+    encoder = load(bert_folder)
+    e = EXAMPLES[0]
+    terms = RetrievalObjective(
+        encoder, LossSettings(temperature=0.1, teacher_temperature=2.0, distillation_weight=3.0)
+    )([e])
+    vectors = torch.from_numpy(encoder.encode_documents([e.positive, *e.negatives]))
+    student = F.log_softmax(vectors @ torch.from_numpy(encoder.encode_queries([e.query]))[0] / 0.1, dim=0)
+    expected = F.kl_div(student, F.log_softmax(torch.tensor(e.scores) / 2.0, 0), reduction="sum", log_target=True)
+    assert terms["distillation"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(terms["contrastive"].item() + 3 * expected.item(), rel=1e-5)
+
+
+def test_an_example_without_scores_adds_nothing_to_the_divergence(bert_folder):
+    objective = RetrievalObjective(load(bert_folder), SETTINGS)
+    both = objective([EXAMPLES[0], EXAMPLES[1]._replace(scores=None)])["distillation"].item()
+    assert both == pytest.approx(objective([EXAMPLES[0]])["distillation"].item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_cached_gradient_is_the_gradient(bert_folder, dropout):
+    found = {}
+    for cached in (False, True):
+        encoder = load(bert_folder, batch_tokens=24)
+        for module in encoder.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        encoder.model.train()
+        torch.manual_seed(1)
+        objective = RetrievalObjective(encoder, LossSettings(temperature=0.1, teacher_temperature=1.0, cached=cached))
+        loss = objective(EXAMPLES)["loss"]
+        loss.backward()
+        found[cached] = loss.detach(), gradients(objective)
+    assert found[True][0] == found[False][0]
+    assert found[True][1].keys() == found[False][1].keys()
+    for name, gradient in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_loss_is_the_mean_over_the_dimensions(bert_folder):
+    encoder = load(bert_folder)
+    examples = [e._replace(scores=None) for e in EXAMPLES]
+    found = RetrievalObjective(encoder, LossSettings(temperature=0.1, dimensions=(32, 8)))(examples)["loss"].item()
+    narrow = load(bert_folder, dimension=8)
+    vectors = {
+        8: lambda texts: F.normalize(torch.from_numpy(narrow.encode_documents(texts)), dim=-1).numpy(),
+        32: encoder.encode_documents,
+    }
+    losses = []
+    for encode in vectors.values():
+        stand_in = copy.copy(encoder)
+        stand_in.encode_documents = stand_in.encode_queries = encode
+        losses.append(expected_contrastive(stand_in, examples, 0.1))
+    assert found == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_dimensions_beyond_the_embeddings_are_refused(bert_folder):
+    with pytest.raises(ValueError, match="--matryoshka 64: embeddings have 32 components"):
+        RetrievalObjective(load(bert_folder), LossSettings(dimensions=(64,)))
+
+
+def test_a_text_without_a_token_is_an_error(tmp_path):
+    folder = save_model(tmp_path / "model", "llama", bos=False)
+    with pytest.raises(ValueError, match="the text '' has no token"):
+        RetrievalObjective(load(folder), SETTINGS).embed_texts(["", "soup"], "")
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query": "soup ", "document": "the "}])
+def test_imitating_oneself_starts_at_zero(tmp_path, prompts):
+    folder = save_sentence_files(save_model(tmp_path / "model", "bert"), prompts=prompts)
+    encoder = load(folder)
+    teacher = np.concatenate([encoder.encode_documents(TEXTS[:3]), encoder.encode_queries(QUERIES[:2])])
+    order = [3, 0, 4, 1, 2]  # queries and documents mixed
+    texts, queries = [*TEXTS[:3], *QUERIES[:2]], [False] * 3 + [True] * 2
+    terms = ImitationObjective(encoder, SETTINGS)(
+        [texts[i] for i in order], [queries[i] for i in order], torch.from_numpy(teacher[order])
+    )
+    assert terms["loss"].item() == pytest.approx(0, abs=1e-5)
+    other = ImitationObjective(encoder, SETTINGS)(texts, queries, torch.from_numpy(teacher[order]))
+    assert other["loss"].item() > 0.01
+
+
+def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_folder):
+    encoder = load(bert_folder)
+    teacher = torch.randn(4, 7)
+    terms = ImitationObjective(encoder, LossSettings(score_weight=2.0))(TEXTS[:4], [False] * 4, teacher)
+    assert "embedding" not in terms
+    vectors = F.normalize(torch.from_numpy(encoder.encode_documents(TEXTS[:4])), dim=-1)
+    unit = F.normalize(teacher, dim=-1)
+    expected = 2 * ((vectors @ vectors.T - unit @ unit.T) ** 2).mean()
+    assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def in_a_process(rank: int, folder: str, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    objective = RetrievalObjective(load(folder), SETTINGS)
+    loss = objective(EXAMPLES[2 * rank : 2 * rank + 2])["loss"]
+    loss.backward()
+    imitation = ImitationObjective(load(folder), SETTINGS)
+    texts = TEXTS[:5] if rank == 0 else TEXTS[5:8]
+    teacher = torch.linspace(0, 1, 8 * 32).reshape(8, 32).sin()[slice(0, 5) if rank == 0 else slice(5, 8)]
+    # As many texts on each device make the mean of the devices the mean of all; here 5 and 3 are weighted so.
+    imitated = imitation(texts, [False] * len(texts), teacher)["loss"] * len(texts) / 4
+    imitated.backward()
+    torch.save([loss.detach(), gradients(objective), imitated.detach(), gradients(imitation)], f"{results}-{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path, bert_folder):
+    mp.spawn(in_a_process, (str(bert_folder), str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
+    found = [torch.load(tmp_path / f"result-{rank}") for rank in (0, 1)]
+    retrieval, imitation = (
+        RetrievalObjective(load(bert_folder), SETTINGS),
+        ImitationObjective(load(bert_folder), SETTINGS),
+    )
+    teacher = torch.linspace(0, 1, 8 * 32).reshape(8, 32).sin()
+    losses = retrieval(EXAMPLES)["loss"], imitation(TEXTS[:8], [False] * 8, teacher)["loss"]
+    for objective, loss, place in ((retrieval, losses[0], 0), (imitation, losses[1], 2)):
+        loss.backward()
+        torch.testing.assert_close((found[0][place] + found[1][place]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients(objective).items():
+            mean = (found[0][place + 1][name] + found[1][place + 1][name]) / 2
+            torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-5, msg=name)
