@@ -1,0 +1,1 @@
+"""Training data, teachers, losses and the fine-tuning of dense retrievers."""
