@@ -21,6 +21,7 @@ CRITERIA = ("cosine", "embedding", "greedy")
 SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
+SAMPLES = ("random", "top")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
 
@@ -249,6 +250,40 @@ def compare(
     if figure is not None:
         draw_figure(comparison, figure)
     click.echo(format_comparison(comparison, form, alpha=alpha))
+
+
+@cli.command()
+@click.option("--run", "run_file", type=PATH, required=True, help="TREC run of any searcher.")
+@click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
+@click.option("--corpus", required=True, help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
+@click.option("--topics", required=True, help="BEIR JSONL, TSV or TREC topics, or irds:NAME.")
+@click.option("--output", type=PATH, required=True, help="New JSONL file of training data.")
+@click.option("--first", type=click.IntRange(1), default=1, help="Rank of the first candidate.")
+@click.option("--last", type=click.IntRange(1), default=100, help="Rank of the last candidate.")
+@click.option("--negatives", type=click.IntRange(1), default=8, help="Take at most so many a query.")
+@click.option("--margin", type=float, help="Leave out hits above the lowest positive's score in the run less this.")
+@click.option("--teacher", help="Bi-encoder that scores the documents; folder or hub name.")
+@click.option("--reranker", help="Instead of it: cross-encoder; folder or hub name.")
+@click.option(
+    "--teacher-ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    help="Leave out hits whose teacher's score is above this share of the lowest positive's.",
+)
+@click.option("--sample", type=click.Choice(SAMPLES), default="random", help="Which of the candidates to take.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of a random sample.")
+@click.option("--device", default="auto", help="Of the teacher: auto, cpu, cuda, cuda:1, ...")
+def mine(run_file: Path, qrels: str, corpus: str, topics: str, output: Path, sample: str, **options: object) -> None:
+    """Make training data of a run: what it ranks high and is no positive is a hard negative."""
+    from effir_search.training.mine import describe_mined
+    from effir_search.training.mine import mine as mine_negatives
+
+    if options["teacher"] is None and options["reranker"] is None:
+        refuse(["teacher_ratio", "device"], "goes with --teacher or --reranker")
+    if sample == "top":
+        refuse(["seed"], "goes with --sample random")
+    mined = mine_negatives(run_file, qrels, corpus, topics, output, sample=sample, **options)
+    click.echo(f"{describe_mined(mined)} -> {output}")
 
 
 def depth_options(command: Callable) -> Callable:

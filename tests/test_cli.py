@@ -131,6 +131,12 @@ def test_the_choices_of_topics_field_are_the_fields_of_a_topic():
     assert choices("search", "--topics-field") == TOPIC_FIELDS
 
 
+def test_the_choices_of_sample_are_the_samples():
+    from effir_search.training.mine import SAMPLES
+
+    assert choices("mine", "--sample") == tuple(SAMPLES)
+
+
 # effir evaluate
 
 

@@ -55,11 +55,15 @@ ALLOWED = LEAVES | {
     "pruning.figures": set(),
     "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
     "pruning.analyze": PRUNING | {"pruning.calibration", "pruning.importance", "pruning.figures"},
+    "training.examples": {"files", "corpus", "trec"},
+    "training.teachers": BRIDGE | {"training.examples"},
+    "training.mine": BRIDGE | {"training.examples", "training.teachers"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
     "cli": SEARCH
-    | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"},
+    | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
+    | {"training.mine"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}
@@ -69,7 +73,7 @@ def source_files() -> dict[str, Path]:
     """Module names without the package's, and their files."""
     files = [
         path
-        for pattern in ("*.py", "model/*.py", "pruning/*.py", "demo_collection/*.py")
+        for pattern in ("*.py", "model/*.py", "pruning/*.py", "training/*.py", "demo_collection/*.py")
         for path in PACKAGE.glob(pattern)
     ]
     names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
@@ -142,7 +146,7 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", ["evaluate", "compare", "trec", "corpus"])
+@pytest.mark.parametrize("module", ["evaluate", "compare", "trec", "corpus", "training.examples"])
 def test_the_text_side_reaches_no_model(module):
     tops = {name.split(".")[0] for reached_one in reached(module) for name in imports_of(reached_one)}
     assert not tops & {"torch", "transformers", "faiss", "pyserini", "jnius"}
