@@ -52,6 +52,8 @@ ALLOWED = LEAVES | {
     "info": SEARCH,
     "pruning.calibration": {"texts"},
     "pruning.importance": PRUNING,
+    "pruning.gates": {"model.layers"},
+    "pruning.width": {"model.layers", "pruning.gates"},
     "pruning.figures": set(),
     "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
     "pruning.analyze": PRUNING | {"pruning.calibration", "pruning.importance", "pruning.figures"},

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from effir_search.model.checkpoint import load_transformer
 from effir_search.model.layers import KINDS, layers_of, left_out, lora_targets, mlp_output, mlp_widths, parts_of
 from effir_search.model.modeling_effir import FAMILIES, EffirConfig, EffirModel, family_of
-from effir_search.model.surgery import prune
+from effir_search.model.surgery import kept_units, prune
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 # The second and third row are padded.
@@ -110,6 +110,50 @@ def test_narrowing_equals_zeroing_the_units(family):
 
 
 @every_family
+def test_narrowing_by_no_unit_changes_nothing(family):
+    model = prunable_model(family)
+    before = states(model)
+    pruned = prune(model, units={layer_idx: mask_of(48) for layer_idx in range(4)})
+    assert torch.equal(states(pruned), before)
+    assert pruned.config.mlp_widths == mlp_widths(pruned) == [48] * 4 and pruned.config.plan == []
+
+
+@every_family
+def test_narrowing_what_is_narrow_equals_narrowing_once(family):
+    generator = torch.Generator().manual_seed(11)
+    first = {layer_idx: torch.rand(48, generator=generator) < 0.7 for layer_idx in (0, 1, 3)}
+    second = {i: torch.rand(int(first[i].sum()) if i in first else 48, generator=generator) < 0.5 for i in (0, 2, 3)}
+    steps = prune(prune(prunable_model(family), units=first), units=second)
+    kept = {layer_idx: torch.arange(48) for layer_idx in range(4)}
+    for masks in (first, second):
+        kept |= {layer_idx: kept[layer_idx][mask] for layer_idx, mask in masks.items()}
+    assert kept_units(steps.config) == {layer_idx: units.tolist() for layer_idx, units in kept.items()}
+    at_once = {layer_idx: torch.isin(torch.arange(48), units) for layer_idx, units in kept.items()}
+    once = prune(prunable_model(family), units=at_once)
+    assert kept_units(once.config) == kept_units(steps.config)
+    assert torch.equal(states(once), states(steps))
+
+
+def test_kept_units_are_told_of_the_base_model_through_a_file_and_a_drop(tmp_path):
+    model = prune(prunable_model("bert"), units={1: mask_of(48, *range(1, 48)), 2: mask_of(48, 0)})
+    prune(model, mlp=[2]).config.save_pretrained(tmp_path)
+    config = EffirConfig.from_pretrained(tmp_path)
+    assert config.plan[0]["units"] == {"1": "8" + 11 * "0", "2": "7" + 11 * "f"}
+    assert kept_units(config) == {0: list(range(48)), 1: [0], 3: list(range(48))}
+
+
+def test_units_that_no_plan_tells_of_are_an_error_and_stay_unknown():
+    torch.manual_seed(0)
+    model = EffirModel(EffirConfig(tiny_config("bert"), mlp_widths=[48, 20, 48, 48]))
+    with pytest.raises(ValueError, match="layer 1: the plan does not say which 20 units it has"):
+        kept_units(model.config)
+    prune(model, units={0: mask_of(48, 0), 1: mask_of(20, 3)})
+    assert model.config.plan == [{"widths": {"0": 47, "1": 19}, "units": {"0": "7" + 11 * "f"}}]
+    with pytest.raises(ValueError, match="layer 1: the plan does not say which 19"):
+        kept_units(model.config)
+
+
+@every_family
 def test_pruning_a_pruned_model_counts_layers_as_the_original_model_does(family):
     once = pruned_model(family)
     steps = prune(prunable_model(family), block=[3], record={"criterion": "cosine"})
@@ -118,7 +162,10 @@ def test_pruning_a_pruned_model_counts_layers_as_the_original_model_does(family)
     assert steps.config.mlp_widths == once.config.mlp_widths == [34, 0, 48, 0]
     assert steps.config.dropped_attention == once.config.dropped_attention == [2, 3]
     assert steps.config.plan[0] == {"block": [3], "criterion": "cosine"}
-    assert steps.config.plan[1] == {"mlp": [1], "widths": {"0": 41}}
+    # Units 0, 3, ..., 18 of 48 are cut: 0110 1101 1011 0110 1101, and ones from 20 on.
+    assert steps.config.plan[1] == {"mlp": [1], "widths": {"0": 41}, "units": {"0": "6db6d" + 7 * "f"}}
+    assert kept_units(steps.config) == kept_units(once.config)
+    assert kept_units(once.config) == {0: [n for n in range(48) if n % 3 or n > 39], 2: list(range(48))}
     assert torch.equal(states(steps), states(once))
 
 

@@ -140,6 +140,15 @@ def mlp_output(model: PreTrainedModel, layer_idx: int) -> nn.Linear:
     return layers_of(model)[layer_idx].get_submodule(family_of(model.config).mlp.output)
 
 
+def mlp_inputs(model: PreTrainedModel, layer_idx: int) -> list[nn.Linear]:
+    """Return the matrices that a layer's MLP reads by.
+
+    Unit i is row i of each block of ``width`` rows: one block a matrix, in ModernBERT's only one two.
+    """
+    layer = layers_of(model)[layer_idx]
+    return [layer.get_submodule(path) for path in family_of(model.config).mlp.inputs]
+
+
 def mlp_widths(model: PreTrainedModel) -> list[int]:
     """Return the number of units of each layer's MLP, 0 where it was dropped."""
     layers = layers_of(model)

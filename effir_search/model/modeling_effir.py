@@ -168,7 +168,10 @@ class EffirConfig(PretrainedConfig):
         dropped_attention: Layers without attention. A layer without attention and MLP is the identity.
         base_model: Name of the base model.
         base_revision: Its revision on the hub.
-        plan: One record for each pruning so far, in order: criterion, scores and whatever else led to it; JSON types.
+        plan: One record for each pruning so far, in order: the layers that lost their ``mlp``, ``attention`` or whole
+            ``block``; of those that were narrowed ``widths`` and ``units``; criterion, scores and whatever else led to
+            it; JSON types. ``units`` are by layer the units of the base model's MLP that are left after this step, as
+            hexadecimal digits: unit 0 is the highest bit of the first digit, 1 = left; ``surgery.kept_units`` reads it.
         **kwargs: See ``PretrainedConfig``.
 
     Raises:

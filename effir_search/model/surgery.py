@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ def prune(
         attention: Layers that lose their attention.
         block: Layers that lose both.
         units: For each layer whose MLP is to be narrowed ``(width,)`` bool, True = the unit stays.
-        record: Kept in ``config.plan`` with the layers above: criterion, scores, ...; JSON types only.
+        record: Kept in ``config.plan`` with the layers and units above: criterion, scores, ...; JSON types only.
         base_model: Name of the base model; kept in the config of one that was not pruned before.
         base_revision: Its revision on the hub.
 
@@ -47,12 +48,14 @@ def prune(
     mlp, attention, block = sorted(set(mlp)), sorted(set(attention)), sorted(set(block))
     units = dict(units or {})
     _check(model, mlp=mlp, attention=attention, block=block, units=units)
-    step = {"mlp": mlp, "attention": attention, "block": block}
-    step["widths"] = {str(layer_idx): int(mask.sum()) for layer_idx, mask in sorted(units.items())}
-    step = {name: value for name, value in step.items() if value} | (record or {})
-
+    units = {layer_idx: mask.cpu() for layer_idx, mask in sorted(units.items()) if not mask.all()}
     pruned = model if isinstance(model, EffirModel) else _wrap(model, base_model, base_revision)
     config = pruned.config
+    step = {"mlp": mlp, "attention": attention, "block": block}
+    step["widths"] = {str(layer_idx): int(mask.sum()) for layer_idx, mask in units.items()}
+    step["units"] = _units_of_base(config, units)
+    step = {name: value for name, value in step.items() if value} | (record or {})
+
     no_mlp, no_attention = {*mlp, *block}, {*attention, *block}
     for layer_idx, mask in units.items():
         narrow_mlp(pruned.layers[layer_idx], family, mask.nonzero().flatten())
@@ -67,6 +70,47 @@ def prune(
         config.plan.append(step)
     pruned.adopt(pruned.model)
     return pruned
+
+
+def kept_units(config: EffirConfig) -> dict[int, list[int]]:
+    """Return by layer which units of the base model's MLP are left, 0-based, in the order they have in the matrices.
+
+    Layers without MLP are left out.
+
+    Raises:
+        ValueError: A layer was narrowed, and the plan does not say to which units.
+    """
+    kept = {}
+    for layer_idx, mask in _masks_of_base(config).items():
+        if mask is None:
+            raise ValueError(
+                f"layer {layer_idx}: the plan does not say which {config.mlp_widths[layer_idx]} units it has"
+            )
+        kept[layer_idx] = mask.nonzero()[0].tolist()
+    return kept
+
+
+def _masks_of_base(config: EffirConfig) -> dict[int, np.ndarray | None]:
+    """Return for each layer that has an MLP ``(base width,)`` bool, True = the unit is left; None = not known."""
+    width = config.base_config.intermediate_size
+    masks: dict[int, np.ndarray | None] = {i: np.ones(width, dtype=bool) for i, n in enumerate(config.mlp_widths) if n}
+    for step in config.plan:
+        for layer_idx, digits in step.get("units", {}).items():
+            if int(layer_idx) in masks:
+                packed = np.frombuffer(bytes.fromhex(digits), dtype=np.uint8)
+                masks[int(layer_idx)] = np.unpackbits(packed, count=width).astype(bool)
+    return {i: mask if mask.sum() == config.mlp_widths[i] else None for i, mask in masks.items()}
+
+
+def _units_of_base(config: EffirConfig, units: Mapping[int, Tensor]) -> dict[str, str]:
+    """Return what a plan says of the units that stay, see ``EffirConfig``, given the masks over those there are now."""
+    told = {}
+    for layer_idx, before in _masks_of_base(config).items():
+        if layer_idx in units and before is not None:
+            after = before.copy()
+            after[before] = units[layer_idx].numpy()
+            told[str(layer_idx)] = np.packbits(after).tobytes().hex()
+    return told
 
 
 def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], block: list[int], units: dict) -> None:
