@@ -319,7 +319,7 @@ def test_examples_are_read_in_any_order(examples):
 
 @pytest.mark.parametrize("number", [-1, 50])
 def test_an_index_outside_is_an_error(examples, number):
-    with pytest.raises(IndexError, match=f"no example {number}, there are 50, counted from 0"):
+    with pytest.raises(IndexError, match=f"no line {number}, there are 50, counted from 0"):
         examples[number]
 
 
@@ -348,16 +348,16 @@ def test_every_candidate_gets_the_score_of_its_own_pair(tmp_path, examples, batc
         return [float(len(query) * 1000 + int(text[1:])) for query, text in pairs]
 
     output = tmp_path / "scored.jsonl"
-    assert with_scores(examples.path, output, score, batch_size=batch_size) == 50
+    assert with_scores(examples.lines.path, output, score, batch_size=batch_size) == 50
     for before, after in zip(examples, Examples(output), strict=True):
         texts = [before.positive, *before.negatives]
         assert after == before._replace(scores=[len(before.query) * 1000 + int(text[1:]) for text in texts])
 
 
 def test_scores_that_are_there_are_replaced_in_the_same_file(examples):
-    with_scores(examples.path, examples.path, lambda pairs: [1.0] * len(pairs))
-    with_scores(examples.path, examples.path, lambda pairs: [2.0] * len(pairs))
-    assert Examples(examples.path)[3].scores == [2.0] * 4
+    with_scores(examples.lines.path, examples.path, lambda pairs: [1.0] * len(pairs))
+    with_scores(examples.lines.path, examples.path, lambda pairs: [2.0] * len(pairs))
+    assert Examples(examples.lines.path)[3].scores == [2.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -369,5 +369,5 @@ def test_scores_that_are_there_are_replaced_in_the_same_file(examples):
 )  # fmt: skip
 def test_scores_that_are_too_few_or_not_finite_are_an_error(tmp_path, examples, score, message):
     with pytest.raises(ValueError, match=message):
-        with_scores(examples.path, tmp_path / "scored.jsonl", score)
+        with_scores(examples.lines.path, tmp_path / "scored.jsonl", score)
     assert not (tmp_path / "scored.jsonl").exists()

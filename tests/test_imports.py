@@ -40,6 +40,9 @@ EMBEDDINGS = ENCODER | {"encoder"}
 INDEX = EMBEDDINGS | {"embeddings", "workers"}
 BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
+TRAINING = BRIDGE | {
+    f"training.{name}" for name in ("dev", "examples", "lines", "objective", "taught", "teachers", "trainer")
+}
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
     "model.convert": EMBEDDINGS,
@@ -57,15 +60,22 @@ ALLOWED = LEAVES | {
     "pruning.figures": set(),
     "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
     "pruning.analyze": PRUNING | {"pruning.calibration", "pruning.importance", "pruning.figures"},
-    "training.examples": {"files", "corpus", "trec"},
+    "training.examples": {"files", "corpus", "trec", "training.lines"},
+    "training.losses": set(),
+    "training.lines": {"files", "corpus"},
     "training.teachers": BRIDGE | {"training.examples"},
     "training.mine": BRIDGE | {"training.examples", "training.teachers"},
+    "training.objective": ENCODER | {"encoder", "training.losses", "training.examples"},
+    "training.taught": ENCODER | {"encoder", "training.lines"},
+    "training.dev": BRIDGE | {"evaluate", "training.taught"},
+    "training.trainer": {"files", "training.dev", "training.objective"},
+    "training.finetune": TRAINING,
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
     "cli": SEARCH
     | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
-    | {"training.mine"},
+    | {"training.mine", "training.finetune", "training.objective"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}

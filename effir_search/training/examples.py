@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from effir_search.corpus import Document, check_unicode, document_text, parse_json_object, read_corpus
 from effir_search.files import decode, read_lines, whole_file
+from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
 
 # What a field of a record is, and the names it has in the formats that docs/formats.md lists.
@@ -151,11 +151,7 @@ def prepare_examples(
 
 
 class Examples:
-    """The lines of a file that ``prepare_examples`` wrote, read when they are asked for.
-
-    Only where each line begins is kept in memory, 8 bytes each. No file stays open, so that an object can be pickled
-    and shared by the processes of a data loader.
-    """
+    """The examples of a file that ``prepare_examples`` wrote, read when they are asked for."""
 
     def __init__(self, path: str | Path) -> None:
         """Find the lines.
@@ -164,15 +160,12 @@ class Examples:
             OSError: The file cannot be read.
             ValueError: It is empty.
         """
-        self.path = Path(path)
-        with open(self.path, "rb") as file:
-            lengths = np.fromiter(map(len, file), dtype=np.int64)
-        if len(lengths) == 0:
+        self.lines = Lines(Path(path))
+        if len(self.lines) == 0:
             raise ValueError(f"{path}: no examples in it")
-        self._offsets = np.cumsum(lengths) - lengths
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.lines)
 
     def __getitem__(self, number: int) -> Example:
         """Return one example, counted from 0.
@@ -181,14 +174,9 @@ class Examples:
             IndexError: There are not so many, or the number is negative.
             ValueError: The line is not one that ``prepare_examples`` writes.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(f"{self.path}: no example {number}, there are {len(self)}, counted from 0")
-        with open(self.path, "rb") as file:
-            file.seek(self._offsets[number])
-            line = file.readline()
-        where = f"{self.path}:{number + 1}"
-        record = parse_json_object(decode(line, where), where)
+        record = self.lines[number]
         if missing := [name for name in ("query", "positive", "negatives", "known") if name not in record]:
+            where = f"{self.lines.path}:{number + 1}"
             raise ValueError(f"{where}: no {missing[0]!r} field, so these are no prepared examples; prepare them first")
         return Example(record["query"], record["positive"], record["negatives"], record.get("scores"), record["known"])
 

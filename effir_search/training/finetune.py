@@ -30,7 +30,7 @@ from effir_search.training.examples import Examples, prepare_examples, with_scor
 from effir_search.training.lines import Lines
 from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
 from effir_search.training.taught import TaughtTexts, as_batch, prepare_texts, teach
-from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
+from effir_search.training.teachers import load_teacher
 from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -256,12 +256,8 @@ def _prepare(folder: Path, data: Data, seed: int, device: str) -> None:
     prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
     options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
     prepare_examples(data.train, prepared, **options)
-    if data.teacher:
-        teacher = Encoder.from_pretrained(data.teacher, device=device).pack()
-        with_scores(prepared, file, lambda pairs: bi_encoder_scores(teacher, pairs))
-    elif data.reranker:
-        reranker = load_cross_encoder(data.reranker, device=device)
-        with_scores(prepared, file, lambda pairs: cross_encoder_scores(reranker, pairs))
+    if prepared != file:
+        with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device))
 
 
 def _trainer(
