@@ -68,7 +68,8 @@ def hits(encoder: Encoder, collection: Collection, depth: int = 100) -> Iterator
 @click.option("--only", default="scifact,cisi,cacm,vaswani")
 @click.option("--most", default=3, help="Parts that are dropped at most.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("runs/depth.json"))
-def main(folder: Path, model: str, texts: Sequence[str], only: str, most: int, results: Path) -> None:
+@click.option("--dtype", default="fp32", help="Arithmetic of the searches; importance is measured in float32.")
+def main(folder: Path, model: str, texts: Sequence[str], only: str, most: int, results: Path, dtype: str) -> None:
     """Evaluate and print."""
     names = only.split(",")
     encoder = Encoder.from_pretrained(model, dtype="fp32")
@@ -91,8 +92,9 @@ def main(folder: Path, model: str, texts: Sequence[str], only: str, most: int, r
     for kind, layers in plans.values():
         scores = done["scores"].setdefault(f"{kind} {layers}", {})
         if missing := [name for name in names if name not in scores]:
-            pruned = Encoder.from_pretrained(model, dtype="fp32")
+            pruned = Encoder.from_pretrained(model, dtype=dtype)
             pruned.model = prune(pruned.model, **{kind: layers})
+            pruned.pack()
             for name in missing:
                 run = hits(pruned, collections[name])
                 evaluation = evaluate_queries(run, collections[name].qrels, measures, only_with_positives=True)

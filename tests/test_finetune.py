@@ -333,6 +333,12 @@ def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples):
+    recipe = Recipe(log_to=("wandb",))
+    with pytest.raises(ValueError, match="--log-to wandb: is not installed"):
+        finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -1,5 +1,6 @@
 """Fine-tune an encoder for retrieval: ``effir finetune``."""
 
+import importlib.util
 import logging
 import math
 import random
@@ -345,6 +346,9 @@ def _arguments(
 ) -> TrainingArguments:
     """Return the recipe in transformers' words."""
     process = PartialState()
+    for package in recipe.log_to:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
     if recipe.batch_size % process.num_processes:
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {process.num_processes} processes")
     total = math.ceil(num_examples / (recipe.batch_size * recipe.accumulation) * recipe.epochs)
