@@ -41,7 +41,7 @@ INDEX = EMBEDDINGS | {"embeddings", "workers"}
 BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 TRAINING = BRIDGE | {
-    f"training.{name}" for name in ("dev", "examples", "lines", "objective", "taught", "teachers", "trainer")
+    f"training.{name}" for name in ("data", "dev", "examples", "lines", "objective", "taught", "teachers", "trainer")
 }
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
@@ -69,6 +69,8 @@ ALLOWED = LEAVES | {
     "training.taught": ENCODER | {"encoder", "training.lines"},
     "training.dev": BRIDGE | {"evaluate", "training.taught"},
     "training.trainer": {"files", "training.dev", "training.objective"},
+    "training.data": EMBEDDINGS
+    | {f"training.{name}" for name in ("examples", "lines", "objective", "taught", "teachers")},
     "training.finetune": TRAINING,
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},

@@ -3,11 +3,9 @@
 import importlib.util
 import logging
 import math
-import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,74 +16,19 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from effir_search.encoder import Encoder, computes_in_bf16, own_config
 from effir_search.files import refuse_existing
 from effir_search.job import job_folder
-from effir_search.model.checkpoint import file_sha256, quiet_transformers
+from effir_search.model.checkpoint import quiet_transformers
 from effir_search.model.layers import lora_targets
+from effir_search.training.data import Data, hashes, load, objective_of, prepare, resolved
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
-from effir_search.training.examples import Examples, prepare_examples, with_scores
-from effir_search.training.lines import Lines
-from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
-from effir_search.training.taught import TaughtTexts, as_batch, prepare_texts, teach
-from effir_search.training.teachers import load_teacher
+from effir_search.training.objective import LossSettings
 from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
-
-# Texts that are held out to measure likeness to the teacher.
-HELD_OUT = 256
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is learned from, and what is measured on meanwhile.
-
-    Attributes:
-        train: Examples, see ``examples.read_records``; or None, and
-        texts: texts to imitate a teacher on, as documents,
-        queries: and as queries; each as ``texts.read_texts`` takes it.
-        num_texts: At most so many of them; None = all.
-        corpus: For examples that are ids.
-        topics: For examples that are ids.
-        split: Of a BEIR folder.
-        negatives: Hard negatives of an example that are used, the first ones.
-        teacher: A bi-encoder: what is imitated, or what scores candidates.
-        reranker: A cross-encoder that scores candidates.
-        dev: BEIR folder with a split for nDCG@10 while training.
-        dev_split: Its name.
-        dev_queries: At most so many of its queries.
-        dev_documents: In so many of its documents.
-    """
-
-    train: str | None = None
-    texts: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()
-    num_texts: int | None = None
-    corpus: str | None = None
-    topics: str | None = None
-    split: str = "train"
-    negatives: int = 7
-    teacher: str | None = None
-    reranker: str | None = None
-    dev: str | None = None
-    dev_split: str = "dev"
-    dev_queries: int = 200
-    dev_documents: int = 2000
-
-    def __post_init__(self) -> None:
-        imitates = bool(self.texts or self.queries)
-        if bool(self.train) == imitates:
-            raise ValueError(
-                "give either --train with examples, or --texts (or --queries) and --teacher without labels"
-            )
-        if imitates and not self.teacher:
-            raise ValueError("--texts without --teacher: name the model to imitate, such as the one before pruning")
-        if self.reranker and (imitates or self.teacher):
-            raise ValueError("--reranker scores the candidates of --train examples; it does not go with --teacher")
 
 
 @dataclass(frozen=True)
@@ -195,11 +138,11 @@ def finetune(
         encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens
     )
     process = PartialState(cpu=encoder.device.type == "cpu")
-    recipe, losses = _resolved(recipe, losses, data, encoder)
+    recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder)
     settings = {
         "model_sha256": encoder.weights_sha256,
         "data": asdict(data),
-        "files": _hashes(data),
+        "files": hashes(data),
         "recipe": asdict(recipe),
         "losses": asdict(losses),
         "max_length": encoder.config.max_length,
@@ -208,7 +151,7 @@ def finetune(
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            _prepare(folder, data, recipe.seed, device)
+            prepare(folder, data, recipe.seed, device)
         process.wait_for_everyone()
         dtype = encoder.dtype
         trainer, num_examples = _trainer(encoder, folder, data, recipe, losses)
@@ -228,68 +171,39 @@ def finetune(
     return finetuned
 
 
-def _resolved(recipe: Recipe, losses: LossSettings, data: Data, encoder: Encoder) -> tuple[Recipe, LossSettings]:
-    """Return the settings with a value for every None that stands for one."""
+def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
+    """Return the recipe with a value for every None that stands for one."""
     rank = recipe.lora_rank
     if rank is None:
         rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
     rate = recipe.learning_rate or (4e-4 if not data.train else 1e-4 if rank else 2e-5)
     bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
-    temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
-    of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
-    return (
-        replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16),
-        replace(losses, temperature=temperature, teacher_temperature=of_teacher),
-    )
-
-
-def _prepare(folder: Path, data: Data, seed: int, device: str) -> None:
-    """Write what is learned from into the job's folder, a file at a time; what a stopped job has written is kept."""
-    if not data.train:
-        file = folder / "texts.jsonl"
-        if not file.is_file():
-            prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
-        teach(Lines(file), Encoder.from_pretrained(data.teacher, device=device).pack(), folder)
-        return
-    file = folder / "examples.jsonl"
-    if file.is_file():
-        return
-    prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
-    options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
-    prepare_examples(data.train, prepared, **options)
-    if prepared != file:
-        with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device))
+    return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
 
 
 def _trainer(
     encoder: Encoder, folder: Path, data: Data, recipe: Recipe, losses: LossSettings
 ) -> tuple[ObjectiveTrainer, int]:
     """Return what trains the encoder, and on how many examples or texts."""
-    measure: Measure | None = None
-    if data.train:
-        dataset: Sequence = Examples(folder / "examples.jsonl")
-    else:
-        taught = TaughtTexts(Lines(folder / "texts.jsonl"), folder)
-        held_out = random.Random(recipe.seed).sample(range(len(taught)), min(HELD_OUT, len(taught) // 10))
-        dataset = Subset(taught, sorted(set(range(len(taught))) - set(held_out)))
-        measure = likeness([taught[number] for number in held_out]) if len(held_out) > 2 else None
+    loaded = load(folder, data, recipe.seed)
+    measure: Measure | None = likeness(loaded.held_out) if len(loaded.held_out) > 2 else None
     if data.dev:
         split = read_dev_split(
             Path(data.dev), data.dev_split, num_queries=data.dev_queries, num_documents=data.dev_documents
         )
         measure = ndcg(split)
     _make_trainable(encoder, recipe)
-    objective = (RetrievalObjective if data.train else ImitationObjective)(encoder, losses)
+    objective = objective_of(encoder, data, losses)
     trainer = ObjectiveTrainer(
         objective,
         measure,
-        _arguments(folder, recipe, encoder, num_examples=len(dataset), watched=bool(measure)),
-        train_dataset=dataset,
-        eval_dataset=dataset,  # the trainer asks for one; what is measured is the measure
-        data_collator=as_batch if not data.train else lambda examples: {"examples": examples},
+        _arguments(folder, recipe, encoder, num_examples=len(loaded.dataset), watched=bool(measure)),
+        train_dataset=loaded.dataset,
+        eval_dataset=loaded.dataset,  # the trainer asks for one; what is measured is the measure
+        data_collator=loaded.collate,
         callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience and measure else [],
     )
-    return trainer, len(dataset)
+    return trainer, len(loaded.dataset)
 
 
 def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
@@ -410,14 +324,3 @@ def describe_finetuned(done: Finetuned, output: Path) -> str:
     if done.measure:
         line += f"; {done.measure} {done.before:.4f} before, {done.best:.4f} at step {done.best_step}, which is kept"
     return f"{line}\n-> {output}"
-
-
-def _hashes(data: Data) -> dict[str, str]:
-    """SHA-256 of every file that is learned from or measured on."""
-    names = [data.train, *data.texts, *data.queries, data.corpus, data.topics, data.dev, data.teacher, data.reranker]
-    hashes = {}
-    for name in filter(None, names):
-        path = Path(name)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        hashes |= {str(file): file_sha256(file) for file in files if file.is_file()}
-    return hashes
