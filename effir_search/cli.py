@@ -378,7 +378,7 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 @click.option("--dev-split", default="dev", help="Its qrels.")
 @click.option("--dev-queries", type=click.IntRange(1), default=200, help="Sample of its queries.")
 @click.option("--dev-documents", type=click.IntRange(1), default=2000, help="Sample of its documents.")
-@click.option("--full", "lora_rank", flag_value=0, type=int, help="Train all weights.  [default: below 1 billion]")
+@click.option("--full", is_flag=True, help="Train all weights.  [default: below 1 billion]")
 @click.option("--lora-rank", type=click.IntRange(1), help="Train LoRA matrices only.  [default: 32 from 1 billion on]")
 @click.option("--lora-alpha", type=click.IntRange(1), help="Scale of LoRA.  [default: twice the rank]")
 @click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of LoRA's input.")
@@ -394,6 +394,7 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.1, help="Share of steps in which the rate rises.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default="linear", help="Of the rate after that.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.0, help="Of AdamW.")
+@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), default=1.0, help="Of the gradient, at most.")
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory a layer, for a second forward pass.")
 @click.option("--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size.")
@@ -424,14 +425,23 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
-def finetune(encoder: str, output: Path, **options: object) -> None:
+@click.option("--pooling", type=click.Choice(POOLINGS), help="Token states to one vector.  [default: the model's]")
+@click.option("--query-prompt", help="Text before every query.  [default: the model's]")
+@click.option("--document-prompt", help="Text before every document.  [default: the model's]")
+@click.option("--append-eos", is_flag=True, help="End every text with the EOS token, for models without it.")
+@click.option("--normalize", is_flag=True, help="Vectors of length 1, compared by the cosine.  [default: the model's]")
+def finetune(encoder: str, output: Path, full: bool, **options: object) -> None:
     """Fine-tune an encoder for retrieval, or let it imitate a teacher; after a stop, the same command continues."""
     from effir_search.training.finetune import Data, Recipe, describe_finetuned, finetune
     from effir_search.training.objective import LossSettings
 
+    if full:
+        refuse(["lora_rank", "lora_alpha", "lora_dropout"], "does not go with --full")
+        options["lora_rank"] = 0
     data, recipe, losses = (taken(kind, options) for kind in (Data, Recipe, LossSettings))
     done = finetune(encoder, output, data, recipe=recipe, losses=losses, **options)
-    click.echo(describe_finetuned(done, output))
+    if done is not None:
+        click.echo(describe_finetuned(done, output))
 
 
 def taken(kind: type, options: dict[str, object]) -> object:

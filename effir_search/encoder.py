@@ -105,7 +105,8 @@ def embed(
     mask = tokens["attention_mask"]
     embeddings = POOLERS[config.pooling](hidden_states, without_prompt(mask, prompt_length) if prompt_length else mask)
     if head is not None:
-        embeddings = head(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = head(embeddings)
     if config.normalize:
         embeddings = F.normalize(embeddings, dim=-1)
     return embeddings[:, : config.dimension]

@@ -3,52 +3,62 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from effir_search.corpus import parse_json_object
 from effir_search.files import decode, whole_file
 
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", "job.lock"
 
 
 @contextmanager
-def job_folder(path: Path, settings: dict, *, restart: bool = False) -> Iterator[None]:
+def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Collection[str] = ()) -> Iterator[None]:
     """Hold a job's folder, made if it is missing; what an earlier job of the same settings left in it may be used.
 
     Args:
         path: The folder.
         settings: What the job's result depends on, in JSON types.
         restart: Discard what an earlier job left.
+        keep: Names in the folder that are not discarded, and depend on settings of their own.
 
     Raises:
         OSError: Another job is at work in it, or it cannot be written.
         ValueError: What is there is of other settings; the first difference is named.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "job.lock", "w", encoding="utf-8") as lock:
+    with open(path / LOCK, "w", encoding="utf-8") as lock:
         if not try_lock(lock, fcntl.LOCK_EX):
             raise OSError(f"{path}: another job is at work in it; wait for it, or stop it")
+        left = [child for child in path.iterdir() if child.name not in (LOCK, SETTINGS, *keep)]
         if restart:
-            for child in path.iterdir():
+            for child in left:
                 if child.is_dir():
                     shutil.rmtree(child)
-                elif child.name != "job.lock":
+                else:
                     child.unlink()
-        settings = json.loads(json.dumps(settings))
-        file = path / SETTINGS
-        if not file.is_file():
-            with whole_file(file) as out:
-                out.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        found = json.loads(decode(file.read_bytes(), str(file)))
-        for name in settings | found:
-            if settings.get(name) != found.get(name):
-                ours, theirs = differing(settings.get(name), found.get(name))
-                raise ValueError(
-                    f"{path}: is of another job: {name} was {theirs} there and is {ours} now; --restart discards it"
-                )
+        settings, found = json.loads(json.dumps(settings)), read_settings(path)
+        if restart or not left or found is None:
+            with whole_file(path / SETTINGS) as file:
+                file.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        elif changed := [name for name in settings | found if settings.get(name) != found.get(name)]:
+            ours, theirs = differing(settings.get(changed[0]), found.get(changed[0]))
+            raise ValueError(
+                f"{path}: is of another job: {changed[0]} was {theirs} there and is {ours} now; --restart discards it"
+            )
         yield
+
+
+def read_settings(path: Path) -> dict | None:
+    """Return the settings of the job whose folder this is; None where there are none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = path / SETTINGS
+    return parse_json_object(decode(file.read_bytes(), str(file)), str(file)) if file.is_file() else None
 
 
 def try_lock(file: IO[str], kind: int) -> bool:

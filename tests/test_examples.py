@@ -355,8 +355,8 @@ def test_every_candidate_gets_the_score_of_its_own_pair(tmp_path, examples, batc
 
 
 def test_scores_that_are_there_are_replaced_in_the_same_file(examples):
-    with_scores(examples.lines.path, examples.path, lambda pairs: [1.0] * len(pairs))
-    with_scores(examples.lines.path, examples.path, lambda pairs: [2.0] * len(pairs))
+    with_scores(examples.lines.path, examples.lines.path, lambda pairs: [1.0] * len(pairs))
+    with_scores(examples.lines.path, examples.lines.path, lambda pairs: [2.0] * len(pairs))
     assert Examples(examples.lines.path)[3].scores == [2.0] * 4
 
 

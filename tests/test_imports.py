@@ -21,7 +21,7 @@ LEAVES = {
     "pooling": set(),
     "ahead": set(),
     "messages": set(),
-    "job": {"files"},
+    "job": {"files", "corpus"},
     "texts": {"files", "corpus", "trec"},
     "kinds": set(),
     "model.checkpoint": {"files"},

@@ -188,6 +188,11 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def lasting_name(name: str) -> str:
+    """Return a hub name, or of a folder its last part: where it lay on this machine has no place in a model."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file.
 

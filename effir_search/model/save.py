@@ -121,20 +121,21 @@ The plan that led to this, with its scores, is in `config.json` under `plan`.
 
 def _trained(training: dict) -> str:
     data, recipe, result = training["data"], training["recipe"], training["result"]
-    sources = {
-        "Examples": data["train"],
-        "Texts": ", ".join(data["texts"]),
-        "Queries": ", ".join(data["queries"]),
-        "Teacher": data["teacher"] or data["reranker"],
-        "Measured on": f"{data['dev']}, split {data['dev_split']}" if data["dev"] else "held-out texts",
+    rows = {
+        "Trained from": training["model"],
+        "Examples": _names(data["train"]),
+        "Texts": _names(*data["texts"]),
+        "Queries": _names(*data["queries"]),
+        "Teacher": _names(data["teacher"], data["reranker"]),
+        "Tokens of a text read": training["encoder"]["max_length"],
     }
-    rows = {name: Path(source).name for name, source in sources.items() if source}
-    rows |= {name.replace("_", " "): value for name, value in recipe.items() if value not in (None, [], ())}
-    rows |= {name.replace("_", " "): value for name, value in training["losses"].items() if value not in (None, [], ())}
+    rows |= {name.replace("_", " "): value for name, value in (recipe | training["losses"]).items()}
     rows |= {"steps": f"{result['steps']:,} with {result['num_examples']:,} examples"}
     if result["measure"]:
-        rows[f"{result['measure']} before"] = f"{result['before']:.4f}"
+        split = f"{_names(data['dev'])}, split {data['dev_split']}" if data["dev"] else "held-out texts"
+        rows[f"{result['measure']} before"] = f"{result['before']:.4f} ({split})"
         rows[f"{result['measure']} after"] = f"{result['best']:.4f} (step {result['best_step']}, which is this model)"
+    rows = {what: value for what, value in rows.items() if value not in (None, "", [], ())}
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return f"""## Training
 
@@ -144,6 +145,11 @@ def _trained(training: dict) -> str:
 
 All settings, hashes of the data and the log are in `{TRAINING_FILE}`.
 """
+
+
+def _names(*sources: str | None) -> str:
+    """Hub names as they are, of files and folders their last part."""
+    return ", ".join(Path(source).name if Path(source).exists() else source for source in sources if source)
 
 
 def _layers(layers: list[int], num_hidden_layers: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from effir_search.encoder import Encoder
 from effir_search.files import refuse_existing
 from effir_search.model.arithmetic import facts, format_facts
-from effir_search.model.checkpoint import hub_revision
+from effir_search.model.checkpoint import hub_revision, lasting_name
 from effir_search.model.layers import Kind, parts_of
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
@@ -78,7 +78,7 @@ def prune_encoder(
     calibration = sample_texts(sources, size=size, seed=seed) if sources else None
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, dtype="saved", **given)
-    base = {"base_model": _lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
+    base = {"base_model": lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
     encoder.model = prune(encoder.model, **base)  # nothing is dropped yet
     before = facts(encoder.model)
     reference = tokens = None
@@ -123,8 +123,3 @@ def describe_pruned(pruned: Pruned, output: Path) -> str:
     if pruned.cosine is not None:
         lines.append(f"mean cosine of the embeddings to those before: {pruned.cosine:.4f}")
     return "\n".join([*lines, f"-> {output}"])
-
-
-def _lasting_name(name: str) -> str:
-    """A hub name, or of a folder its last part: where it lay on this machine has no place in a model."""
-    return Path(name).resolve().name if Path(name).exists() else name

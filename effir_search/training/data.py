@@ -1,14 +1,16 @@
 """What is learned from: examples with labels, or texts with a teacher, prepared in a job's folder."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import Subset
 
 from effir_search.encoder import Encoder
+from effir_search.job import job_folder, read_settings
 from effir_search.model.checkpoint import file_sha256
 from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.lines import Lines
@@ -16,6 +18,8 @@ from effir_search.training.objective import ImitationObjective, LossSettings, Ob
 from effir_search.training.taught import TaughtText, TaughtTexts, as_batch, prepare_texts, teach
 from effir_search.training.teachers import load_teacher
 
+# Where in a job's folder prepared data is: another recipe leaves it as it is.
+DATA = "data"
 # Texts that are held out to measure likeness to the teacher.
 HELD_OUT = 256
 
@@ -82,40 +86,45 @@ class Loaded(NamedTuple):
     held_out: list[TaughtText]
 
 
-def prepare(folder: Path, data: Data, seed: int, device: str) -> None:
-    """Write what is learned from into a job's folder, a file at a time; what a stopped job has written is kept.
+def prepare(folder: Path, data: Data, seed: int, device: str, *, restart: bool = False) -> None:
+    """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
     Args:
         folder: See ``job.job_folder``.
         data: What is learned from.
         seed: Of the sample of texts.
         device: Of the teacher, as ``Encoder.from_pretrained`` takes it.
+        restart: Discard data that is there and of other settings, instead of raising.
 
     Raises:
-        ValueError: Bad data, or a model that cannot be a teacher.
+        ValueError: Bad data, a model that cannot be a teacher, or data of other settings in the folder.
         OSError: A file cannot be read or written.
     """
-    if not data.train:
-        file = folder / "texts.jsonl"
-        if not file.is_file():
-            prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
-        teach(Lines(file), Encoder.from_pretrained(data.teacher, device=device).pack(), folder)
-        return
-    file = folder / "examples.jsonl"
-    if file.is_file():
-        return
-    prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
-    options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
-    prepare_examples(data.train, prepared, **options)
-    if prepared != file:
-        with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device))
+    settings = {name: value for name, value in asdict(data).items() if not name.startswith("dev")}
+    settings = json.loads(json.dumps(settings | {"seed": seed, "files": hashes(replace(data, dev=None))}))
+    folder = folder / DATA
+    with job_folder(folder, settings, restart=restart and read_settings(folder) != settings):
+        if not data.train:
+            file = folder / "texts.jsonl"
+            if not file.is_file():
+                prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
+            teach(Lines(file), Encoder.from_pretrained(data.teacher, device=device).pack(), folder)
+            return
+        file = folder / "examples.jsonl"
+        if file.is_file():
+            return
+        prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
+        options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
+        prepare_examples(data.train, prepared, **options)
+        if prepared != file:
+            with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device))
 
 
 def load(folder: Path, data: Data, seed: int) -> Loaded:
     """Return what ``prepare`` wrote; of texts a tenth is held out, at most 256, the same for the same seed."""
     if data.train:
-        return Loaded(Examples(folder / "examples.jsonl"), _as_examples, [])
-    taught = TaughtTexts(Lines(folder / "texts.jsonl"), folder)
+        return Loaded(Examples(folder / DATA / "examples.jsonl"), _as_examples, [])
+    taught = TaughtTexts(Lines(folder / DATA / "texts.jsonl"), folder / DATA)
     held_out = random.Random(seed).sample(range(len(taught)), min(HELD_OUT, len(taught) // 10))
     dataset = Subset(taught, sorted(set(range(len(taught))) - set(held_out)))
     return Loaded(dataset, as_batch, [taught[number] for number in held_out])
@@ -135,13 +144,25 @@ def objective_of(encoder: Encoder, data: Data, losses: LossSettings) -> Objectiv
 
 def hashes(data: Data) -> dict[str, str]:
     """Return the SHA-256 of every file that is learned from or measured on, by name."""
-    names = [data.train, *data.texts, *data.queries, data.corpus, data.topics, data.dev, data.teacher, data.reranker]
-    found = {}
-    for name in filter(None, names):
-        path = Path(name)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found |= {str(file): file_sha256(file) for file in files if file.is_file()}
-    return found
+    files = [*_files(data.train, data.split), *_files(data.dev, data.dev_split)]
+    for name in (*data.texts, *data.queries, data.corpus, data.topics, data.teacher, data.reranker):
+        files += _files(name)
+    return {str(file): file_sha256(file) for file in files}
+
+
+def _files(name: str | None, split: str | None = None) -> list[Path]:
+    """The files behind a name, as far as it is one on this disk; of a BEIR folder those of a split."""
+    path = Path(name or "")
+    if name is None or not path.exists():
+        return []
+    if not path.is_dir():
+        return [path]
+    if split is not None:
+        inside = [f"{stem}.jsonl{end}" for stem in ("corpus", "queries") for end in ("", ".gz")]
+        return [path / file for file in (*inside, f"qrels/{split}.tsv") if (path / file).is_file()]
+    if (path / "corpus.jsonl").is_file():
+        return [path / "corpus.jsonl"]
+    return [file for file in sorted(path.rglob("*")) if file.is_file()]
 
 
 def _as_examples(examples: Sequence[Example]) -> dict[str, object]:

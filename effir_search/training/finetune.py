@@ -1,13 +1,16 @@
 """Fine-tune an encoder for retrieval: ``effir finetune``."""
 
 import importlib.util
+import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +22,14 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from effir_search.encoder import Encoder, computes_in_bf16, own_config
-from effir_search.files import refuse_existing
+from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
-from effir_search.model.checkpoint import quiet_transformers
+from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.layers import lora_targets
-from effir_search.training.data import Data, hashes, load, objective_of, prepare, resolved
+from effir_search.training.data import DATA, Data, Loaded, hashes, load, objective_of, prepare, resolved
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
-from effir_search.training.objective import LossSettings
-from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint
+from effir_search.training.objective import LossSettings, Objective
+from effir_search.training.trainer import ObjectiveTrainer, Shuffled, last_whole_checkpoint, load_trained, plain_log
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Recipe:
         warmup: Share of the steps in which the rate rises.
         schedule: "linear", "cosine" or "constant" after that.
         weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients are scaled down to this length.
         bf16: Compute in bfloat16 beside float32 weights; None = where the processor does by itself.
         gradient_checkpointing: Keep only the layers' inputs for the backward pass.
         dropout: As the model's config says; False = none.
@@ -68,6 +72,7 @@ class Recipe:
     warmup: float = 0.1
     schedule: str = "linear"
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     dropout: bool = False
@@ -107,11 +112,13 @@ def finetune(
     recipe: Recipe,
     losses: LossSettings,
     max_length: int | None = None,
+    normalize: bool = False,
     device: str = "auto",
     batch_tokens: int | None = None,
     restart: bool = False,
     keep_checkpoints: bool = False,
-) -> Finetuned:
+    **text_options: object,
+) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
 
     Checkpoints, prepared data and the log are in ``OUTPUT.training`` until the model is written.
@@ -123,10 +130,15 @@ def finetune(
         recipe: How.
         losses: What is minimised.
         max_length: Tokens of a text that are read in training; the saved model keeps its own.
+        normalize: Let the model's vectors have length 1 and be compared by the cosine.
         device: As ``Encoder.from_pretrained`` takes it.
         batch_tokens: Padded tokens of a forward pass; None = by device.
-        restart: Discard what a stopped job left.
+        restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
+        text_options: Pooling and prompts as ``Encoder.from_pretrained`` takes them, which the saved model keeps.
+
+    Returns:
+        What was done; None in the processes of a launcher that are not its main one.
 
     Raises:
         ValueError: Bad data, a loss that is not finite, or settings other than those of the job that was stopped.
@@ -134,41 +146,61 @@ def finetune(
     """
     start = time.monotonic()
     refuse_existing(output, replaces=())
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
     encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
     )
-    process = PartialState(cpu=encoder.device.type == "cpu")
+    if normalize:
+        encoder.config = replace(encoder.config, normalize=True, similarity="cosine")
+    # The others wait while one process prepares the data, which may take hours.
+    process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
+    if not process.is_main_process:
+        logging.getLogger("effir_search").setLevel(logging.WARNING)
     recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder)
     settings = {
+        "model": lasting_name(encoder_name),
         "model_sha256": encoder.weights_sha256,
+        "encoder": asdict(encoder.config),
         "data": asdict(data),
         "files": hashes(data),
         "recipe": asdict(recipe),
         "losses": asdict(losses),
-        "max_length": encoder.config.max_length,
         "processes": process.num_processes,
     }
+    dtype = encoder.dtype
+    # What can be wrong is found before hours go into teachers' scores.
+    _check(recipe, data)
+    measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
+    _make_trainable(encoder, recipe)
+    objective = objective_of(encoder, data, losses)
     folder = output.with_name(f"{output.name}.training")
-    with job_folder(folder, settings, restart=restart) if process.is_main_process else nullcontext():
+    with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            prepare(folder, data, recipe.seed, device)
+            prepare(folder, data, recipe.seed, device, restart=restart)
         process.wait_for_everyone()
-        dtype = encoder.dtype
-        trainer, num_examples = _trainer(encoder, folder, data, recipe, losses)
-        checkpoint = last_whole_checkpoint(folder)
-        if checkpoint is not None:
-            logger.info("continuing from %s", checkpoint)
-        with quiet_transformers():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finetuned = _outcome(trainer, num_examples, time.monotonic() - start)
+        loaded = load(folder, data, recipe.seed)
+        if measure is None and len(loaded.held_out) > 2:
+            measure = likeness(loaded.held_out)
+        if recipe.patience and measure is None:
+            raise ValueError("--patience needs something that is measured: give --dev")
+        outcome = _train(objective, loaded, measure, recipe, folder)
+        done = Finetuned(
+            num_examples=len(loaded.dataset),
+            measure=measure[0] if measure else None,
+            seconds=time.monotonic() - start,
+            **{name: outcome[name] for name in ("steps", "before", "best", "best_step")},
+        )
         if process.is_main_process:
             _make_plain(encoder, dtype)
-            record = settings | {"result": finetuned._asdict(), "log": trainer.state.log_history}
+            record = settings | {"result": done._asdict(), "log": outcome["log"]}
             encoder.save(output, training=record)
         process.wait_for_everyone()
-    if process.is_main_process and not keep_checkpoints:
+    if not process.is_main_process:
+        return None
+    if not keep_checkpoints:
         shutil.rmtree(folder)
-    return finetuned
+    return done
 
 
 def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
@@ -181,29 +213,70 @@ def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
 
 
-def _trainer(
-    encoder: Encoder, folder: Path, data: Data, recipe: Recipe, losses: LossSettings
-) -> tuple[ObjectiveTrainer, int]:
-    """Return what trains the encoder, and on how many examples or texts."""
-    loaded = load(folder, data, recipe.seed)
-    measure: Measure | None = likeness(loaded.held_out) if len(loaded.held_out) > 2 else None
-    if data.dev:
-        split = read_dev_split(
-            Path(data.dev), data.dev_split, num_queries=data.dev_queries, num_documents=data.dev_documents
+def _check(recipe: Recipe, data: Data) -> None:
+    """Raise ValueError for what does not fit this machine or this data."""
+    for package in recipe.log_to:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
+    if recipe.batch_size % (processes := PartialState().num_processes):
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
+    if not data.train and (ignored := [name for name in ("corpus", "topics", "reranker") if getattr(data, name)]):
+        raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
+
+
+def _dev_measure(data: Data) -> Measure | None:
+    if data.dev is None:
+        return None
+    size = {"num_queries": data.dev_queries, "num_documents": data.dev_documents}
+    return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size))
+
+
+def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe: Recipe, folder: Path) -> dict:
+    """Train, from the last checkpoint on, leave the best weights in the model, and return the figures.
+
+    The figures are in ``trained.json`` from then on, so that a job that was stopped while it saved trains no further.
+    """
+    file = folder / "trained.json"
+    if not file.is_file():
+        batch = recipe.batch_size * recipe.accumulation
+        steps = math.ceil(len(loaded.dataset) * recipe.epochs / batch)
+        steps = min(steps, recipe.max_steps or steps)
+        checkpoint = last_whole_checkpoint(folder)
+        begins, watched = checkpoint is None, measure is not None
+        arguments = _arguments(folder, recipe, objective.encoder, steps, begins=begins, watched=watched)
+        trainer = ObjectiveTrainer(
+            objective,
+            measure,
+            arguments,
+            train_dataset=Shuffled(loaded.dataset, steps * batch, recipe.seed),
+            eval_dataset=loaded.dataset,  # the trainer asks for one; what is measured is the measure
+            data_collator=loaded.collate,
+            callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else [],
         )
-        measure = ndcg(split)
-    _make_trainable(encoder, recipe)
-    objective = objective_of(encoder, data, losses)
-    trainer = ObjectiveTrainer(
-        objective,
-        measure,
-        _arguments(folder, recipe, encoder, num_examples=len(loaded.dataset), watched=bool(measure)),
-        train_dataset=loaded.dataset,
-        eval_dataset=loaded.dataset,  # the trainer asks for one; what is measured is the measure
-        data_collator=loaded.collate,
-        callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience and measure else [],
-    )
-    return trainer, len(loaded.dataset)
+        if checkpoint is not None:
+            logger.info("continuing from %s", checkpoint)
+        with quiet_transformers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state, log = trainer.state, plain_log(trainer.state)
+        figures = [entry["measure"] for entry in log if "measure" in entry]
+        outcome = {
+            "steps": state.global_step,
+            "before": figures[0] if figures else None,
+            "best": state.best_metric,
+            "best_step": state.best_global_step or state.global_step,
+            "log": log,
+        }
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            with whole_file(file) as out:
+                out.write(json.dumps(outcome, indent=1) + "\n")
+        PartialState().wait_for_everyone()
+    outcome = json.loads(file.read_text(encoding="utf-8"))
+    load_trained(objective, folder / f"checkpoint-{outcome['best_step']}")
+    if measure and outcome["best"] <= outcome["before"]:
+        told = f"{measure[0]} was {outcome['before']:.4f} before training and at best {outcome['best']:.4f} after it"
+        logger.warning("%s: this training does not help; try a lower --learning-rate or other data", told)
+    return outcome
 
 
 def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
@@ -214,8 +287,9 @@ def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+            for name in ("attention_dropout", "dropout"):  # what attentions hand to torch's kernels
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
     if recipe.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
@@ -256,36 +330,30 @@ def _make_plain(encoder: Encoder, dtype: torch.dtype) -> None:
 
 
 def _arguments(
-    folder: Path, recipe: Recipe, encoder: Encoder, *, num_examples: int, watched: bool
+    folder: Path, recipe: Recipe, encoder: Encoder, steps: int, *, begins: bool, watched: bool
 ) -> TrainingArguments:
-    """Return the recipe in transformers' words."""
-    process = PartialState()
-    for package in recipe.log_to:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
-    if recipe.batch_size % process.num_processes:
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {process.num_processes} processes")
-    total = math.ceil(num_examples / (recipe.batch_size * recipe.accumulation) * recipe.epochs)
-    total = min(total, recipe.max_steps or total)
-    every = recipe.eval_steps or max(1, total // 20)
+    """Return the recipe in transformers' words; ``begins`` says that no step was done yet."""
+    every = recipe.eval_steps or max(1, steps // 20)
     on_cpu = encoder.device.type == "cpu"
+    # Not in the job's folder, which goes when the model is there.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{folder.with_suffix('')}.tensorboard")
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=recipe.batch_size // process.num_processes,
+        per_device_train_batch_size=recipe.batch_size // PartialState().num_processes,
         gradient_accumulation_steps=recipe.accumulation,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
+        max_steps=steps,
+        train_sampling_strategy="sequential",
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=math.ceil(recipe.warmup * total),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule),
+        warmup_steps=math.ceil(recipe.warmup * steps),
         weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
         use_cpu=on_cpu,
         seed=recipe.seed,
-        data_seed=recipe.seed,
         logging_steps=max(1, min(10, every)),
         eval_strategy="steps" if watched else "no",
-        eval_on_start=watched,
+        eval_on_start=watched and begins,
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
@@ -293,6 +361,7 @@ def _arguments(
         load_best_model_at_end=watched,
         metric_for_best_model="eval_measure" if watched else None,
         greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # of the early stop
         remove_unused_columns=False,
         label_names=[],
         # Buffers are constants here, and must not change between the forward passes of a step.
@@ -301,20 +370,6 @@ def _arguments(
         dataloader_pin_memory=not on_cpu,
         report_to=list(recipe.log_to) or "none",
         disable_tqdm=not sys.stderr.isatty(),
-    )
-
-
-def _outcome(trainer: ObjectiveTrainer, num_examples: int, seconds: float) -> Finetuned:
-    state, watched = trainer.state, trainer.measure is not None
-    figures = [entry["eval_measure"] for entry in state.log_history if "eval_measure" in entry]
-    return Finetuned(
-        num_examples=num_examples,
-        steps=state.global_step,
-        measure=trainer.measure[0] if watched else None,
-        before=figures[0] if figures else None,
-        best=state.best_metric if watched else None,
-        best_step=state.best_global_step or state.global_step,
-        seconds=seconds,
     )
 
 

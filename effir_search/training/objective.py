@@ -95,11 +95,20 @@ class RetrievalObjective(Objective):
         Every document of the batch, on whatever device, is a negative of every query, but for a document with
         the text of one of its known positives.
         """
-        config, device = self.encoder.config, self.encoder.device
+        config = self.encoder.config
         texts = list(dict.fromkeys(text for example in examples for text in _candidates(example)))
         column = {text: number for number, text in enumerate(texts)}
         queries = self.embed_texts([example.query for example in examples], config.query_prompt)
         documents = self.embed_texts(texts, config.document_prompt)
+        # Similarities are float32 whatever the encoder computes in: a temperature of 0.02 makes much of small errors.
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            return self._loss(examples, queries, documents, column)
+
+    def _loss(
+        self, examples: Sequence[Example], queries: Tensor, documents: Tensor, column: dict[str, int]
+    ) -> dict[str, Tensor]:
+        """Return the loss of embeddings; ``column`` tells which row of ``documents`` a text is."""
+        device, texts = documents.device, list(column)
         keys = torch.tensor([document_key(text) for text in texts], device=device)
         all_documents, all_keys, start = _gathered(documents), _gathered(keys), _rows_before(len(texts))
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
@@ -156,8 +165,11 @@ class ImitationObjective(Objective):
             if len(of_kind)
         ]
         student = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(rows)))]
-        student_all, teacher_all = _gathered(student), _gathered(teacher)
+        with torch.autocast(student.device.type, enabled=False):  # as in RetrievalObjective
+            return self._loss(student, teacher)
 
+    def _loss(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        student_all, teacher_all = _gathered(student), _gathered(teacher)
         terms: dict[str, list[Tensor]] = {"embedding": [], "scores": []}
         for size in self.settings.dimensions or (student.shape[1],):
             part, part_all = student[:, :size], student_all[:, :size]

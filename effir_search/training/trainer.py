@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +23,35 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 LOG_FILE = "log.jsonl"
+
+
+class Shuffled:
+    """A dataset in a seeded order, pass after pass, as one long sequence.
+
+    transformers then sees a single pass to the end: a continued job skips what was seen, whatever the number of
+    processes, and every batch is full, since one pass runs into the next.
+
+    Args:
+        dataset: At least one item.
+        length: Items of the sequence.
+        seed: Of the order, which differs from pass to pass.
+    """
+
+    def __init__(self, dataset: Sequence, length: int, seed: int) -> None:
+        self.dataset, self.length, self.seed = dataset, length, seed
+        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> object:
+        if not 0 <= number < self.length:
+            raise IndexError(number)
+        of_pass, place = divmod(number, len(self.dataset))
+        if of_pass != self._pass:
+            self._pass = of_pass
+            self._order = np.random.default_rng([self.seed, of_pass]).permutation(len(self.dataset))
+        return self.dataset[int(self._order[place])]
 
 
 class ObjectiveTrainer(Trainer):
@@ -42,6 +72,20 @@ class ObjectiveTrainer(Trainer):
             self.add_callback(_Progress())
         self.add_callback(_Log(Path(args.output_dir) / LOG_FILE))
 
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Return the loss of a step, whose gradients are then there.
+
+        Raises:
+            ValueError: Not enough GPU memory.
+        """
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"step {self.state.global_step + 1}: out of GPU memory; give --grad-cache and a lower --batch-tokens, "
+                "and for large models --gradient-checkpointing; with other settings, also --restart"
+            ) from error
+
     def compute_loss(self, model: nn.Module, inputs: dict, *args: object, **kwargs: object) -> Tensor:
         """Return the objective's loss.
 
@@ -51,41 +95,48 @@ class ObjectiveTrainer(Trainer):
         terms = model(**inputs)
         if not torch.isfinite(terms["loss"]):
             told = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise ValueError(
-                f"the loss of step {self.state.global_step + 1} is not finite ({told}); lower --learning-rate or give "
-                f"--dtype fp32, with --restart; the checkpoints in {self.args.output_dir} are from before"
-            )
+            raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite ({told}); {self._advice()}")
         return terms["loss"]
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        """Return the measure of the encoder as it is, logged."""
+        """Return the measure of the encoder as it is, logged; the main process measures for all.
+
+        Raises:
+            ValueError: The weights are not finite any more.
+        """
+        self._check_weights()
         name, measure = self.measure
-        self.model.eval()
-        with self.compute_loss_context_manager(), self.autocast_smart_context():
-            metrics = {"eval_measure": measure(self.objective.encoder)}
+        found = [None]
+        if self.is_world_process_zero():
+            self.model.eval()
+            with self.accelerator.autocast():
+                found = [measure(self.objective.encoder)]
+        metrics = {"eval_measure": broadcast_object_list(found)[0]}
         self.log(metrics)
         logger.info("step %d: %s %.4f", self.state.global_step, name, metrics["eval_measure"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @contextmanager
-    def autocast_smart_context(self) -> Iterator[None]:
-        """Let the encoder compute as in training."""
-        with self.accelerator.autocast():
-            yield
+    def _advice(self) -> str:
+        return (
+            "lower --learning-rate or give --no-bf16, with --restart; the checkpoints in "
+            f"{self.args.output_dir} are from before"
+        )
+
+    def _check_weights(self) -> None:
+        for name, parameter in trained_parameters(self.objective):
+            if not torch.isfinite(parameter).all():
+                step = self.state.global_step
+                raise ValueError(f"step {step}: the weights are not finite any more ({name}); {self._advice()}")
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return inputs  # texts; the objective moves what it makes of them
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._check_weights()
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: parameter.detach().contiguous() for name, parameter in trained_parameters(self.objective)}
-        if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-            raise ValueError(
-                f"step {self.state.global_step}: the weights are not finite any more ({bad[0]}); lower --learning-rate "
-                f"with --restart; the other checkpoints in {self.args.output_dir} are from before"
-            )
         save_file(tensors, folder / WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -148,6 +199,15 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def plain_log(state: TrainerState) -> list[dict]:
+    """Return what was logged; what transformers calls an epoch is the share of the whole run here."""
+    names = {"epoch": "share_of_run", "eval_measure": "measure"}
+    return [
+        {names.get(name, name): value for name, value in entry.items() if name != "total_flos"}
+        for entry in state.log_history
+    ]
+
+
 class _Progress(ProgressCallback):
     """The progress bar with the last figures beside it, instead of a line for each of them."""
 
@@ -172,4 +232,4 @@ class _Log(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:
             with whole_file(self.path) as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in state.log_history)
+                file.writelines(json.dumps(entry) + "\n" for entry in plain_log(state))
