@@ -288,12 +288,15 @@ def mine(run_file: Path, qrels: str, corpus: str, topics: str, output: Path, sam
 
 def depth_options(command: Callable) -> Callable:
     """Add the options that say how many parts of each kind to drop, or of which layers."""
-    for kind, parts in (("block", "whole layers"), ("attention", "attentions"), ("mlp", "MLPs")):
+    kinds = [
+        ("block", "whole layers", "these layers whole"),
+        ("attention", "attentions", "the attentions of these layers"),
+        ("mlp", "MLPs", "the MLPs of these layers"),
+    ]
+    for kind, some, these in kinds:
         number, layers = f"--drop-{kind}", f"--drop-{kind}-layers"
-        command = click.option(layers, type=Numbers(), help=f"Drop the {parts} of these layers, from 0, as in 3,5.")(
-            command
-        )
-        command = click.option(number, type=click.IntRange(0), help=f"Drop so many {parts}.")(command)
+        command = click.option(layers, type=Numbers(), help=f"Drop {these}, from 0, as in 3,5.")(command)
+        command = click.option(number, type=click.IntRange(0), help=f"Drop so many {some}.")(command)
     return command
 
 

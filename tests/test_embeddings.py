@@ -2,7 +2,6 @@ import gzip
 import itertools
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import peak_memory, write_jsonl
 
 from effir_search.ahead import ahead
 from effir_search.corpus import Document, read_corpus, scan_corpus
@@ -116,10 +115,7 @@ def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
         with gzip.open(path, "wt", compresslevel=1) as file:
             for number in range(num_documents):
                 file.write(json.dumps({"_id": f"d{number}", "text": f"sweet tea {number} " * 50}) + "\n")
-        job = subprocess.Popen(command(path, bert_folder, tmp_path / name, "--max-length", "16"))
-        _, status, usage = os.wait4(job.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss * 1024)
+        peaks.append(peak_memory(command(path, bert_folder, tmp_path / name, "--max-length", "16")))
         sizes.append(sum(len(content) for content in files_of(tmp_path / name).values()))
     growth, of_index = peaks[1] - peaks[0], sizes[1] - sizes[0]
     logging.info(f"peak memory grew by {growth / 1e6:.0f} MB, the index by {of_index / 1e6:.0f} MB")

@@ -316,9 +316,8 @@ def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_fo
 
 def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warmed_up(tmp_path, pruned, examples):
     data = Data(train=examples)
-    recipe = Recipe(
-        batch_size=4, epochs=2, max_steps=1000, warmup=0.25, schedule="constant", learning_rate=1e-3, eval_steps=1
-    )
+    order = {"batch_size": 4, "epochs": 2, "max_steps": 1000, "eval_steps": 1}
+    recipe = Recipe(**order, warmup=0.25, schedule="constant", learning_rate=1e-3)
     done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
     assert done.steps == 2 * 4 * len(RECORDS) / 4
     rates = [

@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -6,18 +7,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PRUNABLE, save_model, save_sentence_files
+from conftest import PRUNABLE, peak_memory, save_model, save_sentence_files, word_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from test_encoder import QUERIES, TEXTS
+from transformers import AutoModel, LlamaConfig
 
 from effir_search.encoder import Encoder
 from effir_search.info import describe_model
 from effir_search.model.checkpoint import hub_revision
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.model.surgery import prune
+from effir_search.pruning.prune import prune_encoder
 
 
 def pruned_encoder(folder, **options):
@@ -209,6 +212,46 @@ def test_a_model_that_is_not_pruned_is_saved_as_it_is(tmp_path, bert_folder):
     np.testing.assert_array_equal(saved.encode_queries(texts), encoder.encode_queries(texts))
     assert str(bert_folder) not in (tmp_path / "saved" / "config.json").read_text()
     assert "trust_remote_code" not in (tmp_path / "saved" / "README.md").read_text()
+
+
+# A text is encoded, since weights of the dtype that is asked for stay in the file until they are read.
+LOAD_AND_ENCODE = """
+import sys
+from effir_search.encoder import Encoder
+
+Encoder.from_pretrained(sys.argv[1], device="cpu", dtype="fp32").encode_documents(["the cat"])
+"""
+
+
+@pytest.fixture
+def large_folder(tmp_path):
+    """A Llama of 6 layers in float32, its MLPs 201 MB each, removed after the test."""
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=1024, intermediate_size=16384, num_hidden_layers=6, num_attention_heads=8,
+        max_position_embeddings=96, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path / "full")
+    word_tokenizer(bos=True).save_pretrained(tmp_path / "full")
+    yield tmp_path / "full"
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_pruned_model_takes_as_much_less_memory_as_was_dropped(large_folder):
+    pruned_folder = large_folder.with_name("pruned")
+    dropped = [1, 3, 4]
+    prune_encoder(str(large_folder), pruned_folder, numbers={}, layers={"mlp": dropped})
+    folders = [large_folder, pruned_folder]
+    peaks = [peak_memory([sys.executable, "-c", LOAD_AND_ENCODE, str(folder)]) for folder in folders]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
+    assert sizes[1] > 500e6
+    # Three matrices of 1,024 x 16,384 in float32 and a norm of 1,024 for each MLP.
+    of_dropped = len(dropped) * 4 * (3 * 1024 * 16384 + 1024)
+    assert sizes[0] - sizes[1] == pytest.approx(of_dropped, rel=1e-4)
+    saved = peaks[0] - peaks[1]
+    logging.info(f"peak memory: {peaks[0] / 1e6:.0f} MB full, {peaks[1] / 1e6:.0f} MB pruned")
+    logging.info(f"{saved / 1e6:.0f} MB less, {saved / of_dropped:.1%} of the {of_dropped / 1e6:.0f} MB dropped")
+    assert saved >= 0.9 * of_dropped
 
 
 def test_the_revision_is_that_of_the_cache(tmp_path):
