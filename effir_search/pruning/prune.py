@@ -78,7 +78,7 @@ def prune_encoder(
     calibration = sample_texts(sources, size=size, seed=seed) if sources else None
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, dtype="saved", **given)
-    base = {"base_model": _lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
+    base = {"base_model": lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
     encoder.model = prune(encoder.model, **base)  # nothing is dropped yet
     before = facts(encoder.model)
     reference = tokens = None
@@ -125,6 +125,6 @@ def describe_pruned(pruned: Pruned, output: Path) -> str:
     return "\n".join([*lines, f"-> {output}"])
 
 
-def _lasting_name(name: str) -> str:
-    """A hub name, or of a folder its last part: where it lay on this machine has no place in a model."""
+def lasting_name(name: str) -> str:
+    """Return a hub name, or of a file or folder its last part: where it lay on this machine has no place in a model."""
     return Path(name).resolve().name if Path(name).exists() else name
