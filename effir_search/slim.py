@@ -214,8 +214,8 @@ def _scored(
     every = torch.cat(list(scores.values()))
     if len(every) > 1 and every.min() == every.max():
         raise ValueError(
-            f"every unit has the same score, {every[0]:g}: the loss tells none from another; give negatives, more texts "
-            "a batch or another teacher"
+            f"every unit has the same score, {every[0]:g}: the loss tells none from another; give negatives, more "
+            "texts a batch or another teacher"
         )
     told = {"steps": number, "batch_size": scoring.batch_size, "bf16": scoring.bf16, "seed": scoring.seed}
     return scores, own | told | {"losses": asdict(losses), "max_length": encoder.config.max_length}
