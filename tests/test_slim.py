@@ -176,10 +176,12 @@ def test_weights_keep_their_dtype_and_values(tmp_path, bert_folder, data, dtype)
     assert slimmed.after["weights_bytes"] == 2 * slimmed.after["parameters"]
 
 
-def test_the_cosine_told_is_that_of_the_texts_before_and_after(tmp_path, bert_folder, texts, data):
+def test_the_cosine_told_is_that_of_the_texts_before_and_after(tmp_path, texts, data):
+    prompts = {"query": "what eats ", "document": "the cat "}
+    model = save_sentence_files(save_model(tmp_path / "model", "bert"), prompts=prompts)
     given = Data(queries=(texts,), teacher=data["texts"].teacher, num_texts=5)  # of 5 texts none is held out
-    slimmed = slim(bert_folder, tmp_path / "slim", 0.5, given, criterion="activation")
-    before, after = (Encoder.from_pretrained(path, dtype="fp32") for path in (bert_folder, tmp_path / "slim"))
+    slimmed = slim(model, tmp_path / "slim", 0.5, given, criterion="activation")
+    before, after = (Encoder.from_pretrained(path, dtype="fp32") for path in (model, tmp_path / "slim"))
     sample = sampled(read_texts(texts), 5, 0)
     a, b = before.encode_queries(sample), after.encode_queries(sample)
     assert slimmed.cosine == pytest.approx(float((a * b).sum(axis=1).mean()), abs=1e-5)
