@@ -18,6 +18,7 @@ REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
 DTYPE_HELP = "Arithmetic; auto is bf16 where the processor has it.  [default: auto; in a search, the index's]"
 CRITERIA = ("cosine", "embedding", "greedy")
+UNIT_CRITERIA = ("gates", "activation", "taylor", "magnitude", "random")
 SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
@@ -362,21 +363,108 @@ def prune(encoder: str, output: Path, **options: object) -> None:
     click.echo(describe_pruned(pruned, output))
 
 
+def data_options(command: Callable) -> Callable:
+    """Add the options that say what is learned from."""
+    options = [
+        click.option(
+            "--train", help="Examples: JSONL of query, positives, negatives or of their ids, or a BEIR folder."
+        ),
+        click.option("--corpus", help="Where the documents are, for examples that are ids."),
+        click.option("--topics", help="Where the queries are, for examples that are ids."),
+        click.option("--split", default="train", help="Qrels of a BEIR folder to train on."),
+        click.option(
+            "--negatives", type=click.IntRange(0), default=7, help="Hard negatives of an example that are used."
+        ),
+        click.option(
+            "--texts", multiple=True, help="Without labels: corpus or text file to imitate the teacher on; repeatable."
+        ),
+        click.option("--queries", multiple=True, help="The same, with the query prompt: topics or text file."),
+        click.option("--num-texts", type=click.IntRange(1), help="Take a sample of so many texts.  [default: all]"),
+        click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train."),
+        click.option("--reranker", help="Cross-encoder whose scores to learn with --train."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def loss_options(command: Callable) -> Callable:
+    """Add the options that say what is minimised."""
+    options = [
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, min_open=True),
+            help="Of InfoNCE and KL.  [default: 0.02; dot products: 1]",
+        ),
+        click.option(
+            "--teacher-temperature",
+            type=click.FloatRange(0, min_open=True),
+            help="Of the teacher's scores.  [default: 1; with --teacher: --temperature]",
+        ),
+        click.option("--distillation-weight", type=click.FloatRange(0), default=1.0, help="Of KL beside InfoNCE."),
+        click.option(
+            "--score-weight",
+            type=click.FloatRange(0),
+            default=10.0,
+            help="With --texts: of score matrices beside embeddings.",
+        ),
+        click.option("--matryoshka", "dimensions", type=Numbers(), help="Train vectors that can be cut: 384,256,128."),
+        click.option(
+            "--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.option("--encoder", required=True, help="Model folder or hub name, pruned or not.")
 @click.option("--output", type=PATH, required=True, help="New model folder.")
-@click.option("--train", help="Examples: JSONL of query, positives, negatives or of their ids, or a BEIR folder.")
-@click.option("--corpus", help="Where the documents are, for examples that are ids.")
-@click.option("--topics", help="Where the queries are, for examples that are ids.")
-@click.option("--split", default="train", help="Qrels of a BEIR folder to train on.")
-@click.option("--negatives", type=click.IntRange(0), default=7, help="Hard negatives of an example that are used.")
 @click.option(
-    "--texts", multiple=True, help="Without labels: corpus or text file to imitate the teacher on; repeatable."
+    "--narrow", type=click.FloatRange(0, 1, max_open=True), required=True, help="Share of the MLP units left to cut."
 )
-@click.option("--queries", multiple=True, help="The same, with the query prompt: topics or text file.")
-@click.option("--num-texts", type=click.IntRange(1), help="Take a sample of so many texts.  [default: all]")
-@click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train.")
-@click.option("--reranker", help="Cross-encoder whose scores to learn with --train.")
+@click.option(
+    "--criterion", type=click.Choice(UNIT_CRITERIA), default="gates", help="What tells which units matter least."
+)
+@data_options
+@click.option(
+    "--steps", type=click.IntRange(1), default=500, help="Batches to score on; but for gates, one pass at most."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples or texts a batch.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.01, help="Of the gates.")
+@click.option("--penalty", type=click.FloatRange(0), default=1e-8, help="Of open gates beside the loss.")
+@click.option("--floor", type=click.FloatRange(0, 1), default=0.05, help="Share of each layer's units that stays.")
+@click.option("--multiple", type=click.IntRange(1), default=1, help="Let widths be multiples of it.")
+@click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
+@loss_options
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of order, samples and random scores.")
+@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text that are read.  [default: the model's]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
+@click.option("--restart", is_flag=True, help="Discard the data that a stopped job has prepared.")
+def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
+    """Cut the units of a model's MLPs that a retrieval loss needs least, and save what is left.
+
+    The criteria magnitude and random read weights alone and need no texts.
+    """
+    from effir_search.slim import WITHOUT_TEXTS, Scoring, describe_slimmed, slim_encoder
+    from effir_search.training.objective import LossSettings
+
+    if options["criterion"] != "gates":
+        refuse(["learning_rate", "penalty"], "goes with --criterion gates")
+    if options["criterion"] in WITHOUT_TEXTS:
+        refuse(["steps", "batch_size", *LossSettings.__dataclass_fields__], "goes with criteria that score on texts")
+    scoring, losses = (taken(kind, options) for kind in (Scoring, LossSettings))
+    data = data_given(options)
+    slimmed = slim_encoder(encoder, output, narrow, data, scoring=scoring, losses=losses, **options)
+    click.echo(describe_slimmed(slimmed, output))
+
+
+@cli.command()
+@click.option("--encoder", required=True, help="Model folder or hub name, pruned or not.")
+@click.option("--output", type=PATH, required=True, help="New model folder.")
+@data_options
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.  [default: likeness to the teacher, with --texts]")
 @click.option("--dev-split", default="dev", help="Its qrels.")
 @click.option("--dev-queries", type=click.IntRange(1), default=200, help="Sample of its queries.")
@@ -400,23 +488,8 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 @click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), default=1.0, help="Of the gradient, at most.")
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory a layer, for a second forward pass.")
-@click.option("--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size.")
 @click.option("--dropout", is_flag=True, help="Dropout as the model's config says, instead of none.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, min_open=True),
-    help="Of InfoNCE and KL.  [default: 0.02; dot products: 1]",
-)
-@click.option(
-    "--teacher-temperature",
-    type=click.FloatRange(0, min_open=True),
-    help="Of the teacher's scores.  [default: 1; with --teacher: --temperature]",
-)
-@click.option("--distillation-weight", type=click.FloatRange(0), default=1.0, help="Of KL beside InfoNCE.")
-@click.option(
-    "--score-weight", type=click.FloatRange(0), default=10.0, help="With --texts: of score matrices beside embeddings."
-)
-@click.option("--matryoshka", "dimensions", type=Numbers(), help="Train vectors that can be cut: 384,256,128.")
+@loss_options
 @click.option("--eval-steps", type=click.IntRange(1), help="Steps between checkpoints.  [default: a twentieth of all]")
 @click.option("--patience", type=click.IntRange(1), help="End after so many checkpoints without a better one.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of order, sample, dropout and LoRA.")
@@ -449,7 +522,7 @@ def finetune(encoder: str, output: Path, full: bool, **options: object) -> None:
 
 def taken(kind: type, options: dict[str, object]) -> object:
     """Return a dataclass made of the options that are its fields, which are taken out; None is its default."""
-    values = {name: options.pop(name) for name in kind.__dataclass_fields__}
+    values = {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
     return kind(
         **{
             name: tuple(value) if isinstance(value, list) else value
@@ -457,6 +530,18 @@ def taken(kind: type, options: dict[str, object]) -> object:
             if value is not None
         }
     )
+
+
+def data_given(options: dict[str, object]) -> object:
+    """Return the ``Data`` that the options name, which are taken out; None where they name none."""
+    from effir_search.training.data import Data
+
+    if any(options[name] for name in ("train", "texts", "queries")):
+        return taken(Data, options)
+    refuse(Data.__dataclass_fields__, "goes with --train or --texts")
+    for name in Data.__dataclass_fields__:
+        options.pop(name, None)
+    return None
 
 
 @cli.command()

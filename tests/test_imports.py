@@ -72,12 +72,13 @@ ALLOWED = LEAVES | {
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "taught", "teachers")},
     "training.finetune": TRAINING,
+    "slim": PRUNING | {"pruning.prune", "pruning.width", "training.data", "training.examples", "training.objective"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
     "cli": SEARCH
     | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
-    | {"training.mine", "training.finetune", "training.objective"},
+    | {"slim", "training.mine", "training.data", "training.finetune", "training.objective"},
     "__main__": {"cli"},
 }
 HAS_PYSERINI = {"pyserini_bridge"}

@@ -1,0 +1,294 @@
+"""A model whose MLPs have fewer units, those that a retrieval loss needs least cut out for good: ``effir slim``."""
+
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effir_search.encoder import Encoder, computes_in_bf16, own_config
+from effir_search.files import refuse_existing
+from effir_search.job import job_folder
+from effir_search.model.arithmetic import facts, format_facts
+from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_model
+from effir_search.model.layers import mlp_widths
+from effir_search.model.surgery import prune
+from effir_search.pruning.width import UNIT_CRITERIA, choose_units
+from effir_search.training.data import DATA, Data, Loaded, hashes, load, objective_of, prepare, resolved
+from effir_search.training.examples import Example
+from effir_search.training.objective import LossSettings
+
+# Criteria that run nothing and so need no texts.
+WITHOUT_TEXTS = ("magnitude", "random")
+# Texts, or examples, whose embeddings before and after are compared.
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored.
+
+    Attributes:
+        criterion: A key of ``width.UNIT_CRITERIA``.
+        steps: Batches: of "gates" the steps of training, of other criteria at most one pass over the data.
+        batch_size: Examples or texts of a batch.
+        learning_rate: Of the gates.
+        penalty: Of open gates, the paper's lambda.
+        bf16: Compute the loss in bfloat16 beside float32 weights; None = where the processor does by itself.
+        seed: Of samples, order and random scores.
+    """
+
+    criterion: str = "gates"
+    steps: int = 500
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    penalty: float = 1e-8
+    bf16: bool | None = None
+    seed: int = 0
+
+
+class Slimmed(NamedTuple):
+    """What was done.
+
+    Attributes:
+        widths_before: Units by layer, those without MLP left out; layers have the numbers of the base model.
+        widths_after: The same of the model as it is.
+        before: ``arithmetic.facts`` of the model as it was.
+        after: Of the model as it is.
+        cosine: Between the embeddings of a sample of the texts before and after, the mean; None without texts.
+    """
+
+    widths_before: dict[int, int]
+    widths_after: dict[int, int]
+    before: dict[str, int]
+    after: dict[str, int]
+    cosine: float | None
+
+
+class Batches:
+    """Batches of prepared data, read when they are due; the same for the same seed, each time they are gone through.
+
+    Pass after pass is made over the data, each in an order of its own. What does not fill the last batch of a pass is
+    left out of that pass; data that do not fill one batch are a batch.
+    """
+
+    def __init__(self, loaded: Loaded, *, size: int, number: int, seed: int) -> None:
+        self.loaded, self.number, self.seed = loaded, number, seed
+        self.size = min(size, len(loaded.dataset))
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        """Yield what the objective takes."""
+        generator, dataset = random.Random(self.seed), self.loaded.dataset
+        left: list[int] = []
+        for _ in range(self.number):
+            if len(left) < self.size:
+                left = generator.sample(range(len(dataset)), len(dataset))
+            rows, left = left[: self.size], left[self.size :]
+            yield self.loaded.collate([dataset[row] for row in rows])
+
+
+def slim_encoder(
+    encoder_name: str,
+    output: Path,
+    narrow: float,
+    data: Data | None,
+    *,
+    scoring: Scoring,
+    losses: LossSettings,
+    floor: float = 0.05,
+    multiple: int = 1,
+    max_length: int | None = None,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    restart: bool = False,
+) -> Slimmed:
+    """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
+
+    A model that was pruned before is pruned further. No weight is changed, and weights keep their dtype; to fine-tune
+    the model is the next step.
+
+    Prepared data and the teacher's embeddings are in ``OUTPUT.slimming`` until the model is written. After a stop the
+    same call, or one with another criterion or share, uses them again; the units are scored, and gates learned, anew.
+
+    Args:
+        encoder_name: Model folder or hub name, pruned or not.
+        output: The new folder.
+        narrow: Share of all units left to cut, 0 < narrow < 1; see ``width.choose_units``.
+        data: What the loss is measured on; its ``dev`` is not used. The criteria in ``WITHOUT_TEXTS`` can do without:
+            only the cosine is measured on it then.
+        scoring: How units are scored.
+        losses: What the loss is.
+        floor: Share of each layer's own units that stays in any case.
+        multiple: Of which widths are to be multiples.
+        max_length: Tokens of a text that are read for this; the saved model keeps its own.
+        device: As ``Encoder.from_pretrained`` takes it.
+        batch_tokens: Padded tokens of a forward pass; None = by device.
+        restart: Discard what a stopped job left.
+
+    Raises:
+        ValueError: Nothing to cut, no texts, bad data, a loss that is not finite or at its minimum, a model that cannot
+            be pruned, or data other than those of the job that was stopped.
+        OSError: The folder exists, or a file cannot be read or written.
+    """
+    refuse_existing(output, replaces=())
+    criterion, seed = scoring.criterion, scoring.seed
+    if data is None and criterion not in WITHOUT_TEXTS:
+        raise ValueError(
+            f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
+        )
+    encoder = Encoder.from_pretrained(
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens
+    )
+    if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
+        raise ValueError(
+            "--criterion taylor: the teacher is the encoder itself, so the loss is at its minimum and tells no unit "
+            "from another; give labels, another teacher or another criterion"
+        )
+    base = {"base_model": lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
+    encoder.model = prune(encoder.model, **base)  # nothing is cut yet
+    before, widths = facts(encoder.model), _widths(encoder)
+    _refuse_what_cannot_be_cut(widths, narrow, floor, multiple)
+
+    bf16 = computes_in_bf16(encoder.device) if scoring.bf16 is None else scoring.bf16
+    scoring, saved = replace(scoring, bf16=bf16), encoder.dtype
+    if not (bf16 and saved == torch.bfloat16):
+        _convert(encoder, torch.float32)  # no value changes, then or on the way back
+    folder, job = output.with_name(f"{output.name}.slimming"), None
+    if data is not None:
+        job = {"data": asdict(data), "files": hashes(data), "seed": seed}
+    with job_folder(folder, job, restart=restart, keep=(DATA,)) if job else nullcontext():
+        loaded = sample = reference = cosine = None
+        if data is not None:
+            prepare(folder, data, seed, device, restart=restart)
+            loaded = load(folder, data, seed)
+            sample = _sample(loaded, seed)
+            reference = _embeddings(encoder, sample)
+        scores, settings = _scored(encoder, loaded, data, scoring, losses)
+        masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
+        record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
+        record |= {"narrow": narrow, "floor": floor, "multiple": multiple, "widths_before": _keyed(widths)}
+        prune(encoder.model, units=masks, record=record | ({"data": _named(data)} if data is not None else {}))
+        if reference is not None:
+            cosine = float(F.cosine_similarity(reference, _embeddings(encoder, sample), dim=-1).mean())
+        _convert(encoder, saved)
+        own = own_config(encoder.files, encoder.model, encoder.tokenizer)
+        encoder.config = replace(encoder.config, max_length=own.max_length)
+        encoder.save(output)
+    if data is not None:
+        shutil.rmtree(folder)
+    return Slimmed(widths, _widths(encoder), before, facts(encoder.model), cosine)
+
+
+def _scored(
+    encoder: Encoder, loaded: Loaded | None, data: Data | None, scoring: Scoring, losses: LossSettings
+) -> tuple[dict[int, Tensor], dict[str, object]]:
+    """Return the scores of all units by layer, and the settings that they depend on."""
+    criterion = UNIT_CRITERIA[scoring.criterion]
+    if scoring.criterion in WITHOUT_TEXTS:
+        settings = {"seed": scoring.seed} if scoring.criterion == "random" else {}
+        return criterion(encoder.model, **settings), settings
+    learns = scoring.criterion == "gates"
+    one_pass = max(1, len(loaded.dataset) // scoring.batch_size)
+    number = scoring.steps if learns else min(scoring.steps, one_pass)
+    own = {name: getattr(scoring, name) for name in ("learning_rate", "penalty")} if learns else {}
+    losses = resolved(losses, data, encoder)
+    objective = objective_of(encoder, data, losses)
+
+    def loss(batch: Mapping[str, object]) -> Tensor:
+        with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):
+            return objective(**batch)["loss"]
+
+    batches = Batches(loaded, size=scoring.batch_size, number=number, seed=scoring.seed)
+    scores = criterion(encoder.model, batches, loss, **own, **({"steps": number} if learns else {}))
+    every = torch.cat(list(scores.values()))
+    if len(every) > 1 and every.min() == every.max():
+        raise ValueError(
+            f"every unit has the same score, {every[0]:g}: the loss tells none from another; give negatives, more "
+            "texts a batch or another teacher"
+        )
+    told = {"steps": number, "batch_size": scoring.batch_size, "bf16": scoring.bf16, "seed": scoring.seed}
+    return scores, own | told | {"losses": asdict(losses), "max_length": encoder.config.max_length}
+
+
+def describe_slimmed(slimmed: Slimmed, output: Path) -> str:
+    """Return what ``slim_encoder`` did: widths and sizes before and after."""
+    rows = [("layer", "units", "left", "")]
+    for layer_idx, width in slimmed.widths_before.items():
+        left = slimmed.widths_after[layer_idx]
+        rows.append((str(layer_idx), f"{width:,}", f"{left:,}", f"{left / width:.1%}"))
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, columns)).rstrip() for row in rows]
+    lines += ["", format_facts(slimmed.before, slimmed.after, names=("before", "after")), ""]
+    if slimmed.cosine is not None:
+        lines.append(f"mean cosine of the embeddings to those before: {slimmed.cosine:.4f}")
+    return "\n".join([*lines, f"-> {output}"])
+
+
+def _refuse_what_cannot_be_cut(widths: Mapping[int, int], narrow: float, floor: float, multiple: int) -> None:
+    """Raise before any scoring what would be wrong after it."""
+    choose_units(
+        {layer_idx: torch.zeros(width) for layer_idx, width in widths.items()}, narrow, floor=floor, multiple=multiple
+    )
+    total = sum(widths.values())
+    if round(narrow * total) == 0:
+        raise ValueError(f"--narrow {narrow:g} of {total} units is none, so nothing would be cut; 0.3 is the paper's")
+
+
+def _is_its_own_teacher(encoder: Encoder, data: Data) -> bool:
+    return not data.train and resolve_model(data.teacher).resolve() == encoder.files.folder.resolve()
+
+
+def _convert(encoder: Encoder, dtype: torch.dtype) -> None:
+    encoder.model.to(dtype)
+    encoder.dtype = dtype
+
+
+def _sample(loaded: Loaded, seed: int) -> tuple[list[str], list[str]]:
+    """Return queries and documents whose embeddings are compared; an example gives its query and its positive."""
+    number = len(loaded.dataset)
+    queries, documents = [], []
+    for row in sorted(random.Random(seed).sample(range(number), min(SAMPLE, number))):
+        item = loaded.dataset[row]
+        if isinstance(item, Example):
+            queries.append(item.query)
+            documents.append(item.positive)
+        else:
+            (queries if item.query else documents).append(item.text)
+    return queries, documents
+
+
+def _embeddings(encoder: Encoder, sample: tuple[list[str], list[str]]) -> Tensor:
+    """Return ``(texts, dimension)`` float64 on the CPU."""
+    queries, documents = sample
+    vectors = np.concatenate([encoder.encode_queries(queries), encoder.encode_documents(documents)])
+    return torch.from_numpy(vectors).double()
+
+
+def _widths(encoder: Encoder) -> dict[int, int]:
+    return {layer_idx: width for layer_idx, width in enumerate(mlp_widths(encoder.model)) if width}
+
+
+def _keyed(widths: Mapping[int, int]) -> dict[str, int]:
+    return {str(layer_idx): width for layer_idx, width in widths.items()}
+
+
+def _named(data: Data) -> dict[str, object]:
+    """Return which data it was, in JSON types; of files and folders their own names, without where they lay."""
+    one = {name: getattr(data, name) for name in ("train", "corpus", "topics", "teacher", "reranker")}
+    named = {name: lasting_name(value) for name, value in one.items() if value}
+    named |= {
+        name: list(map(lasting_name, getattr(data, name))) for name in ("texts", "queries") if getattr(data, name)
+    }
+    if data.train:
+        return named | {"split": data.split, "negatives": data.negatives}
+    return named | {"num_texts": data.num_texts}
