@@ -72,7 +72,7 @@ ALLOWED = LEAVES | {
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "taught", "teachers")},
     "training.finetune": TRAINING,
-    "slim": PRUNING | {"pruning.prune", "pruning.width", "training.data", "training.examples", "training.objective"},
+    "slim": PRUNING | {"pruning.width", "training.data", "training.examples", "training.objective"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},

@@ -239,13 +239,13 @@ def test_a_job_that_was_killed_uses_the_teachers_embeddings_again(tmp_path, bert
     options += ["--steps", "3", "--batch-size", "8"]
     killed = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     work = tmp_path / "slim.slimming"
-    while not (work / "teacher-00000.npy").is_file():
+    while not (work / "data" / "teacher-00000.npy").is_file():
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert work.is_dir() and not (tmp_path / "slim").exists()
-    assert len(list(work.glob("teacher-*.npy"))) < 3
+    assert len(list((work / "data").glob("teacher-*.npy"))) < 3
     again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     answer, told = again.communicate()
     assert again.returncode == 0, told
@@ -259,7 +259,7 @@ def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(
     one = write_jsonl(tmp_path / "one.jsonl", [{"query": "hot soup", "positives": ["tomato"]}])
     with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
         slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)))
-    assert (tmp_path / "slim.slimming" / "examples.jsonl").is_file()
+    assert (tmp_path / "slim.slimming" / "data" / "examples.jsonl").is_file()
     with pytest.raises(ValueError, match="is of another job: data was .* --restart discards it"):
         slim(bert_folder, tmp_path / "slim", 0.3, given)
     slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)), criterion="activation")
