@@ -14,6 +14,7 @@ from effir_search.model.layers import KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.analyze import analyze, format_analysis
 from effir_search.pruning.calibration import sample_texts
+from effir_search.pruning.figures import curves_figure
 from effir_search.pruning.importance import CRITERIA, drift
 
 FILES = ["README.md", "analysis.json", "curves.csv", "curves.png", "importance.csv", "importance.png", "order.png"]
@@ -78,6 +79,18 @@ def test_figures_are_png_and_the_page_shows_them_and_the_scores(report):
     first = analysis.order["cosine"]["mlp"][0]
     (row,) = (line for line in page.split("### ")[1].splitlines() if line.startswith(f"| {first.layer_idx} |"))
     assert row.split("|")[1 + 1 + KINDS.index("mlp")].strip() == f"{first.score:.4f} (1)"
+
+
+def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(report):
+    _folder, analysis = report
+    figure = curves_figure(analysis)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(KINDS)
+    assert [panel.get_title("left") for panel in figure.axes] == list(CRITERIA)
+    for panel in figure.axes:
+        assert len(panel.lines) == len(KINDS)
+        assert not legend.get_window_extent().overlaps(panel.get_tightbbox())
 
 
 def test_a_pruned_model_s_report_says_what_is_gone(tmp_path, bert_folder, collection):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # Told apart also by those who see no colours (Okabe and Ito).
 COLORS = {"attention": "#0072b2", "mlp": "#d55e00", "block": "#555555"}
 MARKERS = {"attention": "o", "mlp": "s", "block": "^"}
-DASHES = {"cosine": "solid", "embedding": "dashed", "greedy": "dotted"}
 
 
 def importance_figure(analysis: Analysis) -> Figure:
@@ -57,20 +56,22 @@ def order_figure(analysis: Analysis) -> Figure:
 
 
 def curves_figure(analysis: Analysis) -> Figure:
-    """Return the drift of the embedding against the share of parameters that is left, a line a criterion and kind."""
-    figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
-    panel = figure.subplots()
-    for name, of_kinds in analysis.curves.items():
+    """Return a panel for each criterion: drift of the embedding against the share of parameters left, by kind."""
+    figure = Figure(figsize=(max(4.5 * len(analysis.curves), 5.5), 4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(analysis.curves), squeeze=False, sharex=True, sharey=True)[0]
+    for panel, (name, of_kinds) in zip(panels, analysis.curves.items(), strict=True):
         for kind, curve in of_kinds.items():
             _numbers, shares, drifts = np.array(curve).T
-            style = {"color": COLORS[kind], "marker": MARKERS[kind], "linestyle": DASHES[name], "markersize": 4}
-            panel.plot(100 * shares, drifts, label=f"{kind}, {name}", **style)
-    panel.invert_xaxis()
-    panel.set_xlabel("parameters left outside the embeddings (%)")
-    panel.set_ylabel("drift of the embedding, 1 - cos")
-    panel.set_ylim(bottom=0)
-    panel.legend(frameon=False, fontsize="small")
-    panel.spines[["top", "right"]].set_visible(False)
+            panel.plot(100 * shares, drifts, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
+        panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_xlim(102, -2)  # the smaller the model, the further to the right
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("drift of the embedding, 1 - cos")
+    figure.supxlabel("parameters left outside the embeddings (%)", fontsize="medium")
+    # Above the panels, since a line may be anywhere in them.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
 
 
