@@ -177,14 +177,14 @@ class Store:
                 self._write_manifest(settings, {})
                 return
         ours, theirs = asdict(settings), asdict(found)
-        differing = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
-        if differing == ["processor"]:
+        changed = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
+        if changed == ["processor"]:
             logger.warning(
                 "%s was begun on %s, this is %s: the last bits of vectors differ between the two",
                 *(self.path, found.processor, settings.processor),
             )
-        elif differing:
-            name = differing[0]
+        elif changed:
+            name = changed[0]
             ours, theirs = differing(ours[name], theirs[name])
             raise ValueError(
                 f"{self.path}: its embeddings are of another job: {name} is {theirs} there and {ours} now; "

@@ -731,7 +731,7 @@ def test_the_command_prints_what_it_made(tmp_path, base, lora):
 def test_layers_that_are_no_numbers_are_a_usage_error(tmp_path, dropped):
     arguments = ["convert", "--from", str(dropped), "--output", str(tmp_path / "pruned"), "--drop-mlp-layers", "1;3"]
     result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 2 and "'1;3' is not a list of layers such as 16,17,18" in result.output
+    assert result.exit_code == 2 and "'1;3' is not a list of numbers such as 16,17,18" in result.output
 
 
 def test_the_line_about_mistral_7b_has_the_figures_of_the_paper():

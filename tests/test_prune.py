@@ -173,6 +173,6 @@ def test_the_command_prunes_and_says_what_it_did(tmp_path, bert_folder, sources)
     assert mlp == ["mlp", "parameters", "12,608", "6,304", "50.0%"]
 
     refused = CliRunner().invoke(cli, [*arguments, "--drop-mlp-layers", "1,x"])
-    assert refused.exit_code == 2 and "'1,x' is not a list of layers such as" in refused.output
+    assert refused.exit_code == 2 and "'1,x' is not a list of numbers such as" in refused.output
     again = CliRunner().invoke(cli, arguments)
     assert again.exit_code == 1 and again.output.startswith(f"Error: {tmp_path / 'small'}: exists already")

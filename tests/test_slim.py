@@ -260,7 +260,7 @@ def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(
     with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
         slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)))
     assert (tmp_path / "slim.slimming" / "data" / "examples.jsonl").is_file()
-    with pytest.raises(ValueError, match="is of another job: data was .* --restart discards it"):
+    with pytest.raises(ValueError, match="is of another job: train was .* --restart discards it"):
         slim(bert_folder, tmp_path / "slim", 0.3, given)
     slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)), criterion="activation")
     assert not (tmp_path / "slim.slimming").exists()
