@@ -34,7 +34,7 @@ from tqdm import tqdm
 from effir_search.ahead import ahead
 from effir_search.corpus import CorpusHasher, Document, document_text
 from effir_search.encoder import Encoder, Tokens
-from effir_search.job import try_lock
+from effir_search.job import differing, try_lock
 from effir_search.model.checkpoint import dtype_name, read_json
 
 logger = logging.getLogger(__name__)
