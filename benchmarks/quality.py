@@ -8,13 +8,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from ir_measures import ScoredDoc
 
 from effir_search.corpus import read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
-from effir_search.index import scale
 from effir_search.model.arithmetic import count
+from effir_search.training.dev import search_exactly
 from effir_search.trec import read_qrels, read_topics
 
 RESAMPLES = 10_000
@@ -27,14 +26,7 @@ def per_query(encoder: Encoder, folder: Path) -> dict[str, float]:
     judged = {qrel.query_id for qrel in qrels}
     queries = [query for query in read_topics(folder / "queries.jsonl") if query.query_id in judged]
     documents = list(read_corpus(folder / "corpus.jsonl"))
-    query_vectors = scale(encoder.encode_queries([query.text for query in queries]), encoder.config)
-    scores = query_vectors @ scale(encoder.encode_documents(documents), encoder.config).T
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
-    run = [
-        ScoredDoc(query.query_id, documents[column].doc_id, float(scores[row, column]))
-        for row, query in enumerate(queries)
-        for column in best[row]
-    ]
+    run = search_exactly(encoder, queries, documents)
     found = evaluate_queries(run, qrels, measures, only_with_positives=True).per_query
     return {query_id: values[measures[0]] for query_id, values in found.items()}
 

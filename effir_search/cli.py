@@ -3,7 +3,7 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import click
@@ -60,6 +60,13 @@ def refuse(names: Iterable[str], why: str) -> None:
             raise click.UsageError(f"{parameter.opts[0]} {why}")
 
 
+def with_options(command: Callable, options: Sequence[Callable]) -> Callable:
+    """Return the command with these options, which its help shows in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def text_options(command: Callable) -> Callable:
     """Add the options that say how a text becomes one vector."""
     choice = click.Choice
@@ -70,9 +77,7 @@ def text_options(command: Callable) -> Callable:
         click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def encoder_options(command: Callable) -> Callable:
@@ -82,9 +87,7 @@ def encoder_options(command: Callable) -> Callable:
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return text_options(command)
+    return text_options(with_options(command, options))
 
 
 class Numbers(click.ParamType):
@@ -319,9 +322,7 @@ def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
             click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
         ]
-        for option in reversed(options):
-            command = option(command)
-        return command
+        return with_options(command, options)
 
     return add
 
@@ -383,9 +384,7 @@ def data_options(command: Callable) -> Callable:
         click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train."),
         click.option("--reranker", help="Cross-encoder whose scores to learn with --train."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def loss_options(command: Callable) -> Callable:
@@ -413,9 +412,7 @@ def loss_options(command: Callable) -> Callable:
             "--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 @cli.command()

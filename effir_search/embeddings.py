@@ -34,6 +34,7 @@ from tqdm import tqdm
 from effir_search.ahead import ahead
 from effir_search.corpus import CorpusHasher, Document, document_text
 from effir_search.encoder import Encoder, Tokens
+from effir_search.files import write_whole
 from effir_search.job import differing, try_lock
 from effir_search.model.checkpoint import dtype_name, read_json
 
@@ -303,10 +304,10 @@ class Store:
     def _write_manifest(self, settings: StoreSettings, parts: dict[int, Part]) -> None:
         record = {"settings": asdict(settings), "parts": {number: parts[number]._asdict() for number in sorted(parts)}}
         text = json.dumps(record, indent=1, ensure_ascii=False).encode("utf-8")
-        _write_whole(self.path / MANIFEST, lambda file: file.write(text))
+        write_whole(self.path / MANIFEST, lambda file: file.write(text))
 
     def _write(self, number: int, suffix: str, write: Callable[[IO[bytes]], object]) -> str:
-        return _write_whole(self._file(number, suffix), write)
+        return write_whole(self._file(number, suffix), write)
 
     def _file(self, number: int, suffix: str) -> Path:
         return self.path / f"part-{number:05}.{suffix}"
@@ -378,33 +379,6 @@ def encode_corpus(
     if extra := [number for number in finished if number >= num_parts]:
         raise ValueError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")
     return num_parts, hasher.hexdigest()
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
-    """Write a file under a temporary name, flush it to the disk, rename it; return its SHA-256.
-
-    The temporary name is always the same, so that what a killed job left is overwritten by the next one.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"cannot be written: {error.strerror or error}; is the disk full?", str(path)
-        ) from error
-    with open(temporary, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return sha256
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 import errno
 import gzip
+import hashlib
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -70,6 +71,33 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
             raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
         raise
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
+    """Write a file under a temporary name, flush it to the disk, rename it; return its SHA-256.
+
+    The temporary name is always the same, so that what a killed job left is overwritten by the next one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"cannot be written: {error.strerror or error}; is the disk full?", str(path)
+        ) from error
+    with open(temporary, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return sha256
 
 
 @contextmanager

@@ -163,13 +163,12 @@ def slim_encoder(
     scoring, saved = replace(scoring, bf16=bf16), encoder.dtype
     if not (bf16 and saved == torch.bfloat16):
         _convert(encoder, torch.float32)  # no value changes, then or on the way back
-    folder, job = output.with_name(f"{output.name}.slimming"), None
-    if data is not None:
-        job = {"data": asdict(data), "files": hashes(data), "seed": seed}
-    with job_folder(folder, job, restart=restart, keep=(DATA,)) if job else nullcontext():
+    folder = output.with_name(f"{output.name}.slimming")
+    # All that is kept for a job after a stop is the data, which has settings of its own.
+    with job_folder(folder, {}, keep=(DATA,)) if data is not None else nullcontext():
         loaded = sample = reference = cosine = None
         if data is not None:
-            prepare(folder, data, seed, device, restart=restart)
+            prepare(folder, data, seed, device, files=hashes(data), restart=restart)
             loaded = load(folder, data, seed)
             sample = _sample(loaded, seed)
             reference = _embeddings(encoder, sample)

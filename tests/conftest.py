@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,15 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_f
     index_dir = tmp_path_factory.mktemp("indexes") / "toy"
     index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir, dtype="fp32")
     return index_dir
+
+
+def kill_when_there(process: subprocess.Popen, file: Path) -> None:
+    """Kill a process at work with SIGKILL as soon as it has written a file."""
+    while not file.is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:

@@ -1,10 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, save_model, save_sentence_files, word_tokenizer, write_jsonl
+from conftest import (
+    DOCUMENTS,
+    QRELS,
+    TOPICS,
+    WORDS,
+    kill_when_there,
+    save_model,
+    save_sentence_files,
+    word_tokenizer,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
@@ -252,11 +260,7 @@ def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
     assert whole.wait() == 0, whole.stderr.read()
     killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
     work = tmp_path / "killed.training"
-    while not (work / "checkpoint-12" / "trainer_state.json").is_file():
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    kill_when_there(killed, work / "checkpoint-12" / "trainer_state.json")
     assert not (tmp_path / "killed").exists()
     latest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     (latest.with_name("checkpoint-999")).mkdir()  # as if it had been killed while it wrote one more

@@ -68,7 +68,7 @@ ALLOWED = LEAVES | {
     "training.objective": ENCODER | {"encoder", "training.losses", "training.examples"},
     "training.taught": ENCODER | {"encoder", "training.lines"},
     "training.dev": BRIDGE | {"evaluate", "training.taught"},
-    "training.trainer": {"files", "training.dev", "training.objective"},
+    "training.trainer": {"files", "model.checkpoint", "training.dev", "training.objective"},
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "taught", "teachers")},
     "training.finetune": TRAINING,

@@ -1,16 +1,14 @@
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, save_model, save_sentence_files, write_jsonl
+from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
 
 from effir_search import cli
 from effir_search.cli import cli as command
@@ -239,11 +237,7 @@ def test_a_job_that_was_killed_uses_the_teachers_embeddings_again(tmp_path, bert
     options += ["--steps", "3", "--batch-size", "8"]
     killed = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     work = tmp_path / "slim.slimming"
-    while not (work / "data" / "teacher-00000.npy").is_file():
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    kill_when_there(killed, work / "data" / "teacher-00000.npy")
     assert work.is_dir() and not (tmp_path / "slim").exists()
     assert len(list((work / "data").glob("teacher-*.npy"))) < 3
     again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))

@@ -83,6 +83,8 @@ def test_workers_die_with_their_parent(tmp_path, how):
         "from test_workers import write_pid_and_wait\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        # A shell starts what it runs in the background with SIGINT ignored, and its children inherit that.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    run_workers(write_pid_and_wait, [Path({str(tmp_path)!r}) / name for name in 'ab'])\n"
     )
     (tmp_path / "program.py").write_text(program)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.files import whole_folder
 from effir_search.model.arithmetic import count, empty_model
-from effir_search.model.checkpoint import dtype_name, quiet_transformers
+from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers
 from effir_search.model.modeling_effir import EffirConfig, EffirModel
 from effir_search.model.sentence_files import SentenceFiles, write_sentence_files
 
@@ -149,7 +149,7 @@ All settings, hashes of the data and the log are in `{TRAINING_FILE}`.
 
 def _names(*sources: str | None) -> str:
     """Hub names as they are, of files and folders their last part."""
-    return ", ".join(Path(source).name if Path(source).exists() else source for source in sources if source)
+    return ", ".join(lasting_name(source) for source in sources if source)
 
 
 def _layers(layers: list[int], num_hidden_layers: int) -> str:

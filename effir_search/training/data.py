@@ -86,7 +86,7 @@ class Loaded(NamedTuple):
     held_out: list[TaughtText]
 
 
-def prepare(folder: Path, data: Data, seed: int, device: str, *, restart: bool = False) -> None:
+def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str, str], restart: bool = False) -> None:
     """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
     Args:
@@ -94,6 +94,7 @@ def prepare(folder: Path, data: Data, seed: int, device: str, *, restart: bool =
         data: What is learned from.
         seed: Of the sample of texts.
         device: Of the teacher, as ``Encoder.from_pretrained`` takes it.
+        files: The data's ``hashes``.
         restart: Discard data that is there and of other settings, instead of raising.
 
     Raises:
@@ -101,7 +102,7 @@ def prepare(folder: Path, data: Data, seed: int, device: str, *, restart: bool =
         OSError: A file cannot be read or written.
     """
     settings = {name: value for name, value in asdict(data).items() if not name.startswith("dev")}
-    settings = json.loads(json.dumps(settings | {"seed": seed, "files": hashes(replace(data, dev=None))}))
+    settings = json.loads(json.dumps(settings | {"seed": seed, "files": files}))
     folder = folder / DATA
     with job_folder(folder, settings, restart=restart and read_settings(folder) != settings):
         if not data.train:
@@ -143,11 +144,16 @@ def objective_of(encoder: Encoder, data: Data, losses: LossSettings) -> Objectiv
 
 
 def hashes(data: Data) -> dict[str, str]:
-    """Return the SHA-256 of every file that is learned from or measured on, by name."""
-    files = [*_files(data.train, data.split), *_files(data.dev, data.dev_split)]
+    """Return the SHA-256 of every file that is learned from, by name."""
+    files = _files(data.train, data.split)
     for name in (*data.texts, *data.queries, data.corpus, data.topics, data.teacher, data.reranker):
         files += _files(name)
     return {str(file): file_sha256(file) for file in files}
+
+
+def dev_hashes(data: Data) -> dict[str, str]:
+    """Return the SHA-256 of every file that is measured on, by name."""
+    return {str(file): file_sha256(file) for file in _files(data.dev, data.dev_split)}
 
 
 def _files(name: str | None, split: str | None = None) -> list[Path]:

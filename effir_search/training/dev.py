@@ -1,7 +1,7 @@
 """How good an encoder is while it is trained: nDCG@10 on a split that is no test, or likeness to the teacher."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from effir_search.corpus import Document, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
-from effir_search.training.taught import TaughtText
+from effir_search.training.taught import TaughtText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
 
 # Name of a figure and the function that measures it; larger is better.
@@ -62,20 +62,27 @@ def read_dev_split(
     return DevSplit(queries, documents, qrels)
 
 
+def search_exactly(
+    encoder: Encoder, queries: Sequence[Query], documents: Sequence[Document], *, k: int = 100
+) -> list[ScoredDoc]:
+    """Return each query's best documents by the model's similarity to all of them, which are in memory."""
+    document_vectors = scale(encoder.encode_documents(documents), encoder.config)
+    query_vectors = scale(encoder.encode_queries([query.text for query in queries]), encoder.config)
+    scores = query_vectors @ document_vectors.T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return [
+        ScoredDoc(query.query_id, documents[column].doc_id, float(scores[row, column]))
+        for row, query in enumerate(queries)
+        for column in best[row]
+    ]
+
+
 def ndcg(split: DevSplit) -> Measure:
     """Return nDCG@10 of an encoder's exact search in a dev split."""
     measures = parse_measures("nDCG@10")
 
     def measure(encoder: Encoder) -> float:
-        documents = scale(encoder.encode_documents(split.documents), encoder.config)
-        queries = scale(encoder.encode_queries([query.text for query in split.queries]), encoder.config)
-        scores = queries @ documents.T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
-        run = [
-            ScoredDoc(query.query_id, split.documents[column].doc_id, float(scores[row, column]))
-            for row, query in enumerate(split.queries)
-            for column in best[row]
-        ]
+        run = search_exactly(encoder, split.queries, split.documents)
         return float(evaluate(run, split.qrels, measures)[measures[0]])
 
     return "nDCG@10", measure
@@ -91,16 +98,14 @@ def likeness(texts: list[TaughtText]) -> Measure:
     expected = _cosines(teacher)[upper]
 
     def measure(encoder: Encoder) -> float:
-        embeddings = np.zeros((len(texts), encoder.dimension), dtype=np.float32)
-        for query, encode in ((True, encoder.encode_queries), (False, encoder.encode_documents)):
-            rows = [row for row, text in enumerate(texts) if text.query == query]
-            embeddings[rows] = encode([texts[row].text for row in rows])
+        embeddings = encode_texts(encoder, [text.text for text in texts], [text.query for text in texts])
         return float(np.corrcoef(_cosines(embeddings)[upper], expected)[0, 1])
 
     return "likeness", measure
 
 
 def _cosines(embeddings: np.ndarray) -> np.ndarray:
+    # Not torch's, which would be bfloat16 while an encoder is measured in training.
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(lengths == 0, 1, lengths)
     return unit @ unit.T

@@ -24,9 +24,9 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from effir_search.encoder import Encoder, computes_in_bf16, own_config
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
-from effir_search.model.checkpoint import lasting_name, quiet_transformers
+from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
 from effir_search.model.layers import lora_targets
-from effir_search.training.data import DATA, Data, Loaded, hashes, load, objective_of, prepare, resolved
+from effir_search.training.data import DATA, Data, Loaded, dev_hashes, hashes, load, objective_of, prepare, resolved
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.objective import LossSettings, Objective
 from effir_search.training.trainer import ObjectiveTrainer, Shuffled, last_whole_checkpoint, load_trained, plain_log
@@ -158,12 +158,13 @@ def finetune(
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
     recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder)
+    files = hashes(data)
     settings = {
         "model": lasting_name(encoder_name),
         "model_sha256": encoder.weights_sha256,
         "encoder": asdict(encoder.config),
         "data": asdict(data),
-        "files": hashes(data),
+        "files": files | dev_hashes(data),
         "recipe": asdict(recipe),
         "losses": asdict(losses),
         "processes": process.num_processes,
@@ -177,7 +178,7 @@ def finetune(
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            prepare(folder, data, recipe.seed, device, restart=restart)
+            prepare(folder, data, recipe.seed, device, files=files, restart=restart)
         process.wait_for_everyone()
         loaded = load(folder, data, recipe.seed)
         if measure is None and len(loaded.held_out) > 2:
@@ -271,7 +272,7 @@ def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe
             with whole_file(file) as out:
                 out.write(json.dumps(outcome, indent=1) + "\n")
         PartialState().wait_for_everyone()
-    outcome = json.loads(file.read_text(encoding="utf-8"))
+    outcome = read_json(file)
     load_trained(objective, folder / f"checkpoint-{outcome['best_step']}")
     if measure and outcome["best"] <= outcome["before"]:
         told = f"{measure[0]} was {outcome['before']:.4f} before training and at best {outcome['best']:.4f} after it"

@@ -110,7 +110,9 @@ class RetrievalObjective(Objective):
         """Return the loss of embeddings; ``column`` tells which row of ``documents`` a text is."""
         device, texts = documents.device, list(column)
         keys = torch.tensor([document_key(text) for text in texts], device=device)
-        all_documents, all_keys, start = _gathered(documents), _gathered(keys), _rows_before(len(texts))
+        sizes = _sizes(len(texts))
+        all_documents, all_keys = _gathered(documents, sizes), _gathered(keys, sizes)
+        start = sum(sizes[: _rank()])
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
         known = [torch.tensor(example.known, device=device) for example in examples]
         left_out = torch.stack([torch.isin(all_keys, of_query) for of_query in known]) | _repeated(all_keys)
@@ -169,7 +171,8 @@ class ImitationObjective(Objective):
             return self._loss(student, teacher)
 
     def _loss(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        student_all, teacher_all = _gathered(student), _gathered(teacher)
+        sizes = _sizes(len(student))
+        student_all, teacher_all = _gathered(student, sizes), _gathered(teacher, sizes)
         terms: dict[str, list[Tensor]] = {"embedding": [], "scores": []}
         for size in self.settings.dimensions or (student.shape[1],):
             part, part_all = student[:, :size], student_all[:, :size]
@@ -212,40 +215,36 @@ def _repeated(keys: Tensor) -> Tensor:
     return first < torch.arange(len(keys), device=keys.device)
 
 
-def _several_devices() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _sizes(rows: int) -> list[int]:
-    """The numbers of rows of all processes."""
+    """Return the numbers of rows of all processes, this one's ``rows`` among them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [rows]
     sizes: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(sizes, rows)
     return sizes
 
 
-def _rows_before(rows: int) -> int:
-    """The number of rows of the processes before this one."""
-    return sum(_sizes(rows)[: dist.get_rank()]) if _several_devices() else 0
-
-
-def _gathered(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return the rows of all processes, in their order; gradients flow to the process that a row comes from."""
-    return _Gather.apply(tensor) if _several_devices() else tensor
+    return _Gather.apply(tensor, sizes) if len(sizes) > 1 else tensor
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:
-        sizes = _sizes(len(tensor))
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-        ctx.start, ctx.rows = sum(sizes[: dist.get_rank()]), len(tensor)
+        ctx.start, ctx.rows = sum(sizes[: _rank()]), len(tensor)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient[ctx.start : ctx.start + ctx.rows]
+        return gradient[ctx.start : ctx.start + ctx.rows], None

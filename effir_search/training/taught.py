@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from effir_search.encoder import Encoder
-from effir_search.files import whole_file
+from effir_search.files import whole_file, write_whole
 from effir_search.texts import read_texts, sampled
 from effir_search.training.lines import Lines
 
@@ -90,15 +89,19 @@ def teach(lines: Lines, teacher: Encoder, folder: Path) -> None:
     ) as progress:
         for start in missing:
             records = [lines[number] for number in range(start, min(start + PART_SIZE, len(lines)))]
-            embeddings = np.zeros((len(records), teacher.dimension), dtype=np.float32)
-            for query, encode in ((True, teacher.encode_queries), (False, teacher.encode_documents)):
-                rows = [row for row, record in enumerate(records) if record["query"] == query]
-                embeddings[rows] = encode([records[row]["text"] for row in rows])
-            temporary = _part(folder, start).with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, embeddings, allow_pickle=False)
-            os.replace(temporary, _part(folder, start))
+            texts, queries = ([record[name] for record in records] for name in ("text", "query"))
+            embeddings = encode_texts(teacher, texts, queries)
+            write_whole(_part(folder, start), lambda file, embeddings=embeddings: np.save(file, embeddings))
             progress.update(len(records))
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str], queries: Sequence[bool]) -> np.ndarray:
+    """Return ``(texts, dimension)`` float32, each text encoded as the query or the document it is."""
+    embeddings = np.zeros((len(texts), encoder.dimension), dtype=np.float32)
+    for kind, encode in ((True, encoder.encode_queries), (False, encoder.encode_documents)):
+        rows = [row for row, query in enumerate(queries) if query == kind]
+        embeddings[rows] = encode([texts[row] for row in rows])
+    return embeddings
 
 
 class TaughtTexts:

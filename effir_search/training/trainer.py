@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from effir_search.files import whole_file
+from effir_search.model.checkpoint import read_json
 from effir_search.training.dev import Measure
 from effir_search.training.objective import Objective
 
@@ -143,7 +144,7 @@ class ObjectiveTrainer(Trainer):
         load_trained(self.objective, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_trained(self.objective, Path(self.state.best_model_checkpoint))
+        """Leave it to the caller, who takes the best weights also of a job that was stopped after its last step."""
 
 
 def trained_parameters(objective: Objective) -> Iterator[tuple[str, nn.Parameter]]:
@@ -190,7 +191,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     )
     for checkpoint in numbered:
         try:
-            json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            read_json(checkpoint / STATE_FILE)
             read_weights(checkpoint)
         except (OSError, ValueError) as error:
             logger.warning("%s is not whole and is passed over (%s)", checkpoint, error)
