@@ -542,6 +542,95 @@ def data_given(options: dict[str, object]) -> object:
 
 
 @cli.command()
+@click.option("--recipe", "recipe_file", type=PATH, help="TOML file with all settings; options here come before it.")
+@click.option("--encoder", help="Model folder or hub name.  [default: the recipe's]")
+@click.option("--output", type=PATH, required=True, help="New model folder; OUTPUT.stages gets that of each stage.")
+@click.option("--drop-mlp", type=click.IntRange(0), help="MLPs to drop.  [default: half of them]")
+@click.option("--drop-attention", type=click.IntRange(0), help="Attentions to drop.  [default: 0]")
+@click.option("--drop-block", type=click.IntRange(0), help="Whole layers to drop.  [default: 0]")
+@click.option(
+    "--criterion", type=click.Choice(CRITERIA), help="What tells which to drop.  [default: cosine; no labels: greedy]"
+)
+@click.option(
+    "--narrow", type=click.FloatRange(0, 1, max_open=True), help="Share of the units left to cut.  [default: 0.3]"
+)
+@click.option("--unit-criterion", type=click.Choice(UNIT_CRITERIA), help="What tells which units.  [default: gates]")
+@data_options
+@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read in training.  [default: the model's]")
+@click.option(
+    "--lora-rank", type=click.IntRange(0), help="Train LoRA; 0 = all weights.  [default: 32 from 1 billion on]"
+)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Highest.  [default: as effir finetune]")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples or texts a step.  [default: 64]")
+@click.option(
+    "--max-steps", type=click.IntRange(1), help="Steps of fine-tuning, at most.  [default: 1 pass; no labels: 2000]"
+)
+@click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
+@click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
+@click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
+@click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
+@click.option("--plan", is_flag=True, help="Print the whole recipe and the sizes it leads to, and stop.")
+def compress(
+    recipe_file: Path | None,
+    output: Path,
+    device: str,
+    batch_tokens: int | None,
+    restart: bool,
+    plan: bool,
+    **options: object,
+) -> None:
+    """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; after a stop, the same command continues.
+
+    All but --encoder, --output and --train (or --texts) has defaults: the paper's, or without labels those for small
+    encoders. A recipe has these options and all others of prune, slim and finetune.
+    """
+    from effir_search.compress import compress, describe_compressed, describe_plan
+    from effir_search.recipe import as_compression, merged, read_recipe
+
+    given = read_recipe(recipe_file) if recipe_file else {}
+    compression = as_compression(merged(given, given_settings(options)), where=str(recipe_file or "the recipe"))
+    if plan:
+        click.echo(describe_plan(compression))
+        return
+    measured = compress(compression, output, device=device, batch_tokens=batch_tokens, restart=restart)
+    if measured is not None:
+        click.echo(describe_compressed(measured, output))
+
+
+# Where in a recipe the options of ``compress`` belong that are not in its [data].
+IN_RECIPE = {
+    "encoder": (),
+    "max_length": (),
+    "seed": (),
+    "drop_mlp": ("prune",),
+    "drop_attention": ("prune",),
+    "drop_block": ("prune",),
+    "criterion": ("prune",),
+    "narrow": ("slim",),
+    "unit_criterion": ("slim", "criterion"),
+    "lora_rank": ("finetune",),
+    "learning_rate": ("finetune",),
+    "batch_size": ("finetune",),
+    "max_steps": ("finetune",),
+    "collections": ("evaluate",),
+}
+
+
+def given_settings(options: dict[str, object]) -> dict[str, object]:
+    """Return the options that were given, as a recipe has them."""
+    context = click.get_current_context()
+    settings: dict[str, object] = {}
+    for name, value in options.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            section, field = (*IN_RECIPE.get(name, ("data",)), name)[:2] if IN_RECIPE.get(name) != () else (None, name)
+            home = settings.setdefault(section, {}) if section else settings
+            home[field] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+@cli.command()
 @click.option("--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name.")
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")

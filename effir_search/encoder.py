@@ -175,7 +175,7 @@ class Encoder:
         """
         folder = resolve_model(path)
         files = read_sentence_files(folder)
-        torch_device = _device(device)
+        torch_device = chosen_device(device)
         head = load_head(files.head).to(torch_device) if files.head else None
         model = load_transformer(files.transformer_folder, dtype=_dtype(dtype, torch_device), device=torch_device)
         tokenizer = load_tokenizer(files.transformer_folder, model)
@@ -204,7 +204,14 @@ class Encoder:
         pack(self.model)
         return self
 
-    def save(self, output: Path, *, training: dict | None = None) -> None:
+    def save(
+        self,
+        output: Path,
+        *,
+        training: dict | None = None,
+        beside: Mapping[str, str] | None = None,
+        measured: str = "",
+    ) -> None:
         """Save the model with its tokenizer and settings as a folder of its own.
 
         Loaded from there, the encoder gives the same vectors. What ``append_eos`` added is then part of the tokenizer.
@@ -212,12 +219,15 @@ class Encoder:
         Args:
             output: The new folder.
             training: How the model was trained, kept beside it; JSON types.
+            beside: Text files to lie beside it, by name.
+            measured: A last section of the model card.
 
         Raises:
             OSError: ``output`` exists, or cannot be written.
         """
         settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
-        save_model(self.model, self.tokenizer, self.files._replace(**settings), output, training=training)
+        files = self.files._replace(**settings)
+        save_model(self.model, self.tokenizer, files, output, training=training, beside=beside or {}, measured=measured)
 
     @cached_property
     def dimension(self) -> int:
@@ -493,7 +503,12 @@ def _position_offset(model: nn.Module) -> int:
     return 0
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
+    """Return the device of a name: "auto" is a GPU if there is one, under a launcher each process its own.
+
+    Raises:
+        ValueError: No such device.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Scoring:
         seed: Of samples, order and random scores.
     """
 
-    criterion: str = "gates"
+    criterion: Literal["gates", "activation", "taylor", "magnitude", "random"] = "gates"
     steps: int = 500
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -111,6 +111,7 @@ def slim_encoder(
     device: str = "auto",
     batch_tokens: int | None = None,
     restart: bool = False,
+    prepared: Path | None = None,
 ) -> Slimmed:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
 
@@ -134,6 +135,7 @@ def slim_encoder(
         device: As ``Encoder.from_pretrained`` takes it.
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left.
+        prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.slimming``.
 
     Raises:
         ValueError: Nothing to cut, no texts, bad data, a loss that is not finite or at its minimum, a model that cannot
@@ -168,8 +170,8 @@ def slim_encoder(
     with job_folder(folder, {}, keep=(DATA,)) if data is not None else nullcontext():
         loaded = sample = reference = cosine = None
         if data is not None:
-            prepare(folder, data, seed, device, files=hashes(data), restart=restart)
-            loaded = load(folder, data, seed)
+            prepare(prepared or folder, data, seed, device, files=hashes(data), restart=restart)
+            loaded = load(prepared or folder, data, seed)
             sample = _sample(loaded, seed)
             reference = _embeddings(encoder, sample)
         scores, settings = _scored(encoder, loaded, data, scoring, losses)

@@ -1,7 +1,9 @@
 """Save a model as a folder that everything loads: transformers, sentence-transformers, peft, this project."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +37,8 @@ def save_model(
     output: Path,
     *,
     training: dict | None = None,
+    beside: Mapping[str, str] = MappingProxyType({}),
+    measured: str = "",
 ) -> None:
     """Write a model folder, whole or not at all: weights in the model's dtype, tokenizer, settings, model card.
 
@@ -46,6 +50,8 @@ def save_model(
         files: What the folder is to say; see ``write_sentence_files``.
         output: The new folder.
         training: How it was trained, which becomes ``training.json`` and a part of the card; JSON types.
+        beside: Text files to lie beside it, by name.
+        measured: A last section of the card.
 
     Raises:
         OSError: ``output`` exists, or cannot be written.
@@ -62,7 +68,9 @@ def save_model(
         if training is not None:
             text = json.dumps(training, indent=1, ensure_ascii=False)
             (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        card = model_card(model, output.name, training=training)
+        for name, text in beside.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        card = model_card(model, output.name, training=training) + (f"\n{measured}" if measured else "")
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -70,7 +70,7 @@ class Recipe:
     epochs: float = 1
     max_steps: int | None = None
     warmup: float = 0.1
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool | None = None
@@ -117,6 +117,7 @@ def finetune(
     batch_tokens: int | None = None,
     restart: bool = False,
     keep_checkpoints: bool = False,
+    prepared: Path | None = None,
     **text_options: object,
 ) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
@@ -135,6 +136,7 @@ def finetune(
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
+        prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
         text_options: Pooling and prompts as ``Encoder.from_pretrained`` takes them, which the saved model keeps.
 
     Returns:
@@ -171,16 +173,16 @@ def finetune(
     }
     dtype = encoder.dtype
     # What can be wrong is found before hours go into teachers' scores.
-    _check(recipe, data)
+    check_training(recipe, data)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
     objective = objective_of(encoder, data, losses)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            prepare(folder, data, recipe.seed, device, files=files, restart=restart)
+            prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart)
         process.wait_for_everyone()
-        loaded = load(folder, data, recipe.seed)
+        loaded = load(prepared or folder, data, recipe.seed)
         if measure is None and len(loaded.held_out) > 2:
             measure = likeness(loaded.held_out)
         if recipe.patience and measure is None:
@@ -214,8 +216,8 @@ def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
 
 
-def _check(recipe: Recipe, data: Data) -> None:
-    """Raise ValueError for what does not fit this machine or this data."""
+def check_training(recipe: Recipe, data: Data) -> None:
+    """Raise ValueError or OSError for what does not fit this machine or this data."""
     for package in recipe.log_to:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
@@ -223,6 +225,8 @@ def _check(recipe: Recipe, data: Data) -> None:
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
     if not data.train and (ignored := [name for name in ("corpus", "topics", "reranker") if getattr(data, name)]):
         raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
+    if data.dev and not (qrels := Path(data.dev) / "qrels" / f"{data.dev_split}.tsv").is_file():
+        raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 
 
 def _dev_measure(data: Data) -> Measure | None:

@@ -1,0 +1,188 @@
+"""Two models side by side: nDCG@10 on test collections through the whole path, sizes, documents a second."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from effir_search.encoder import Encoder
+from effir_search.evaluate import evaluate_queries, parse_measures
+from effir_search.index import index_corpus
+from effir_search.model.arithmetic import empty_model, facts
+from effir_search.search import search_topics
+from effir_search.trec import read_qrels, read_run
+
+RESAMPLES = 10_000
+# Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn.
+ROUNDS, TURN = 3, 64
+HITS = 100
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured; of two figures the first is the full model's.
+
+    Attributes:
+        sizes: ``arithmetic.facts``, FLOPs those of a text of the mean length.
+        tokens: Of a text, the mean.
+        speed: Documents encoded a second, medians of the rounds.
+        speedup: The median of the rounds' ratios.
+        cosine: Between both models' embeddings of a text, the mean.
+        ndcg: By collection nDCG@10, the mean over judged queries with a relevant document.
+        queries: By collection, how many these are.
+        kept: The share of the full model's mean over collections that the other keeps, with the ends of its 95 %
+            interval; None without collections.
+    """
+
+    sizes: tuple[dict[str, int], dict[str, int]]
+    tokens: float
+    speed: tuple[float, float]
+    speedup: float
+    cosine: float
+    ndcg: dict[str, tuple[float, float]]
+    queries: dict[str, int]
+    kept: tuple[float, float, float] | None
+
+
+def benchmark(
+    full: str,
+    compressed: str,
+    folder: Path,
+    *,
+    texts: Sequence[str],
+    collections: Sequence[str] = (),
+    split: str = "test",
+    seed: int = 0,
+    **options: object,
+) -> Benchmark:
+    """Measure a model beside the one it was made from; runs stay in a folder and are not made again.
+
+    Args:
+        full: Model folder or hub name.
+        compressed: The other.
+        folder: Gets ``COLLECTION-full.trec`` and ``COLLECTION-compressed.trec``.
+        texts: Documents that speed and cosine are measured on.
+        collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
+        split: Name of the qrels.
+        seed: Of the bootstrap.
+        options: As ``Encoder.from_pretrained`` takes them; None = its default.
+
+    Raises:
+        ValueError: A bad model or collection.
+        OSError: A file cannot be read or written.
+    """
+    roles = {"full": full, "compressed": compressed}
+    given = {name: value for name, value in options.items() if value is not None}
+    figures = {}
+    for collection in map(Path, collections):
+        qrels = str(collection / "qrels" / f"{split}.tsv")
+        runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
+        for role, run in runs.items():
+            if not run.is_file():
+                _search(collection, qrels, roles[role], run, given)
+        figures[collection.name] = ndcg_per_query(list(runs.values()), qrels)
+    encoders = [Encoder.from_pretrained(name, **given) for name in roles.values()]
+    tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
+    length = statistics.mean(map(len, tokens.input_ids))
+    sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
+    speeds, cosine = _encode_in_turns(encoders, texts)
+    shares = kept_shares(figures, seed=seed)[:, 1] if figures else None
+    return Benchmark(
+        sizes=(sizes[0], sizes[1]),
+        tokens=length,
+        speed=(statistics.median(speeds[:, 0]), statistics.median(speeds[:, 1])),
+        speedup=statistics.median(speeds[:, 1] / speeds[:, 0]),
+        cosine=cosine,
+        ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in figures.items()},
+        queries={name: values.shape[1] for name, values in figures.items()},
+        kept=(float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist()) if figures else None,
+    )
+
+
+def _search(collection: Path, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
+    """Index a collection, search its judged topics, write the run; the index goes."""
+    index_dir = run.with_suffix(".index")
+    if not index_dir.is_dir():
+        index_corpus(str(collection / "corpus.jsonl"), model, index_dir, **options)
+    topics = str(collection / "queries.jsonl")
+    search_topics(topics, run, index_dir=index_dir, qrels=qrels, hits=HITS, tag=run.stem, **options)
+    shutil.rmtree(index_dir)
+
+
+def ndcg_per_query(runs: Sequence[Path], qrels: str) -> np.ndarray:
+    """Return nDCG@10 of each run, ``(runs, queries)``, for the judged queries that have a relevant document."""
+    judgments, (measure,) = read_qrels(qrels), parse_measures("nDCG@10")
+    of_runs = [evaluate_queries(read_run(run), judgments, [measure], only_with_positives=True) for run in runs]
+    return np.array([[of_query[measure] for of_query in of_run.per_query.values()] for of_run in of_runs])
+
+
+def kept_shares(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
+    """Return what each model has of the first one's mean over collections, ``(resamples + 1, models)``.
+
+    Row 0 is that of the queries as they are. For the others queries are drawn with replacement within each collection,
+    the same for every model: the paired bootstrap (Efron and Tibshirani, 1993).
+
+    Args:
+        figures: By collection ``(models, queries)``.
+        seed: Of the draws.
+    """
+    means = resampled_means(figures, seed=seed)
+    return means / means[:, :1]
+
+
+def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
+    """Return each model's mean over collections, ``(resamples + 1, models)``; see ``kept_shares``."""
+    generator = np.random.default_rng(seed)
+    of_collections = []
+    for values in figures.values():
+        rows = generator.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
+        drawn = np.stack([of_model[rows].mean(axis=1) for of_model in values], axis=1)
+        of_collections.append(np.vstack([values.mean(axis=1), drawn]))
+    return np.mean(of_collections, axis=0)
+
+
+def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Return documents a second, ``(rounds, models)``, and the mean cosine of two models' embeddings.
+
+    Both encode in turns after every few texts, so that a slow moment of the machine meets both.
+    """
+    for encoder in encoders:
+        encoder.pack().encode_documents(texts[:TURN])  # warm up
+    seconds = np.zeros((ROUNDS, len(encoders)))
+    cosines = []
+    for of_round in seconds:
+        for start in range(0, len(texts), TURN):
+            turn, embeddings = texts[start : start + TURN], []
+            for column, encoder in enumerate(encoders):
+                begun = time.perf_counter()
+                embeddings.append(encoder.encode_documents(turn))
+                of_round[column] += time.perf_counter() - begun
+            a, b = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in embeddings)
+            cosines += (a * b).sum(axis=1).tolist()
+    return len(texts) / seconds, statistics.mean(cosines)
+
+
+def format_benchmark(measured: Benchmark, *, names: tuple[str, str] = ("full", "compressed")) -> str:
+    """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
+    rows = [("", *names, "")]
+    for name, number in measured.sizes[0].items():
+        other = measured.sizes[1][name]
+        rows.append((name.replace("_", " "), f"{number:,}", f"{other:,}", f"{other / number:.1%}"))
+    rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
+    for name, (of_full, of_other) in measured.ndcg.items():
+        rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", f"{of_other / of_full:.1%}"))
+    if measured.kept:
+        of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
+        rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines += ["", f"FLOPs of a text of {measured.tokens:.0f} tokens; speed is the median of {ROUNDS} rounds in turns."]
+    lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
+    if measured.kept:
+        share, low, high = measured.kept
+        lines.append(f"Quality kept: {share:.1%}, 95 % interval {low:.1%} to {high:.1%} (paired bootstrap)")
+    return "\n".join(lines)

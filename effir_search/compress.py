@@ -1,0 +1,246 @@
+"""EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; each stage leaves a folder: ``effir compress``."""
+
+import json
+import logging
+import random
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import PretrainedConfig
+
+from effir_search.benchmark import Benchmark, benchmark, format_benchmark
+from effir_search.corpus import document_text, read_corpus
+from effir_search.encoder import Encoder, chosen_device
+from effir_search.files import refuse_existing, whole_file
+from effir_search.job import job_folder
+from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
+from effir_search.model.checkpoint import empty_transformer, lasting_name, read_json, resolve_model
+from effir_search.model.layers import parts_of
+from effir_search.model.save import TRAINING_FILE
+from effir_search.model.sentence_files import read_sentence_files
+from effir_search.pruning.analyze import analyze
+from effir_search.pruning.prune import NAMES, prune_encoder
+from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
+from effir_search.slim import slim_encoder
+from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare
+from effir_search.training.examples import Example
+from effir_search.training.finetune import check_training, finetune
+
+logger = logging.getLogger(__name__)
+
+ANALYSIS, DROPPED, SLIMMED, TUNED, EVALUATION = "1-analysis", "2-dropped", "3-slimmed", "4-tuned", "5-evaluation"
+CALIBRATION_FILE, BENCHMARK_FILE = "calibration.jsonl", "benchmark.json"
+
+
+def compress(
+    compression: Compression,
+    output: Path,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    restart: bool = False,
+) -> Benchmark | None:
+    """Compress a model by a recipe; after a stop, the same call goes on where it was.
+
+    ``OUTPUT.stages`` gets a folder of each stage: the report of the analysis, the model without what was dropped, the
+    one that was narrowed, the one that was fine-tuned, and the runs of the evaluation. ``OUTPUT`` is the last model,
+    with the recipe and what was measured beside it. Under a launcher of several processes all of them fine-tune, and
+    the main one does the rest.
+
+    Args:
+        compression: The recipe.
+        output: The new folder.
+        device: As ``Encoder.from_pretrained`` takes it.
+        batch_tokens: Padded tokens of a forward pass; None = by device.
+        restart: Discard what a stopped job left, but for data that was prepared from the same files.
+
+    Returns:
+        What was measured at the end; None in the processes of a launcher that are not its main one.
+
+    Raises:
+        ValueError: Bad data, a model that cannot be pruned, or another recipe than that of the job that was stopped.
+        OSError: The folder exists, or a file cannot be read or written.
+    """
+    refuse_existing(output, replaces=())
+    compression = with_numbers(compression)
+    _check(compression)
+    process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
+    folder = output.with_name(f"{output.name}.stages")
+    machine = {"device": device, "batch_tokens": batch_tokens}
+    data, main = compression.data, process.is_main_process
+    settings = asdict(compression) | {"files": hashes(data) | dev_hashes(data)}
+    with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
+        if main:
+            prepare(folder, data, compression.seed, device, files=hashes(data), restart=restart)
+            loaded = load(folder, data, compression.seed)
+            _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
+            _analyze(compression, folder, machine)
+            _drop(compression, folder, machine)
+            _narrow(compression, folder, machine)
+        process.wait_for_everyone()
+        _fine_tune(compression, folder, machine)
+        if not main:
+            return None
+        measured = _evaluate(compression, folder, machine)
+        _save(compression, measured, folder, output)
+    return measured
+
+
+def with_numbers(compression: Compression) -> Compression:
+    """Return the recipe with the number of MLPs to drop: where it says none, half of those that the encoder has.
+
+    Raises:
+        ValueError: A model that cannot be pruned.
+        OSError: It cannot be read.
+    """
+    if compression.prune.drop_mlp is not None:
+        return compression
+    half = len(parts_of(empty_model(_config(compression.encoder)), "mlp")) // 2
+    return replace(compression, prune=replace(compression.prune, drop_mlp=half))
+
+
+def _check(compression: Compression) -> None:
+    """Raise now what would otherwise end the job after hours."""
+    check_training(compression.finetune, compression.data)
+    evaluated, names = compression.evaluate, set()
+    for collection in map(Path, evaluated.collections):
+        if collection.name in names:
+            raise ValueError(f"{collection}: two collections to evaluate on have this name; rename one")
+        names.add(collection.name)
+        for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{evaluated.split}.tsv"):
+            if not (collection / file).is_file():
+                raise FileNotFoundError(f"{collection}: has no {file}; a BEIR folder is needed to evaluate on")
+
+
+def _write_calibration(loaded: Loaded, path: Path, compression: Compression) -> None:
+    """Write a sample of what is learned from as a corpus; of examples, queries and their positives."""
+    if path.is_file():
+        return
+    texts: list[str] = []
+    number = compression.prune.num_texts
+    for row in random.Random(compression.seed).sample(range(len(loaded.dataset)), min(number, len(loaded.dataset))):
+        item = loaded.dataset[row]
+        texts += [item.query, item.positive] if isinstance(item, Example) else [item.text]
+    with whole_file(path) as file:
+        for doc_id, text in enumerate(texts[:number], start=1):
+            file.write(json.dumps({"_id": str(doc_id), "text": text}, ensure_ascii=False) + "\n")
+
+
+def _current(compression: Compression, folder: Path) -> str:
+    """Return the model that the last finished stage before fine-tuning left."""
+    done = [folder / name for name in (SLIMMED, DROPPED) if (folder / name).is_dir()]
+    return str(done[0]) if done else compression.encoder
+
+
+def _begins(folder: Path, name: str, what: str) -> bool:
+    """Return whether a stage is still to be done, and tell which it is."""
+    done = (folder / name).is_dir()
+    logger.info("%s of 5: %s%s", name[0], "done already: " if done else "", what)
+    return not done
+
+
+def _analyze(compression: Compression, folder: Path, machine: dict) -> None:
+    if _begins(folder, ANALYSIS, "where the model is redundant"):
+        sources = [str(folder / CALIBRATION_FILE)]
+        given = machine | {"max_length": compression.max_length, "size": compression.prune.num_texts}
+        analyze(compression.encoder, folder / ANALYSIS, sources=sources, **given)
+
+
+def _drop(compression: Compression, folder: Path, machine: dict) -> None:
+    settings = compression.prune
+    numbers = {"block": settings.drop_block, "mlp": settings.drop_mlp, "attention": settings.drop_attention}
+    told = ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items() if number)
+    if told and _begins(folder, DROPPED, f"dropping {told}"):
+        prune_encoder(
+            compression.encoder,
+            folder / DROPPED,
+            numbers=numbers,
+            layers={},
+            criterion=settings.criterion,
+            sources=[str(folder / CALIBRATION_FILE)],
+            size=settings.num_texts,
+            **machine,
+        )
+
+
+def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
+    settings = compression.slim
+    if settings.narrow and _begins(folder, SLIMMED, f"narrowing the MLPs that are left by {settings.narrow:.0%}"):
+        slim_encoder(
+            str(folder / DROPPED) if (folder / DROPPED).is_dir() else compression.encoder,
+            folder / SLIMMED,
+            settings.narrow,
+            compression.data,
+            scoring=settings,
+            losses=compression.loss,
+            floor=settings.floor,
+            multiple=settings.multiple,
+            max_length=compression.max_length,
+            prepared=folder,
+            **machine,
+        )
+
+
+def _fine_tune(compression: Compression, folder: Path, machine: dict) -> None:
+    if _begins(folder, TUNED, "fine-tuning"):
+        finetune(
+            _current(compression, folder),
+            folder / TUNED,
+            compression.data,
+            recipe=compression.finetune,
+            losses=compression.loss,
+            max_length=compression.max_length,
+            normalize=compression.normalize,
+            prepared=folder,
+            **machine,
+        )
+
+
+def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmark:
+    logger.info("5 of 5: evaluation")
+    texts = [document_text(document) for document in read_corpus(folder / CALIBRATION_FILE)]
+    (folder / EVALUATION).mkdir(exist_ok=True)
+    return benchmark(
+        compression.encoder,
+        str(folder / TUNED),
+        folder / EVALUATION,
+        texts=texts,
+        collections=compression.evaluate.collections,
+        split=compression.evaluate.split,
+        seed=compression.seed,
+        **machine,
+    )
+
+
+def _save(compression: Compression, measured: Benchmark, folder: Path, output: Path) -> None:
+    """Write the fine-tuned model under its final name, with the recipe and what was measured."""
+    encoder = Encoder.from_pretrained(str(folder / TUNED), device="cpu", dtype="saved")
+    beside = {
+        RECIPE_FILE: format_recipe(compression),
+        BENCHMARK_FILE: json.dumps(asdict(measured), indent=1) + "\n",
+    }
+    told = f"## Beside {lasting_name(compression.encoder)}\n\n```\n{format_benchmark(measured)}\n```\n"
+    encoder.save(output, training=read_json(folder / TUNED / TRAINING_FILE), beside=beside, measured=told)
+
+
+def describe_compressed(measured: Benchmark, output: Path) -> str:
+    """Return what ``compress`` measured, and where everything is."""
+    return f"{format_benchmark(measured)}\n\nThe stages are in {output}.stages.\n-> {output}"
+
+
+def describe_plan(compression: Compression) -> str:
+    """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
+    compression = with_numbers(compression)
+    settings, config = compression.prune, _config(compression.encoder)
+    numbers = {name: getattr(settings, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
+    left = planned(config, narrow=compression.slim.narrow, **numbers)
+    sizes = format_facts(facts(empty_model(config)), facts(empty_model(left)), names=("full", "compressed"))
+    return f"{format_recipe(compression)}\n{sizes}"
+
+
+def _config(encoder_name: str) -> PretrainedConfig:
+    files = read_sentence_files(resolve_model(encoder_name))
+    return empty_transformer(files.transformer_folder).config

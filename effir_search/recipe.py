@@ -1,0 +1,193 @@
+"""How a model is compressed, from end to end, as one TOML file: read, checked, filled up with defaults, written."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
+
+from effir_search.files import decode
+from effir_search.slim import Scoring
+from effir_search.training.data import Data
+from effir_search.training.finetune import Recipe
+from effir_search.training.objective import LossSettings
+
+RECIPE_FILE = "recipe.toml"
+# What sections share, and is given once for all of them.
+SHARED = "seed"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What is dropped whole.
+
+    Attributes:
+        drop_mlp: MLPs; None = half of them, as in EffiR.
+        drop_attention: Attentions.
+        drop_block: Whole layers.
+        criterion: A key of ``importance.CRITERIA``.
+        num_texts: Texts that importance is measured on, of those that are learned from.
+    """
+
+    drop_mlp: Count | None = None
+    drop_attention: Count = 0
+    drop_block: Count = 0
+    criterion: Literal["cosine", "embedding", "greedy"] = "cosine"
+    num_texts: Annotated[int, Field(ge=1)] = 256
+
+
+@dataclass(frozen=True)
+class Width(Scoring):
+    """How the MLPs that are left are narrowed, besides how their units are scored.
+
+    Attributes:
+        narrow: Share of all units left to cut; 0 = none.
+        floor: Share of each layer's units that stays in any case.
+        multiple: Of which widths are to be multiples.
+    """
+
+    narrow: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.05
+    multiple: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the full and the compressed model are measured on at the end.
+
+    Attributes:
+        collections: BEIR folders.
+        split: Their qrels.
+    """
+
+    collections: tuple[str, ...] = ()
+    split: str = "test"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A whole recipe; each section is one of the file, with the names of its fields.
+
+    Attributes:
+        encoder: The model that is compressed, folder or hub name.
+        max_length: Tokens of a text that are read in scoring and training; None = the model's.
+        normalize: Let vectors have length 1 and be compared by the cosine, whatever the model's files say.
+        seed: Of samples, order, dropout, LoRA's start.
+        data: What is learned from.
+        prune: What is dropped.
+        slim: How the rest is narrowed.
+        finetune: How it is trained.
+        loss: What is minimised, by gates and in training.
+        evaluate: What is measured at the end.
+    """
+
+    encoder: str
+    data: Data
+    max_length: int | None = None
+    normalize: bool = False
+    seed: int = 0
+    prune: Depth = Depth()
+    slim: Width = Width()
+    finetune: Recipe = Recipe()
+    loss: LossSettings = LossSettings()
+    evaluate: Evaluated = Evaluated()
+
+
+SECTIONS = {
+    "data": Data,
+    "prune": Depth,
+    "slim": Width,
+    "finetune": Recipe,
+    "loss": LossSettings,
+    "evaluate": Evaluated,
+}
+# The defaults of the dataclasses are the paper's. These are for learning without labels, from the model itself.
+WITHOUT_LABELS = {
+    "prune": {"criterion": "greedy"},
+    "slim": {"criterion": "taylor", "steps": 30},
+    "finetune": {"max_steps": 2000, "epochs": 20.0},
+}
+
+
+def read_recipe(path: Path) -> dict[str, object]:
+    """Return what a recipe file says, sections as dicts; it may leave out what has a default.
+
+    Raises:
+        ValueError: It is no TOML.
+        OSError: It cannot be read.
+    """
+    try:
+        return tomllib.loads(decode(path.read_bytes(), str(path)))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: is no TOML: {error}") from error
+
+
+def merged(*given: Mapping[str, object]) -> dict[str, object]:
+    """Return settings with sections as dicts; the later ones win, field by field."""
+    settings: dict[str, object] = {}
+    for more in given:
+        for name, value in more.items():
+            known = settings.get(name)
+            settings[name] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
+    return settings
+
+
+def as_compression(given: Mapping[str, object], *, where: str = "the recipe") -> Compression:
+    """Return a checked recipe; what is not given has its default.
+
+    Without labels the defaults are ``WITHOUT_LABELS`` before those of the dataclasses, and the teacher is the encoder.
+
+    Args:
+        given: As ``read_recipe`` returns it.
+        where: Opens an error.
+
+    Raises:
+        ValueError: An unknown name, a value of another type, or sections that contradict one another.
+    """
+    _check_names(given, Compression, where)
+    for section, kind in SECTIONS.items():
+        value = given.get(section, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {section} must be a section, [{section}]")
+        _check_names(value, kind, f"{where}: [{section}]")
+    if "encoder" not in given:
+        raise ValueError(f"{where}: which encoder is compressed? give encoder, a model folder or hub name")
+    data = given.get("data", {})
+    if not data.get("train") and (data.get("texts") or data.get("queries")):
+        given = merged(WITHOUT_LABELS, {"data": {"teacher": given["encoder"]}}, given)
+    given = merged({section: {SHARED: given.get(SHARED, 0)} for section in ("slim", "finetune")}, given)
+    try:
+        return TypeAdapter(Compression).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        told = "" if place in SECTIONS else f", found {first['input']!r}"
+        raise ValueError(f"{where}: {place}: {message}{told}") from error
+
+
+def _check_names(given: Mapping[str, object], kind: type, where: str) -> None:
+    names = [field.name for field in fields(kind) if kind is Compression or field.name != SHARED]
+    for name in given:
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise ValueError(f"{where}: there is no {name!r}; {known}")
+
+
+def format_recipe(compression: Compression) -> str:
+    """Return a recipe as TOML, with all defaults written out but those that are None."""
+    settings = json.loads(json.dumps(asdict(compression)))
+    told = {
+        name: {k: v for k, v in value.items() if v is not None and k != SHARED} if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+    return tomli_w.dumps(told)
