@@ -162,6 +162,7 @@ def _drop(compression: Compression, folder: Path, machine: dict) -> None:
             criterion=settings.criterion,
             sources=[str(folder / CALIBRATION_FILE)],
             size=settings.num_texts,
+            calibration_length=compression.max_length,
             **machine,
         )
 

@@ -160,6 +160,8 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
     if "encoder" not in given:
         raise ValueError(f"{where}: which encoder is compressed? give encoder, a model folder or hub name")
     data = given.get("data", {})
+    if not (data.get("train") or data.get("texts") or data.get("queries")):
+        raise ValueError(f"{where}: there is nothing to learn from; give train, or texts (or queries), in [data]")
     if not data.get("train") and (data.get("texts") or data.get("queries")):
         given = merged(WITHOUT_LABELS, {"data": {"teacher": given["encoder"]}}, given)
     given = merged({section: {SHARED: given.get(SHARED, 0)} for section in ("slim", "finetune")}, given)

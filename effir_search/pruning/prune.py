@@ -1,6 +1,7 @@
 """A model without its least important attentions, MLPs or blocks: ``effir prune``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ def prune_encoder(
     sources: Sequence[str] = (),
     size: int = NUM_TEXTS,
     seed: int = 0,
+    calibration_length: int | None = None,
     **options: object,
 ) -> Pruned:
     """Drop parts of a model and save what is left as a model folder: ``effir prune``.
@@ -62,6 +64,7 @@ def prune_encoder(
         sources: Texts to measure importance on, see ``calibration.read_texts``; needed for ``numbers``.
         size: How many of them.
         seed: Of the sample.
+        calibration_length: Tokens of a text that importance is measured on; None = as many as the model reads.
         options: As ``Encoder.from_pretrained`` takes them; None = its default.
 
     Raises:
@@ -83,7 +86,10 @@ def prune_encoder(
     before = facts(encoder.model)
     reference = tokens = None
     if calibration is not None:
-        tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
+        own = encoder.config
+        encoder.config = replace(own, max_length=calibration_length or own.max_length)
+        tokens = encoder.tokenize(calibration.texts, prompt=own.document_prompt)
+        encoder.config = own
         reference = encoder.encode_tokens(tokens).embeddings
 
     record = {"model_sha256": encoder.weights_sha256}

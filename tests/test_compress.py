@@ -1,0 +1,195 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
+from safetensors.numpy import load_file
+
+from effir_search.cli import cli as command
+from effir_search.encoder import Encoder
+from effir_search.recipe import as_compression, read_recipe
+
+UNITS = 2 * 48  # of the two MLPs that half of four dropped leaves
+OPTIONS = ["--narrow", 0.25, "--max-steps", 4, "--batch-size", 8, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, bert_folder):
+    def decoder(family):
+        return save_sentence_files(save_model(tmp_path_factory.mktemp(family), family), pooling="lasttoken")
+
+    return {"bert": bert_folder} | {family: decoder(family) for family in ("mistral", "llama", "qwen2", "qwen3")}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "texts.txt"
+    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """What makes a job on tiny models short."""
+    path = tmp_path_factory.mktemp("recipe") / "short.toml"
+    path.write_text(
+        "[prune]\nnum_texts = 16\n[slim]\nsteps = 3\nbatch_size = 8\n[finetune]\nbf16 = false\neval_steps = 1\n"
+    )
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, ["compress", *map(str, arguments)])
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama", "qwen2", "qwen3", "bert"])
+def test_the_whole_recipe_leaves_a_folder_of_each_stage_and_a_model_of_the_size_that_was_asked_for(
+    tmp_path, models, texts, recipe, collection, family
+):
+    output = tmp_path / "small"
+    result = run(
+        *("--recipe", recipe, "--encoder", models[family], "--texts", texts, "--evaluate", collection),
+        *("--output", output, *OPTIONS),
+    )
+    assert result.exit_code == 0, result.output
+    stages = output.with_name("small.stages")
+    assert (stages / "1-analysis" / "analysis.json").is_file()
+    widths = {
+        name: read_json(stages / name / "config.json")["mlp_widths"] for name in ("2-dropped", "3-slimmed", "4-tuned")
+    }
+    assert sorted(widths["2-dropped"]) == [0, 0, 48, 48]
+    assert sum(widths["3-slimmed"]) == UNITS - UNITS // 4
+    assert widths["4-tuned"] == widths["3-slimmed"] == read_json(output / "config.json")["mlp_widths"]
+    measured = read_json(output / "benchmark.json")
+    runs = sorted(path.name for path in (stages / "5-evaluation").iterdir())
+    assert runs == [f"{collection.name}-compressed.trec", f"{collection.name}-full.trec"]
+    for role, ndcg in zip(("full", "compressed"), measured["ndcg"][collection.name], strict=True):
+        evaluated = CliRunner().invoke(
+            command,
+            [
+                "evaluate",
+                "--run",
+                str(stages / "5-evaluation" / f"{collection.name}-{role}.trec"),
+                "--measures",
+                "nDCG@10",
+            ]
+            + ["--qrels", str(collection / "qrels" / "test.tsv"), "--only-with-positives", "--format", "json"],
+        )
+        assert json.loads(evaluated.output)["mean"]["nDCG@10"] == pytest.approx(ndcg)
+    assert f"-> {output}" in result.output and "Quality kept" in (output / "README.md").read_text()
+    # The recipe beside the model is the whole of what was done.
+    kept = as_compression(read_recipe(output / "recipe.toml"))
+    assert (kept.prune.drop_mlp, kept.slim.narrow, kept.finetune.max_steps) == (2, 0.25, 4)
+    assert Encoder.from_pretrained(output, device="cpu").dimension == 32
+
+
+def test_labels_train_all_stages_too(tmp_path, models, recipe):
+    examples = [{"query": "hot soup", "positives": ["tomato soup"], "negatives": ["red car"]}] * 8
+    examples += [{"query": "fast car", "positives": ["red car"], "negatives": ["tomato soup"]}] * 8
+    train = write_jsonl(tmp_path / "train.jsonl", examples)
+    output = tmp_path / "small"
+    result = run("--recipe", recipe, "--encoder", models["bert"], "--train", train, "--output", output, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    config = read_json(output / "config.json")
+    assert [step.get("criterion") for step in config["plan"]] == ["cosine", "gates"]
+    assert "nDCG" not in result.output
+
+
+# What is there when a job is in the stage.
+MARKS = {
+    "analysis": "calibration.jsonl",
+    "drop": "1-analysis/analysis.json",
+    "narrow": "2-dropped/config.json",
+    "fine-tune": "4-tuned.training/checkpoint-2/trainer_state.json",
+    "evaluation": "4-tuned/config.json",
+}
+
+
+def in_a_process(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "effir_search", "compress", *map(str, arguments)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "llama", "qwen2"))]
+)
+def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undisturbed_one(
+    tmp_path, models, texts, recipe, family
+):
+    options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, *OPTIONS]
+    whole = in_a_process(*options, "--output", tmp_path / "whole")
+    assert whole.wait() == 0, whole.communicate()
+    stages = tmp_path / "stopped.stages"
+    for stage, mark in MARKS.items():
+        process = in_a_process(*options, "--output", tmp_path / "stopped")
+        kill_when_there(process, stages / mark)
+        assert not (tmp_path / "stopped").exists(), stage
+    last = in_a_process(*options, "--output", tmp_path / "stopped")
+    answer, told = last.communicate()
+    assert last.returncode == 0, told
+    assert "4 of 5: done already: fine-tuning" in told and "-> " in answer
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "stopped" / "recipe.toml").read_text() == (tmp_path / "whole" / "recipe.toml").read_text()
+
+
+def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp_path, models, texts, recipe):
+    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    process = in_a_process(*options, "--output", tmp_path / "small")
+    kill_when_there(process, tmp_path / "small.stages" / "2-dropped" / "config.json")
+    other = [*options, "--output", tmp_path / "small", "--narrow", 0.5]
+    refused = run(*other)
+    assert refused.exit_code == 1
+    assert "is of another job: slim was {'narrow': 0.25} there and is {'narrow': 0.5} now" in refused.output
+    again = run(*other, "--restart")
+    assert again.exit_code == 0, again.output
+    assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2
+
+
+def test_depth_alone_and_width_alone(tmp_path, models, texts, recipe):
+    given = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    assert run(*given, "--narrow", 0, "--output", tmp_path / "deep").exit_code == 0
+    assert not (tmp_path / "deep.stages" / "3-slimmed").exists()
+    result = run(*given, "--drop-mlp", 0, "--unit-criterion", "activation", "--output", tmp_path / "wide")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "wide.stages" / "2-dropped").exists()
+    assert sum(read_json(tmp_path / "wide" / "config.json")["mlp_widths"]) == 4 * 48 * 3 // 4
+
+
+def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
+    result = run("--encoder", models["mistral"], "--texts", "no-file.jsonl", "--output", tmp_path / "small", "--plan")
+    assert result.exit_code == 0, result.output
+    recipe, sizes = result.output.split("\n\n  ")
+    (tmp_path / "plan.toml").write_text(recipe)
+    assert as_compression(read_recipe(tmp_path / "plan.toml")).prune.drop_mlp == 2
+    # 4 MLPs of 3 matrices of 32 x 48; of them 2 MLPs stay, with 48 - round(14.4) units.
+    assert f"{4 * 3 * 32 * 48:,}" in sizes and f"{2 * 3 * 32 * 34:,}" in sizes
+    assert not (tmp_path / "small.stages").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--evaluate", "{tmp}"], "has no corpus.jsonl; a BEIR folder is needed"),
+        (["--evaluate", "{collection}", "--evaluate", "{collection}"], "two collections to evaluate on have this name"),
+        (["--drop-mlp", 5], "--drop-mlp 5: the model has 4 MLPs"),
+        (["--dev", "{tmp}"], "--dev takes a BEIR folder"),
+        (["--reranker", "x"], "--reranker scores the candidates of --train examples"),
+        (["--recipe", "{tmp}/missing.toml"], "missing.toml: No such file"),
+    ],
+)
+def test_bad_options_end_in_one_line(tmp_path, models, texts, collection, options, message):
+    given = [str(option).format(tmp=tmp_path, collection=collection) for option in options]
+    result = run("--encoder", models["bert"], "--texts", texts, "--output", tmp_path / "small", *given)
+    assert result.exit_code == 1
+    assert message in result.output and len(result.output.strip().splitlines()[-1]) < 310

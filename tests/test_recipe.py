@@ -1,0 +1,82 @@
+import pytest
+
+from effir_search.pruning.importance import CRITERIA
+from effir_search.pruning.width import UNIT_CRITERIA
+from effir_search.recipe import WITHOUT_LABELS, Compression, as_compression, format_recipe, merged, read_recipe
+from effir_search.training.data import Data
+
+LABELS = {"encoder": "model", "data": {"train": "train.jsonl"}}
+TEXTS = {"encoder": "model", "data": {"texts": ["corpus.jsonl"]}}
+
+
+@pytest.mark.parametrize("given", [LABELS, TEXTS])
+def test_a_recipe_that_was_written_is_read_as_it_was(tmp_path, given):
+    compression = as_compression(merged(given, {"max_length": 64, "seed": 3, "slim": {"narrow": 0.5}}))
+    file = tmp_path / "recipe.toml"
+    file.write_text(format_recipe(compression))
+    assert as_compression(read_recipe(file)) == compression
+
+
+def test_with_labels_the_defaults_are_the_papers():
+    compression = as_compression(LABELS)
+    assert compression == Compression("model", Data(train="train.jsonl"))
+    assert (compression.prune.criterion, compression.prune.num_texts) == ("cosine", 256)
+    slim = compression.slim
+    assert (slim.criterion, slim.steps, slim.penalty, slim.narrow) == ("gates", 500, 1e-8, 0.3)
+    assert (compression.data.negatives, compression.finetune.epochs) == (7, 1)
+
+
+def test_without_labels_the_encoder_is_its_own_teacher_and_what_is_given_comes_before_the_defaults():
+    compression = as_compression(TEXTS)
+    assert compression.data.teacher == "model"
+    assert compression.prune.criterion == WITHOUT_LABELS["prune"]["criterion"]
+    given = {"data": {"teacher": "other"}, "prune": {"criterion": "cosine"}, "finetune": {"max_steps": 7}}
+    compression = as_compression(merged(TEXTS, given))
+    assert (compression.data.teacher, compression.prune.criterion) == ("other", "cosine")
+    assert compression.finetune.max_steps == 7
+
+
+def test_a_seed_is_that_of_every_section():
+    compression = as_compression(merged(LABELS, {"seed": 5}))
+    assert {compression.seed, compression.slim.seed, compression.finetune.seed} == {5}
+
+
+def test_later_settings_win_field_by_field():
+    assert merged({"a": 1, "b": {"c": 1, "d": 1}}, {"b": {"d": 2}}, {"a": 3}) == {"a": 3, "b": {"c": 1, "d": 2}}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"encodr": "x"}, "there is no 'encodr'; did you mean encoder?"),
+        ({"slim": {"narow": 0.2}}, r"\[slim\]: there is no 'narow'; did you mean narrow?"),
+        ({"slim": {"seed": 1}}, r"\[slim\]: there is no 'seed'"),
+        ({"slim": {"narrow": 1.0}}, "slim.narrow: Input should be less than 1, found 1.0"),
+        ({"slim": {"narrow": "0.3"}}, "slim.narrow: Input should be a valid number, found '0.3'"),
+        ({"slim": {"criterion": "gate"}}, "slim.criterion: Input should be 'gates', .* found 'gate'"),
+        ({"slim": 0.3}, r"slim must be a section, \[slim\]"),
+        ({"prune": {"drop_mlp": -1}}, "prune.drop_mlp: .*greater than or equal to 0, found -1"),
+        ({"finetune": {"schedule": "step"}}, "finetune.schedule: .* found 'step'"),
+        ({"data": {"texts": ["x"]}}, "data: give either --train"),
+        ({"data": {"train": ["x"]}}, "data.train: Input should be a valid string"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(given, message):
+    with pytest.raises(ValueError, match=f"^r.toml: {message}"):
+        as_compression(merged(LABELS, given), where="r.toml")
+
+
+def test_a_recipe_needs_an_encoder_and_data(tmp_path):
+    with pytest.raises(ValueError, match="which encoder is compressed?"):
+        as_compression({"data": LABELS["data"]})
+    with pytest.raises(ValueError, match="nothing to learn from; give train, or texts"):
+        as_compression({"encoder": "model"})
+    (tmp_path / "r.toml").write_text("encoder = \n")
+    with pytest.raises(ValueError, match="r.toml: is no TOML: .*line 1"):
+        read_recipe(tmp_path / "r.toml")
+
+
+def test_the_criteria_of_recipes_are_those_of_the_library():
+    for section, table in (("prune", CRITERIA), ("slim", UNIT_CRITERIA)):
+        for name in table:
+            assert getattr(as_compression(merged(LABELS, {section: {"criterion": name}})), section).criterion == name
