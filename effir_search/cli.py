@@ -487,6 +487,11 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory a layer, for a second forward pass.")
 @click.option("--dropout", is_flag=True, help="Dropout as the model's config says, instead of none.")
 @loss_options
+@click.option(
+    "--token-weight",
+    type=click.FloatRange(0),
+    help="With --texts: of each token's state.  [default: 1 if the teacher has the same tokens and pools their mean]",
+)
 @click.option("--eval-steps", type=click.IntRange(1), help="Steps between checkpoints.  [default: a twentieth of all]")
 @click.option("--patience", type=click.IntRange(1), help="End after so many checkpoints without a better one.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of order, sample, dropout and LoRA.")

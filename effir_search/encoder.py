@@ -101,9 +101,21 @@ def embed(
     Returns:
         ``(batch, dimension)`` float32, whatever the dtype of the model.
     """
-    hidden_states = model(**tokens).last_hidden_state.float()
-    mask = tokens["attention_mask"]
-    embeddings = POOLERS[config.pooling](hidden_states, without_prompt(mask, prompt_length) if prompt_length else mask)
+    hidden_states = model(**tokens).last_hidden_state
+    return vectors(hidden_states, tokens["attention_mask"], config, head=head, prompt_length=prompt_length)
+
+
+def vectors(
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    config: EncoderConfig,
+    *,
+    head: nn.Module | None = None,
+    prompt_length: int = 0,
+) -> Tensor:
+    """Return what ``embed`` makes of a transformer's output, ``(batch, seq, hidden_size)``."""
+    mask = without_prompt(attention_mask, prompt_length) if prompt_length else attention_mask
+    embeddings = POOLERS[config.pooling](hidden_states.float(), mask)
     if head is not None:
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = head(embeddings)

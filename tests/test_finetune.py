@@ -157,6 +157,39 @@ def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, b
     assert (teacher * after).sum(axis=1).mean() > (teacher * before).sum(axis=1).mean()
 
 
+def loss_settings(folder: Path) -> dict:
+    return json.loads((folder / "training.json").read_text())["losses"]
+
+
+def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert_folder, pruned, texts):
+    recipe = Recipe(batch_size=16, max_steps=1)
+    other = save_sentence_files(save_model(tmp_path / "other", "bert"), prompts={"query": "soup "})
+    for name, teacher, asked, expected in (
+        ("same", bert_folder, None, 1.0),
+        ("asked", bert_folder, 2.0, 2.0),
+        ("none", bert_folder, 0.0, 0.0),
+        ("unlike", other, None, 0.0),
+    ):
+        losses = LossSettings(token_weight=asked)
+        data = Data(texts=(texts,), teacher=str(teacher))
+        finetune(str(pruned), tmp_path / name, data, recipe=recipe, losses=losses, device="cpu")
+        assert loss_settings(tmp_path / name)["token_weight"] == expected
+    with pytest.raises(ValueError, match="--token-weight 2: .*other has another query_prompt"):
+        data = Data(texts=(texts,), teacher=str(other))
+        finetune(
+            str(pruned), tmp_path / "bad", data, recipe=recipe, losses=LossSettings(token_weight=2.0), device="cpu"
+        )
+
+
+def test_a_model_that_imitates_itself_starts_at_a_loss_of_zero(tmp_path, bert_folder, texts):
+    data = Data(texts=(texts,), teacher=str(bert_folder))
+    recipe = Recipe(batch_size=16, max_steps=1, bf16=False, eval_steps=1)
+    finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=LossSettings(), device="cpu")
+    log = json.loads((tmp_path / "tuned" / "training.json").read_text())["log"]
+    first = next(entry["loss"] for entry in log if "loss" in entry)
+    assert first == pytest.approx(0, abs=1e-3)  # the teacher may compute in bfloat16
+
+
 def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_folder, examples, collection):
     dev = tmp_path / "dev"
     dev.mkdir()

@@ -9,6 +9,7 @@ from effir_search.training.losses import (
     distillation_loss,
     embedding_loss,
     score_matrix_loss,
+    token_loss,
 )
 
 
@@ -77,3 +78,12 @@ def test_a_teacher_gets_no_gradient():
     student = torch.randn(2, 3, requires_grad=True)
     (embedding_loss(student, teacher) + score_matrix_loss(student, student, teacher, teacher)).backward()
     assert teacher.grad is None
+
+
+def test_token_loss_is_a_mean_over_real_tokens():
+    teacher = torch.tensor([[[1.0, 0], [0, 1], [1, 0]], [[1, 0], [1, 0], [1, 0]]])
+    student = torch.tensor([[[2.0, 0], [3, 0], [-1, 0]], [[1, 1], [0, 0], [0, 0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    # The first text's real tokens have cosines 1 and 0; the second's one token has 1 / sqrt(2).
+    expected = torch.tensor([0.5, 1 - 2**-0.5])
+    torch.testing.assert_close(token_loss(student, teacher, mask), expected)

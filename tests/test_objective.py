@@ -176,6 +176,36 @@ def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_fol
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_tokens_are_matched_with_those_of_a_teacher_that_reads_the_same(tmp_path, bert_folder, cached):
+    student, teacher = load(bert_folder, batch_tokens=24), load(save_model(tmp_path / "teacher", "roberta"))
+    objective = ImitationObjective(student, LossSettings(token_weight=3.0, score_weight=1.0, cached=cached), teacher)
+    terms = objective(TEXTS[:5], [False] * 5, torch.from_numpy(teacher.encode_documents(TEXTS[:5])))
+    away = []
+    for text in TEXTS[:5]:  # one by one, without padding
+        ids = torch.tensor([student.tokenize([text]).input_ids[0]])
+        states = [e.model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0] for e in (student, teacher)]
+        away.append((1 - F.cosine_similarity(*states, dim=-1)).mean().item())
+    assert terms["tokens"].item() == pytest.approx(np.mean(away), rel=1e-4)
+    whole = terms["embedding"] + terms["scores"] + 3 * terms["tokens"]
+    assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
+    terms["loss"].backward()
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert not any("teacher" in name for name, _ in objective.named_parameters())
+
+
+def test_the_cached_gradient_of_tokens_is_the_gradient(tmp_path, bert_folder):
+    teacher = load(save_model(tmp_path / "teacher", "roberta"))
+    found = {}
+    for cached in (False, True):
+        settings = LossSettings(token_weight=1.0, cached=cached)
+        objective = ImitationObjective(load(bert_folder, batch_tokens=24), settings, teacher)
+        objective(TEXTS[:5], [False] * 5, torch.from_numpy(teacher.encode_documents(TEXTS[:5])))["loss"].backward()
+        found[cached] = gradients(objective)
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def in_a_process(rank: int, folder: str, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

@@ -138,9 +138,39 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder) -> LossSettings
     return replace(losses, temperature=temperature, teacher_temperature=of_teacher)
 
 
-def objective_of(encoder: Encoder, data: Data, losses: LossSettings) -> Objective:
+def objective_of(
+    encoder: Encoder, data: Data, losses: LossSettings, *, token_teacher: Encoder | None = None
+) -> Objective:
     """Return the loss of an encoder on such data; ``losses`` are ``resolved``."""
-    return (RetrievalObjective if data.train else ImitationObjective)(encoder, losses)
+    return RetrievalObjective(encoder, losses) if data.train else ImitationObjective(encoder, losses, token_teacher)
+
+
+def token_teacher(losses: LossSettings, data: Data, encoder: Encoder, device: str) -> Encoder | None:
+    """Return the teacher whose states of each token are to be matched; None where there is none to match.
+
+    Raises:
+        ValueError: ``losses`` ask for it, but the teacher's tokens or states are not the encoder's.
+    """
+    unasked = losses.token_weight is None and encoder.config.pooling != "mean"
+    if data.train or losses.token_weight == 0 or unasked:
+        return None
+    limits = {"max_length": encoder.config.max_length, "batch_tokens": encoder.batch_tokens}
+    teacher = Encoder.from_pretrained(data.teacher, device=device, **limits)
+    if (different := _read_differently(teacher, encoder)) is None:
+        return teacher.pack()
+    if losses.token_weight:
+        raise ValueError(f"--token-weight {losses.token_weight:g}: {data.teacher} has another {different}")
+    return None
+
+
+def _read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
+    """Return the first thing in which two encoders make other states of a text's tokens; None if there is none."""
+    if teacher.model.config.hidden_size != encoder.model.config.hidden_size:
+        return "hidden size"
+    if teacher.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        return "vocabulary"
+    names = ("query_prompt", "document_prompt", "append_eos", "max_length")
+    return next((name for name in names if getattr(teacher.config, name) != getattr(encoder.config, name)), None)
 
 
 def hashes(data: Data) -> dict[str, str]:

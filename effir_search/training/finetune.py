@@ -26,7 +26,18 @@ from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
 from effir_search.model.layers import lora_targets
-from effir_search.training.data import DATA, Data, Loaded, dev_hashes, hashes, load, objective_of, prepare, resolved
+from effir_search.training.data import (
+    DATA,
+    Data,
+    Loaded,
+    dev_hashes,
+    hashes,
+    load,
+    objective_of,
+    prepare,
+    resolved,
+    token_teacher,
+)
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.objective import LossSettings, Objective
 from effir_search.training.trainer import ObjectiveTrainer, Shuffled, last_whole_checkpoint, load_trained, plain_log
@@ -160,6 +171,8 @@ def finetune(
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
     recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder)
+    taught_by = token_teacher(losses, data, encoder, device)
+    losses = replace(losses, token_weight=(losses.token_weight or 1.0) if taught_by else 0.0)
     files = hashes(data)
     settings = {
         "model": lasting_name(encoder_name),
@@ -176,7 +189,7 @@ def finetune(
     check_training(recipe, data)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
-    objective = objective_of(encoder, data, losses)
+    objective = objective_of(encoder, data, losses, token_teacher=taught_by)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:

@@ -59,6 +59,20 @@ def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student, teacher.detach(), dim=-1)).mean()
 
 
+def token_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return for each text 1 - cosine of each token's two states, the mean over its real tokens, ``(texts,)``.
+
+    Source: Jiao et al. (TinyBERT), arXiv 1909.10351, matching of hidden states, with 1 - cosine as the distance.
+
+    Args:
+        student: ``(texts, seq, hidden_size)``.
+        teacher: The same; no gradient flows into it.
+        attention_mask: ``(texts, seq)``, 1 = real token; at least one in each row.
+    """
+    away = 1 - F.cosine_similarity(student, teacher.detach(), dim=-1)  # (texts, seq)
+    return (away * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
+
+
 def score_matrix_loss(student: Tensor, student_all: Tensor, teacher: Tensor, teacher_all: Tensor) -> Tensor:
     """Return the mean squared difference of two models' cosines between texts.
 

@@ -1,6 +1,6 @@
 """From a batch of texts to a loss: the encoder's own forward pass with gradients, chunk by chunk, on every device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from effir_search.encoder import Encoder, embed
+from effir_search.encoder import Encoder, embed, vectors
 from effir_search.training.examples import Example, document_key
 from effir_search.training.losses import (
     contrastive_loss,
     distillation_loss,
     embedding_loss,
     score_matrix_loss,
+    token_loss,
 )
 
 
@@ -29,6 +30,9 @@ class LossSettings:
         teacher_temperature: What a teacher's scores are divided by; None = 1, but for a bi-encoder as its student's.
         distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
         score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
+        token_weight: Of 1 - cosine of the states of each token, beside that of embeddings; None = 1 for a teacher that
+            reads the same tokens into states of the same size and pools their mean, such as the model before pruning,
+            0 for others.
         dimensions: The loss is the mean over the leading so many components of the embeddings (Matryoshka,
             arXiv 2205.13147); empty = all components alone.
         cached: Keep no activations between the forward and the backward pass (GradCache, arXiv 2101.06983): a batch
@@ -39,8 +43,13 @@ class LossSettings:
     teacher_temperature: float | None = None
     distillation_weight: float = 1.0
     score_weight: float = 10.0
+    token_weight: float | None = None
     dimensions: tuple[int, ...] = ()
     cached: bool = False
+
+
+# Takes a batch and the number of the prompt's tokens; returns tensors with a row for each text.
+Forward = Callable[..., tuple[Tensor, ...]]
 
 
 class Objective(nn.Module):
@@ -63,21 +72,32 @@ class Objective(nn.Module):
         Under ``cached`` only the embeddings are kept: torch's checkpointing repeats a chunk's forward pass, dropout
         included, when its gradient is due, and that is all that GradCache does.
         """
+        return self._in_chunks(texts, prompt, self._embed)[0]
+
+    def _embed(self, batch: dict[str, Tensor], prompt_length: int) -> tuple[Tensor, ...]:
+        encoder = self.encoder
+        return (embed(encoder.model, batch, encoder.config, head=encoder.head, prompt_length=prompt_length),)
+
+    def _in_chunks(self, texts: Sequence[str], prompt: str, forward: Forward) -> tuple[Tensor, ...]:
+        """Return what a forward pass gives, each ``(texts, ...)`` in the texts' order; see ``embed_texts``."""
         encoder = self.encoder
         tokens = encoder.tokenize(texts, prompt=prompt)
         if empty := [text for text, ids in zip(texts, tokens.input_ids, strict=True) if not ids]:
             raise ValueError(f"the text {empty[0][:40]!r} has no token, so nothing can be learned from it")
-
-        def forward(batch: dict[str, Tensor]) -> Tensor:
-            return embed(encoder.model, batch, encoder.config, head=encoder.head, prompt_length=tokens.prompt_length)
-
         chunks, order = [], []
         for rows, batch in encoder.batches(tokens):
-            cached = self.settings.cached and torch.is_grad_enabled()
-            chunks.append(checkpoint(forward, batch, use_reentrant=False) if cached else forward(batch))
+            given = self._beside(batch) | {"prompt_length": tokens.prompt_length}
+            if self.settings.cached and torch.is_grad_enabled():
+                chunks.append(checkpoint(forward, batch, use_reentrant=False, **given))
+            else:
+                chunks.append(forward(batch, **given))
             order.append(rows)
-        places = torch.from_numpy(np.argsort(np.concatenate(order))).to(chunks[0].device)
-        return torch.cat(chunks)[places]
+        places = torch.from_numpy(np.argsort(np.concatenate(order))).to(encoder.device)
+        return tuple(torch.cat(parts)[places] for parts in zip(*chunks, strict=True))
+
+    def _beside(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a forward pass is given besides its batch, and is computed once."""
+        return {}
 
     def leading(self, embeddings: Tensor) -> list[Tensor]:
         """Return the embeddings at each of the dimensions, of length 1 where the model's similarity is the cosine."""
@@ -143,8 +163,18 @@ class RetrievalObjective(Objective):
 class ImitationObjective(Objective):
     """Match a teacher's embeddings of any texts and its score matrix over the batch; no labels are needed.
 
-    A teacher with embeddings of another length is matched in its score matrix alone.
+    A teacher with embeddings of another length is matched in its score matrix alone. One that reads the same tokens can
+    be matched token by token, too.
+
+    Args:
+        encoder: The student.
+        settings: See ``LossSettings``.
+        teacher: Whose states of the tokens are matched, with ``settings.token_weight``; None = no one's.
     """
+
+    def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder | None = None) -> None:
+        super().__init__(encoder, settings)
+        self.teacher = teacher
 
     def forward(self, texts: Sequence[str], queries: Sequence[bool], teacher: Tensor) -> dict[str, Tensor]:
         """Return the loss of a batch and its terms, each a scalar.
@@ -161,14 +191,35 @@ class ImitationObjective(Objective):
         prompts = [config.query_prompt, config.document_prompt]
         if config.query_prompt == config.document_prompt:  # then all may share forward passes
             rows, prompts = [np.arange(len(texts))], prompts[:1]
+        forward = self._embed if self.teacher is None else self._embed_and_match
         parts = [
-            self.embed_texts([texts[row] for row in of_kind], prompt)
+            self._in_chunks([texts[row] for row in of_kind], prompt, forward)
             for of_kind, prompt in zip(rows, prompts, strict=True)
             if len(of_kind)
         ]
-        student = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(rows)))]
+        places = torch.from_numpy(np.argsort(np.concatenate(rows)))
+        student, *away = (torch.cat(of_all)[places] for of_all in zip(*parts, strict=True))
         with torch.autocast(student.device.type, enabled=False):  # as in RetrievalObjective
-            return self._loss(student, teacher)
+            terms = self._loss(student, teacher)
+        if away:
+            terms |= {"tokens": away[0].mean()}
+            terms["loss"] = terms["loss"] + self.settings.token_weight * terms["tokens"]
+        return terms
+
+    def _embed_and_match(
+        self, batch: dict[str, Tensor], prompt_length: int, teacher_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embeddings and, of each text, how far its tokens' states are from the teacher's."""
+        encoder, mask = self.encoder, batch["attention_mask"]
+        states = encoder.model(**batch).last_hidden_state.float()
+        embeddings = vectors(states, mask, encoder.config, head=encoder.head, prompt_length=prompt_length)
+        return embeddings, token_loss(states, teacher_states, mask)
+
+    def _beside(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.teacher is None:
+            return {}
+        with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
+            return {"teacher_states": self.teacher.model(**batch).last_hidden_state.float()}
 
     def _loss(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         sizes = _sizes(len(student))
