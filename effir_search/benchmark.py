@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.index import index_corpus
 from effir_search.model.arithmetic import empty_model, facts
+from effir_search.model.checkpoint import read_json
 from effir_search.search import search_topics
 from effir_search.trec import read_qrels, read_run
 
@@ -57,6 +59,7 @@ def benchmark(
     collections: Sequence[str] = (),
     split: str = "test",
     seed: int = 0,
+    text_options: Mapping[str, object] = MappingProxyType({}),
     **options: object,
 ) -> Benchmark:
     """Measure a model beside the one it was made from; runs stay in a folder and are not made again.
@@ -69,23 +72,25 @@ def benchmark(
         collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
         split: Name of the qrels.
         seed: Of the bootstrap.
-        options: As ``Encoder.from_pretrained`` takes them; None = its default.
+        text_options: Of the full model alone, as ``Encoder.from_pretrained`` takes them.
+        options: Of both, likewise; None = its default.
 
     Raises:
         ValueError: A bad model or collection.
         OSError: A file cannot be read or written.
     """
     roles = {"full": full, "compressed": compressed}
-    given = {name: value for name, value in options.items() if value is not None}
+    machine = {name: value for name, value in options.items() if value is not None}
+    given = {"full": {**machine, **text_options}, "compressed": machine}
     figures = {}
     for collection in map(Path, collections):
         qrels = str(collection / "qrels" / f"{split}.tsv")
         runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
         for role, run in runs.items():
             if not run.is_file():
-                _search(collection, qrels, roles[role], run, given)
+                _search(collection, qrels, roles[role], run, given[role])
         figures[collection.name] = ndcg_per_query(list(runs.values()), qrels)
-    encoders = [Encoder.from_pretrained(name, **given) for name in roles.values()]
+    encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
     sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
@@ -164,6 +169,11 @@ def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple
             a, b = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in embeddings)
             cosines += (a * b).sum(axis=1).tolist()
     return len(texts) / seconds, statistics.mean(cosines)
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Return what was measured, from the JSON of a ``Benchmark``."""
+    return Benchmark(**read_json(path))
 
 
 def format_benchmark(measured: Benchmark, *, names: tuple[str, str] = ("full", "compressed")) -> str:

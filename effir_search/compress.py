@@ -135,6 +135,13 @@ def _current(compression: Compression, folder: Path) -> str:
     return str(done[0]) if done else compression.encoder
 
 
+def _text_options(compression: Compression, model: str) -> dict[str, object]:
+    """Return how a text becomes a vector; a model that was made in a stage before says it itself."""
+    if model != compression.encoder:
+        return {}
+    return {name: value for name, value in asdict(compression.text).items() if value not in (None, False)}
+
+
 def _begins(folder: Path, name: str, what: str) -> bool:
     """Return whether a stage is still to be done, and tell which it is."""
     done = (folder / name).is_dir()
@@ -146,6 +153,7 @@ def _analyze(compression: Compression, folder: Path, machine: dict) -> None:
     if _begins(folder, ANALYSIS, "where the model is redundant"):
         sources = [str(folder / CALIBRATION_FILE)]
         given = machine | {"max_length": compression.max_length, "size": compression.prune.num_texts}
+        given |= _text_options(compression, compression.encoder)
         analyze(compression.encoder, folder / ANALYSIS, sources=sources, **given)
 
 
@@ -163,6 +171,7 @@ def _drop(compression: Compression, folder: Path, machine: dict) -> None:
             sources=[str(folder / CALIBRATION_FILE)],
             size=settings.num_texts,
             calibration_length=compression.max_length,
+            **_text_options(compression, compression.encoder),
             **machine,
         )
 
@@ -170,8 +179,9 @@ def _drop(compression: Compression, folder: Path, machine: dict) -> None:
 def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
     settings = compression.slim
     if settings.narrow and _begins(folder, SLIMMED, f"narrowing the MLPs that are left by {settings.narrow:.0%}"):
+        model = _current(compression, folder)
         slim_encoder(
-            str(folder / DROPPED) if (folder / DROPPED).is_dir() else compression.encoder,
+            model,
             folder / SLIMMED,
             settings.narrow,
             compression.data,
@@ -181,21 +191,23 @@ def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
             multiple=settings.multiple,
             max_length=compression.max_length,
             prepared=folder,
+            **_text_options(compression, model),
             **machine,
         )
 
 
 def _fine_tune(compression: Compression, folder: Path, machine: dict) -> None:
     if _begins(folder, TUNED, "fine-tuning"):
+        model = _current(compression, folder)
         finetune(
-            _current(compression, folder),
+            model,
             folder / TUNED,
             compression.data,
             recipe=compression.finetune,
             losses=compression.loss,
             max_length=compression.max_length,
-            normalize=compression.normalize,
             prepared=folder,
+            **_text_options(compression, model),
             **machine,
         )
 
@@ -212,6 +224,7 @@ def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmar
         collections=compression.evaluate.collections,
         split=compression.evaluate.split,
         seed=compression.seed,
+        text_options=_text_options(compression, compression.encoder),
         **machine,
     )
 

@@ -9,13 +9,17 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
+from effir_search.benchmark import format_benchmark, read_benchmark
+from effir_search.compress import BENCHMARK_FILE, compress
 from effir_search.corpus import CorpusHasher, Document
 from effir_search.demo_collection.standard_library import standard_library_documents
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.files import whole_file, whole_folder
 from effir_search.index import index_corpus, read_index_info
-from effir_search.model.checkpoint import file_sha256
+from effir_search.model.checkpoint import file_sha256, read_json
+from effir_search.model.save import TRAINING_FILE
 from effir_search.pyserini_bridge import build_bm25, search_bm25
+from effir_search.recipe import as_compression
 from effir_search.search import format_hits, load_encoder, load_topics, search, search_text
 from effir_search.trec import Query, read_qrels, read_run, write_run
 
@@ -58,6 +62,7 @@ def run_demo(folder: Path, *, query: str | None = None, echo: Callable[[str], No
     write_run(search_bm25(folder / "bm25", topics), folder / "bm25.trec", tag="bm25")
     echo(f"\n{_table(folder)}\n")
     echo(_best_hits(folder, topics, documents))
+    echo(_compressed(model, folder))
     echo(
         f"The collection, indexes and runs are in {folder}. Ask something yourself:\n"
         f'  effir demo --query "round a number to two decimals"'
@@ -115,6 +120,31 @@ def _index(documents: list[Document], model: Path, folder: Path, index_dir: Path
     return (
         f"Encoded with all-MiniLM-L6-v2 in {seconds:.0f} s, {len(documents) / seconds:.0f} documents/s -> {index_dir}"
     )
+
+
+def _compressed(model: Path, folder: Path) -> str:
+    """Compress the model on the collection's own texts, unless that was done; return both models side by side."""
+    corpus, output = str(folder / "corpus.jsonl"), folder / "small"
+    if output.is_dir() and read_json(output / TRAINING_FILE)["files"].get(corpus) != file_sha256(Path(corpus)):
+        shutil.rmtree(output)
+    told = "The same model compressed by EffiR on these texts, without labels:"
+    if output.is_dir():
+        return f"{told}\n\n{format_benchmark(read_benchmark(output / BENCHMARK_FILE))}\n"
+    start = time.perf_counter()
+    compression = as_compression(
+        {
+            "encoder": str(model),
+            "max_length": 64,
+            "data": {"texts": [corpus]},
+            "prune": {"drop_mlp": 2},
+            "slim": {"steps": 10},
+            "finetune": {"max_steps": 150},
+            "evaluate": {"collections": [str(folder)]},
+        }
+    )
+    measured = compress(compression, output, restart=True)
+    minutes = (time.perf_counter() - start) / 60
+    return f"{told} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"
 
 
 def _table(folder: Path) -> str:

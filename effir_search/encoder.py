@@ -163,6 +163,7 @@ class Encoder:
         document_prompt: str | None = None,
         max_length: int | None = None,
         append_eos: bool = False,
+        normalize: bool = False,
         dimension: int | None = None,
         batch_tokens: int | None = None,
     ) -> "Encoder":
@@ -178,6 +179,7 @@ class Encoder:
             document_prompt: Put before every document.
             max_length: Tokens of a text that are read, special tokens included.
             append_eos: Add the end-of-sequence token to the end of every text, also of a truncated one.
+            normalize: Let vectors have length 1 and be compared by the cosine, whatever the model's files say.
             dimension: Leading components of a vector that are kept, for models trained so (Matryoshka).
             batch_tokens: See the class; None = by device.
 
@@ -198,7 +200,7 @@ class Encoder:
         config = encoder_config(
             files, model, tokenizer,
             pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
-            append_eos=append_eos, dimension=dimension,
+            append_eos=append_eos, normalize=normalize, dimension=dimension,
         )  # fmt: skip
         encoder = cls(model, tokenizer, config, name=str(path), files=files, head=head, batch_tokens=batch_tokens)
         if dimension is not None and encoder.dimension < dimension:
@@ -462,6 +464,7 @@ def encoder_config(
     document_prompt: str | None,
     max_length: int | None,
     append_eos: bool,
+    normalize: bool = False,
     dimension: int | None = None,
 ) -> EncoderConfig:
     """Return the settings that are given, and for those that are None the model's own; see ``Encoder.from_pretrained``.
@@ -480,6 +483,8 @@ def encoder_config(
     )
     if max_length is not None:
         config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+    if normalize:
+        config = replace(config, normalize=True, similarity="cosine")
     if dimension is not None:
         config = replace(config, dimension=dimension)
     return config

@@ -25,6 +25,25 @@ Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
+class Text:
+    """How a text becomes one vector, where that is not to be what the model's own files say.
+
+    Attributes:
+        pooling: A key of ``POOLERS``.
+        query_prompt: Put before every query.
+        document_prompt: Put before every document.
+        append_eos: End every text with the EOS token.
+        normalize: Let vectors have length 1 and be compared by the cosine.
+    """
+
+    pooling: Literal["cls", "last", "mean"] | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    append_eos: bool = False
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
 class Depth:
     """What is dropped whole.
 
@@ -78,8 +97,8 @@ class Compression:
     Attributes:
         encoder: The model that is compressed, folder or hub name.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
-        normalize: Let vectors have length 1 and be compared by the cosine, whatever the model's files say.
         seed: Of samples, order, dropout, LoRA's start.
+        text: How a text becomes one vector.
         data: What is learned from.
         prune: What is dropped.
         slim: How the rest is narrowed.
@@ -91,8 +110,8 @@ class Compression:
     encoder: str
     data: Data
     max_length: int | None = None
-    normalize: bool = False
     seed: int = 0
+    text: Text = Text()
     prune: Depth = Depth()
     slim: Width = Width()
     finetune: Recipe = Recipe()
@@ -101,6 +120,7 @@ class Compression:
 
 
 SECTIONS = {
+    "text": Text,
     "data": Data,
     "prune": Depth,
     "slim": Width,

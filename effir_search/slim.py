@@ -112,6 +112,7 @@ def slim_encoder(
     batch_tokens: int | None = None,
     restart: bool = False,
     prepared: Path | None = None,
+    **text_options: object,
 ) -> Slimmed:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
 
@@ -136,6 +137,8 @@ def slim_encoder(
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.slimming``.
+        text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
+            keeps.
 
     Raises:
         ValueError: Nothing to cut, no texts, bad data, a loss that is not finite or at its minimum, a model that cannot
@@ -149,7 +152,7 @@ def slim_encoder(
             f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
         )
     encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
     )
     if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
         raise ValueError(

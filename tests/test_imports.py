@@ -75,8 +75,14 @@ ALLOWED = LEAVES | {
     "slim": PRUNING | {"pruning.width", "training.data", "training.examples", "training.objective"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
-    "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library"},
+    "benchmark": SEARCH | {"search", "evaluate"},
+    "recipe": {"files", "slim", "training.data", "training.finetune", "training.objective"},
+    "compress": SEARCH
+    | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
+    | {f"training.{name}" for name in ("data", "examples", "finetune")},
+    "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe"},
     "cli": SEARCH
+    | {"compress", "recipe"}
     | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
     | {"slim", "training.mine", "training.data", "training.finetune", "training.objective"},
     "__main__": {"cli"},

@@ -1,10 +1,15 @@
-import pytest
+from pathlib import Path
 
+import pytest
+from transformers import MistralConfig
+
+from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.pruning.importance import CRITERIA
 from effir_search.pruning.width import UNIT_CRITERIA
 from effir_search.recipe import WITHOUT_LABELS, Compression, as_compression, format_recipe, merged, read_recipe
 from effir_search.training.data import Data
 
+RECIPES = Path(__file__).parents[1] / "docs" / "recipes"
 LABELS = {"encoder": "model", "data": {"train": "train.jsonl"}}
 TEXTS = {"encoder": "model", "data": {"texts": ["corpus.jsonl"]}}
 
@@ -80,3 +85,9 @@ def test_the_criteria_of_recipes_are_those_of_the_library():
     for section, table in (("prune", CRITERIA), ("slim", UNIT_CRITERIA)):
         for name in table:
             assert getattr(as_compression(merged(LABELS, {section: {"criterion": name}})), section).criterion == name
+
+
+def test_the_recipe_for_mistral_7b_leads_to_the_papers_size():
+    compression = as_compression(read_recipe(RECIPES / "mistral-7b-effir.toml"))
+    left = planned(MistralConfig(), drop_mlp=compression.prune.drop_mlp, narrow=compression.slim.narrow)
+    assert round(count(empty_model(left)).parameters / 1e9, 1) == 3.4

@@ -54,7 +54,8 @@ class Recipe:
             model of a billion parameters or more, 0 for a smaller one.
         lora_alpha: None = twice the rank.
         lora_dropout: Of LoRA's input.
-        learning_rate: None = 1e-4 for LoRA, 2e-5 for full fine-tuning, 4e-4 for imitation by either.
+        learning_rate: None = 1e-4 for LoRA, 2e-5 for full fine-tuning; for imitation 4e-4 for LoRA, and for full
+            fine-tuning 0.4 / hidden_size, since rates of Adam scale with 1 / width (arXiv 2203.03466).
         batch_size: Examples or texts of a step, over all devices.
         accumulation: Forward passes whose gradients make a step; in-batch negatives come from one of them.
         epochs: Passes over the data.
@@ -123,7 +124,6 @@ def finetune(
     recipe: Recipe,
     losses: LossSettings,
     max_length: int | None = None,
-    normalize: bool = False,
     device: str = "auto",
     batch_tokens: int | None = None,
     restart: bool = False,
@@ -142,13 +142,12 @@ def finetune(
         recipe: How.
         losses: What is minimised.
         max_length: Tokens of a text that are read in training; the saved model keeps its own.
-        normalize: Let the model's vectors have length 1 and be compared by the cosine.
         device: As ``Encoder.from_pretrained`` takes it.
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
-        text_options: Pooling and prompts as ``Encoder.from_pretrained`` takes them, which the saved model keeps.
+        text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model keeps.
 
     Returns:
         What was done; None in the processes of a launcher that are not its main one.
@@ -164,8 +163,6 @@ def finetune(
     encoder = Encoder.from_pretrained(
         encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
     )
-    if normalize:
-        encoder.config = replace(encoder.config, normalize=True, similarity="cosine")
     # The others wait while one process prepares the data, which may take hours.
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
@@ -224,7 +221,8 @@ def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
     rank = recipe.lora_rank
     if rank is None:
         rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
-    rate = recipe.learning_rate or (4e-4 if not data.train else 1e-4 if rank else 2e-5)
+    of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.4 / encoder.model.config.hidden_size)
+    rate = recipe.learning_rate or (of_lora if rank else of_all)
     bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
 
