@@ -147,7 +147,8 @@ def finetune(
         restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
-        text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model keeps.
+        text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
+            keeps.
 
     Returns:
         What was done; None in the processes of a launcher that are not its main one.
