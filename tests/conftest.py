@@ -178,6 +178,20 @@ def save_sentence_files(
     return folder
 
 
+def save_cross_encoder(folder: Path, *, num_labels: int = 1) -> Path:
+    """Save a tiny BERT with a layer that scores pairs."""
+    torch.manual_seed(3)
+    config = tiny_config("bert")
+    config.num_labels = num_labels
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    model.save_pretrained(folder)
+    word_tokenizer(bos=True, eos=True).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with mean pooling and normalisation."""

@@ -1,8 +1,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from conftest import (
     TOPICS,
     WORDS,
     kill_when_there,
+    save_cross_encoder,
     save_model,
     save_sentence_files,
     word_tokenizer,
@@ -30,9 +33,11 @@ from effir_search.encoder import Encoder
 from effir_search.model.layers import lora_targets
 from effir_search.model.surgery import prune
 from effir_search.training.dev import likeness, ndcg, read_dev_split
+from effir_search.training.examples import Examples
 from effir_search.training.finetune import Data, Recipe, finetune
 from effir_search.training.objective import LossSettings
 from effir_search.training.taught import TaughtText
+from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
 from effir_search.training.trainer import Shuffled, last_whole_checkpoint
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
@@ -155,6 +160,29 @@ def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, b
         for path in (bert_folder, pruned, tmp_path / "tuned")
     )
     assert (teacher * after).sum(axis=1).mean() > (teacher * before).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize("kind", ["teacher", "reranker"])
+def test_the_scores_that_are_learned_are_the_teachers(tmp_path, bert_folder, pruned, kind):
+    texts = [{**record, "scores": None} for record in RECORDS]
+    train = write_jsonl(tmp_path / "train.jsonl", [{k: v for k, v in record.items() if v} for record in texts])
+    if kind == "teacher":
+        name = bert_folder
+        score = partial(bi_encoder_scores, Encoder.from_pretrained(bert_folder, device="cpu"))
+    else:
+        name = save_cross_encoder(tmp_path / "reranker")
+        score = partial(cross_encoder_scores, load_cross_encoder(name, device="cpu"))
+    data = Data(train=str(train), **{kind: str(name)})
+    recipe = Recipe(batch_size=2, max_steps=2)
+    finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    prepared = Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl")
+    assert len(prepared) == len(RECORDS)
+    for example in prepared:
+        pairs = [(example.query, text) for text in (example.positive, *example.negatives)]
+        assert example.scores == pytest.approx(score(pairs), abs=0.02)  # several pairs share a batch in bfloat16
+    losses = json.loads((tmp_path / "tuned" / "training.json").read_text())["losses"]
+    # A bi-encoder's scores are like the student's own; a cross-encoder's are logits.
+    assert losses["teacher_temperature"] == (0.1 if kind == "teacher" else 1.0)
 
 
 def loss_settings(folder: Path) -> dict:
@@ -389,6 +417,26 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path, pruned, examples):
     # which Adam makes steps as large as any other.
     for name in (name for name in expected if not name.endswith("key.bias")):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_continue_to_the_same_weights(tmp_path, pruned, examples):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    whole = in_a_process(arguments(pruned, examples, tmp_path / "whole"), *launcher)
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"), *launcher, start_new_session=True)
+    while not (tmp_path / "killed.training" / "checkpoint-12" / "trainer_state.json").is_file():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    again = in_a_process(arguments(pruned, examples, tmp_path / "killed"), *launcher)
+    _, told = again.communicate()
+    assert again.returncode == 0, told
+    assert "continuing from" in told
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_the_last_whole_checkpoint_is_the_one_to_continue_from(tmp_path):

@@ -4,8 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import DOCUMENTS, TOPICS, save_model, save_sentence_files, tiny_config, word_tokenizer
+from conftest import DOCUMENTS, TOPICS, save_cross_encoder, save_model, save_sentence_files
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -14,19 +13,6 @@ from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scor
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values() if title or text]
 PAIRS = [(query, text) for query in TOPICS.values() for text in TEXTS]
-
-
-def save_cross_encoder(folder, *, num_labels=1):
-    torch.manual_seed(3)
-    config = tiny_config("bert")
-    config.num_labels = num_labels
-    model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1)
-    model.save_pretrained(folder)
-    word_tokenizer(bos=True, eos=True).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
