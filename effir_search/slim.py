@@ -21,7 +21,7 @@ from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_mo
 from effir_search.model.layers import mlp_widths
 from effir_search.model.surgery import prune
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
-from effir_search.training.data import DATA, Data, Loaded, hashes, load, objective_of, prepare, resolved
+from effir_search.training.data import DATA, Data, Loaded, hashes, imitated, load, objective_of, prepare, resolved
 from effir_search.training.examples import Example
 from effir_search.training.objective import LossSettings
 
@@ -119,8 +119,8 @@ def slim_encoder(
     A model that was pruned before is pruned further. No weight is changed, and weights keep their dtype; to fine-tune
     the model is the next step.
 
-    Prepared data and the teacher's embeddings are in ``OUTPUT.slimming`` until the model is written. After a stop the
-    same call, or one with another criterion or share, uses them again; the units are scored, and gates learned, anew.
+    Prepared data, with the teacher's scores of examples, are in ``OUTPUT.slimming`` until the model is written. After a
+    stop the same call, or one with another criterion or share, uses them again; units are scored anew.
 
     Args:
         encoder_name: Model folder or hub name, pruned or not.
@@ -177,7 +177,7 @@ def slim_encoder(
             loaded = load(prepared or folder, data, seed)
             sample = _sample(loaded, seed)
             reference = _embeddings(encoder, sample)
-        scores, settings = _scored(encoder, loaded, data, scoring, losses)
+        scores, settings = _scored(encoder, loaded, data, scoring, losses, device)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
         record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
         record |= {"narrow": narrow, "floor": floor, "multiple": multiple, "widths_before": _keyed(widths)}
@@ -194,7 +194,7 @@ def slim_encoder(
 
 
 def _scored(
-    encoder: Encoder, loaded: Loaded | None, data: Data | None, scoring: Scoring, losses: LossSettings
+    encoder: Encoder, loaded: Loaded | None, data: Data | None, scoring: Scoring, losses: LossSettings, device: str
 ) -> tuple[dict[int, Tensor], dict[str, object]]:
     """Return the scores of all units by layer, and the settings that they depend on."""
     criterion = UNIT_CRITERIA[scoring.criterion]
@@ -205,8 +205,9 @@ def _scored(
     one_pass = max(1, len(loaded.dataset) // scoring.batch_size)
     number = scoring.steps if learns else min(scoring.steps, one_pass)
     own = {name: getattr(scoring, name) for name in ("learning_rate", "penalty")} if learns else {}
-    losses = resolved(losses, data, encoder)
-    objective = objective_of(encoder, data, losses)
+    teacher = imitated(data, encoder, device)
+    losses = resolved(losses, data, encoder, teacher)
+    objective = objective_of(encoder, losses, teacher)
 
     def loss(batch: Mapping[str, object]) -> Tensor:
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):

@@ -36,9 +36,9 @@ from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.examples import Examples
 from effir_search.training.finetune import Data, Recipe, finetune
 from effir_search.training.objective import LossSettings
-from effir_search.training.taught import TaughtText
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
 from effir_search.training.trainer import Shuffled, last_whole_checkpoint
+from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 RECORDS = [
@@ -259,10 +259,7 @@ def test_a_sample_of_a_dev_split_keeps_what_is_judged(collection):
 
 def test_likeness_is_one_for_the_teacher_itself(bert_folder):
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
-    texts = [
-        TaughtText(t, False, torch.from_numpy(v)) for t, v in zip(TEXTS, encoder.encode_documents(TEXTS), strict=True)
-    ]
-    assert likeness(texts)[1](encoder) == pytest.approx(1.0)
+    assert likeness([PlainText(text, False) for text in TEXTS], encoder)[1](encoder) == pytest.approx(1.0)
 
 
 def test_a_random_mistral_learns_to_rank_a_toy_task(tmp_path):
@@ -365,18 +362,18 @@ def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_fo
     data = Data(texts=(texts,), teacher=str(bert_folder))
     run = partial(finetune, str(pruned), tmp_path / "tuned", **QUICK, keep_checkpoints=True)
     run(data, recipe=Recipe(batch_size=16, max_steps=2))
-    part = tmp_path / "tuned.training" / "data" / "teacher-00000.npy"
-    written = part.stat().st_mtime_ns
+    file = tmp_path / "tuned.training" / "data" / "texts.jsonl"
+    written = file.stat().st_mtime_ns
     shutil.rmtree(tmp_path / "tuned")
     run(data, recipe=Recipe(batch_size=16, max_steps=3), restart=True)
-    assert part.stat().st_mtime_ns == written
+    assert file.stat().st_mtime_ns == written
     shutil.rmtree(tmp_path / "tuned")
     run(
         Data(texts=(texts,), teacher=str(bert_folder), num_texts=20),
         recipe=Recipe(batch_size=16, max_steps=2),
         restart=True,
     )
-    assert part.stat().st_mtime_ns != written and len(np.load(part)) == 20
+    assert file.stat().st_mtime_ns != written and len(file.read_text().splitlines()) == 20
 
 
 def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warmed_up(tmp_path, pruned, examples):

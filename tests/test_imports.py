@@ -41,7 +41,8 @@ INDEX = EMBEDDINGS | {"embeddings", "workers"}
 BRIDGE = INDEX | {"index"}
 SEARCH = BRIDGE | {"pyserini_bridge"}
 TRAINING = BRIDGE | {
-    f"training.{name}" for name in ("data", "dev", "examples", "lines", "objective", "taught", "teachers", "trainer")
+    f"training.{name}"
+    for name in ("data", "dev", "examples", "lines", "objective", "unlabelled", "teachers", "trainer")
 }
 ALLOWED = LEAVES | {
     "encoder": ENCODER,
@@ -65,12 +66,12 @@ ALLOWED = LEAVES | {
     "training.lines": {"files", "corpus"},
     "training.teachers": BRIDGE | {"training.examples"},
     "training.mine": BRIDGE | {"training.examples", "training.teachers"},
-    "training.objective": ENCODER | {"encoder", "training.losses", "training.examples"},
-    "training.taught": ENCODER | {"encoder", "training.lines"},
-    "training.dev": BRIDGE | {"evaluate", "training.taught"},
+    "training.objective": ENCODER | {"encoder"} | {f"training.{name}" for name in ("losses", "examples", "unlabelled")},
+    "training.unlabelled": ENCODER | {"encoder", "training.lines"},
+    "training.dev": BRIDGE | {"evaluate", "training.unlabelled"},
     "training.trainer": {"files", "model.checkpoint", "training.dev", "training.objective"},
     "training.data": EMBEDDINGS
-    | {f"training.{name}" for name in ("examples", "lines", "objective", "taught", "teachers")},
+    | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
     "training.finetune": TRAINING,
     "slim": PRUNING | {"pruning.width", "training.data", "training.examples", "training.objective"},
     "evaluate": {"files", "corpus", "trec"},

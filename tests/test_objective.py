@@ -16,6 +16,7 @@ from effir_search.training.objective import ImitationObjective, LossSettings, Re
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
 SETTINGS = LossSettings(temperature=0.1, teacher_temperature=1.0)
+WITH_TOKENS = LossSettings(temperature=0.1, token_weight=1.0)
 
 
 def example(
@@ -153,25 +154,40 @@ def test_a_text_without_a_token_is_an_error(tmp_path):
 @pytest.mark.parametrize("prompts", [{}, {"query": "soup ", "document": "the "}])
 def test_imitating_oneself_starts_at_zero(tmp_path, prompts):
     folder = save_sentence_files(save_model(tmp_path / "model", "bert"), prompts=prompts)
-    encoder = load(folder)
-    teacher = np.concatenate([encoder.encode_documents(TEXTS[:3]), encoder.encode_queries(QUERIES[:2])])
-    order = [3, 0, 4, 1, 2]  # queries and documents mixed
-    texts, queries = [*TEXTS[:3], *QUERIES[:2]], [False] * 3 + [True] * 2
-    terms = ImitationObjective(encoder, SETTINGS)(
-        [texts[i] for i in order], [queries[i] for i in order], torch.from_numpy(teacher[order])
-    )
-    assert terms["loss"].item() == pytest.approx(0, abs=1e-5)
-    other = ImitationObjective(encoder, SETTINGS)(texts, queries, torch.from_numpy(teacher[order]))
-    assert other["loss"].item() > 0.01
+    mixed = [QUERIES[0], TEXTS[0], QUERIES[1], TEXTS[1], TEXTS[2]], [True, False, True, False, False]
+    objective = ImitationObjective(load(folder), LossSettings(token_weight=1.0), load(folder))
+    assert objective(*mixed)["loss"].item() == pytest.approx(0, abs=1e-5)
+    other = save_sentence_files(save_model(tmp_path / "other", "roberta"), prompts=prompts)
+    assert ImitationObjective(load(folder), SETTINGS, load(other))(*mixed)["loss"].item() > 0.01
+
+
+def encode_one(encoder, text, query):
+    return (encoder.encode_queries if query else encoder.encode_documents)([text])
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query": "soup ", "document": "the "}])
+def test_queries_and_documents_are_compared_with_what_the_teacher_makes_of_them(tmp_path, bert_folder, prompts):
+    """With prompts of its own the teacher reads other tokens, and encodes the texts by itself."""
+    teacher = load(save_sentence_files(save_model(tmp_path / "teacher", "roberta"), prompts=prompts))
+    student = load(bert_folder)
+    texts, queries = [QUERIES[0], TEXTS[0], QUERIES[1], TEXTS[1], TEXTS[2]], [True, False, True, False, False]
+    terms = ImitationObjective(student, SETTINGS, teacher)(texts, queries)
+    unit, reference = (
+        torch.from_numpy(np.concatenate([encode_one(e, *text) for text in zip(texts, queries, strict=True)]))
+        for e in (student, teacher)
+    )  # both encoders' vectors have length 1
+    assert terms["embedding"].item() == pytest.approx((1 - (unit * reference).sum(1)).mean().item(), rel=1e-4)
+    expected = ((unit @ unit.T - reference @ reference.T) ** 2).mean().item()
+    assert terms["scores"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_folder):
     encoder = load(bert_folder)
-    teacher = torch.randn(4, 7)
-    terms = ImitationObjective(encoder, LossSettings(score_weight=2.0))(TEXTS[:4], [False] * 4, teacher)
+    teacher = load(bert_folder, dimension=7)
+    terms = ImitationObjective(encoder, LossSettings(score_weight=2.0), teacher)(TEXTS[:4], [False] * 4)
     assert "embedding" not in terms
     vectors = F.normalize(torch.from_numpy(encoder.encode_documents(TEXTS[:4])), dim=-1)
-    unit = F.normalize(teacher, dim=-1)
+    unit = F.normalize(torch.from_numpy(teacher.encode_documents(TEXTS[:4])), dim=-1)
     expected = 2 * ((vectors @ vectors.T - unit @ unit.T) ** 2).mean()
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -180,7 +196,7 @@ def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_fol
 def test_tokens_are_matched_with_those_of_a_teacher_that_reads_the_same(tmp_path, bert_folder, cached):
     student, teacher = load(bert_folder, batch_tokens=24), load(save_model(tmp_path / "teacher", "roberta"))
     objective = ImitationObjective(student, LossSettings(token_weight=3.0, score_weight=1.0, cached=cached), teacher)
-    terms = objective(TEXTS[:5], [False] * 5, torch.from_numpy(teacher.encode_documents(TEXTS[:5])))
+    terms = objective(TEXTS[:5], [False] * 5)
     away = []
     for text in TEXTS[:5]:  # one by one, without padding
         ids = torch.tensor([student.tokenize([text]).input_ids[0]])
@@ -200,37 +216,36 @@ def test_the_cached_gradient_of_tokens_is_the_gradient(tmp_path, bert_folder):
     for cached in (False, True):
         settings = LossSettings(token_weight=1.0, cached=cached)
         objective = ImitationObjective(load(bert_folder, batch_tokens=24), settings, teacher)
-        objective(TEXTS[:5], [False] * 5, torch.from_numpy(teacher.encode_documents(TEXTS[:5])))["loss"].backward()
+        objective(TEXTS[:5], [False] * 5)["loss"].backward()
         found[cached] = gradients(objective)
     for name, gradient in found[False].items():
         torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def in_a_process(rank: int, folder: str, store: str, results: str) -> None:
+def in_a_process(rank: int, folder: str, teacher: str, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     objective = RetrievalObjective(load(folder), SETTINGS)
     loss = objective(EXAMPLES[2 * rank : 2 * rank + 2])["loss"]
     loss.backward()
-    imitation = ImitationObjective(load(folder), SETTINGS)
+    imitation = ImitationObjective(load(folder), WITH_TOKENS, load(teacher))
     texts = TEXTS[:5] if rank == 0 else TEXTS[5:8]
-    teacher = torch.linspace(0, 1, 8 * 32).reshape(8, 32).sin()[slice(0, 5) if rank == 0 else slice(5, 8)]
     # As many texts on each device make the mean of the devices the mean of all; here 5 and 3 are weighted so.
-    imitated = imitation(texts, [False] * len(texts), teacher)["loss"] * len(texts) / 4
+    imitated = imitation(texts, [False] * len(texts))["loss"] * len(texts) / 4
     imitated.backward()
     torch.save([loss.detach(), gradients(objective), imitated.detach(), gradients(imitation)], f"{results}-{rank}")
     dist.destroy_process_group()
 
 
 def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path, bert_folder):
-    mp.spawn(in_a_process, (str(bert_folder), str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
+    teacher = str(save_model(tmp_path / "teacher", "roberta"))
+    mp.spawn(in_a_process, (str(bert_folder), teacher, str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
     found = [torch.load(tmp_path / f"result-{rank}") for rank in (0, 1)]
     retrieval, imitation = (
         RetrievalObjective(load(bert_folder), SETTINGS),
-        ImitationObjective(load(bert_folder), SETTINGS),
+        ImitationObjective(load(bert_folder), WITH_TOKENS, load(teacher)),
     )
-    teacher = torch.linspace(0, 1, 8 * 32).reshape(8, 32).sin()
-    losses = retrieval(EXAMPLES)["loss"], imitation(TEXTS[:8], [False] * 8, teacher)["loss"]
+    losses = retrieval(EXAMPLES)["loss"], imitation(TEXTS[:8], [False] * 8)["loss"]
     for objective, loss, place in ((retrieval, losses[0], 0), (imitation, losses[1], 2)):
         loss.backward()
         torch.testing.assert_close((found[0][place] + found[1][place]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)

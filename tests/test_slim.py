@@ -229,21 +229,25 @@ def in_a_process(*arguments):
     )
 
 
-def test_a_job_that_was_killed_uses_the_teachers_embeddings_again(tmp_path, bert_folder, data):
-    rng = np.random.default_rng(1)
-    many = tmp_path / "many.txt"
-    many.write_text("".join(" ".join(rng.choice(WORDS, 9)) + f" {number}\n" for number in range(3000)))
-    options = ["--texts", many, "--teacher", data["texts"].teacher, "--narrow", "0.3", "--device", "cpu", "--no-bf16"]
-    options += ["--steps", "3", "--batch-size", "8"]
+def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder, data):
+    options = [
+        "--texts",
+        *data["texts"].texts,
+        "--teacher",
+        data["texts"].teacher,
+        "--narrow",
+        "0.3",
+        "--device",
+        "cpu",
+    ]
+    options += ["--no-bf16", "--steps", "3", "--batch-size", "8"]
     killed = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     work = tmp_path / "slim.slimming"
-    kill_when_there(killed, work / "data" / "teacher-00000.npy")
+    kill_when_there(killed, work / "data" / "texts.jsonl")
     assert work.is_dir() and not (tmp_path / "slim").exists()
-    assert len(list((work / "data").glob("teacher-*.npy"))) < 3
     again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     answer, told = again.communicate()
     assert again.returncode == 0, told
-    assert "continuing: the teacher has embedded" in told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
     assert sum(config_of(tmp_path / "slim")["mlp_widths"]) == UNITS - round(0.3 * UNITS)
 

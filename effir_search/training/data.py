@@ -14,9 +14,15 @@ from effir_search.job import job_folder, read_settings
 from effir_search.model.checkpoint import file_sha256
 from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.lines import Lines
-from effir_search.training.objective import ImitationObjective, LossSettings, Objective, RetrievalObjective
-from effir_search.training.taught import TaughtText, TaughtTexts, as_batch, prepare_texts, teach
+from effir_search.training.objective import (
+    ImitationObjective,
+    LossSettings,
+    Objective,
+    RetrievalObjective,
+    read_differently,
+)
 from effir_search.training.teachers import load_teacher
+from effir_search.training.unlabelled import PlainText, PlainTexts, as_batch, prepare_texts
 
 # Where in a job's folder prepared data is: another recipe leaves it as it is.
 DATA = "data"
@@ -76,14 +82,14 @@ class Loaded(NamedTuple):
     """Prepared data.
 
     Attributes:
-        dataset: ``Example`` or ``TaughtText``; none of them is in memory.
+        dataset: ``Example`` or ``PlainText``; none of them is in memory.
         collate: Makes of some of them the keyword arguments that the objective takes.
         held_out: Texts that are not in the dataset; none beside examples.
     """
 
-    dataset: Sequence[Example] | Sequence[TaughtText]
+    dataset: Sequence[Example] | Sequence[PlainText]
     collate: Callable[[Sequence], dict[str, object]]
-    held_out: list[TaughtText]
+    held_out: list[PlainText]
 
 
 def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str, str], restart: bool = False) -> None:
@@ -109,7 +115,6 @@ def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str
             file = folder / "texts.jsonl"
             if not file.is_file():
                 prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
-            teach(Lines(file), Encoder.from_pretrained(data.teacher, device=device).pack(), folder)
             return
         file = folder / "examples.jsonl"
         if file.is_file():
@@ -125,52 +130,54 @@ def load(folder: Path, data: Data, seed: int) -> Loaded:
     """Return what ``prepare`` wrote; of texts a tenth is held out, at most 256, the same for the same seed."""
     if data.train:
         return Loaded(Examples(folder / DATA / "examples.jsonl"), _as_examples, [])
-    taught = TaughtTexts(Lines(folder / DATA / "texts.jsonl"), folder / DATA)
-    held_out = random.Random(seed).sample(range(len(taught)), min(HELD_OUT, len(taught) // 10))
-    dataset = Subset(taught, sorted(set(range(len(taught))) - set(held_out)))
-    return Loaded(dataset, as_batch, [taught[number] for number in held_out])
+    texts = PlainTexts(Lines(folder / DATA / "texts.jsonl"))
+    held_out = random.Random(seed).sample(range(len(texts)), min(HELD_OUT, len(texts) // 10))
+    dataset = Subset(texts, sorted(set(range(len(texts))) - set(held_out)))
+    return Loaded(dataset, as_batch, [texts[number] for number in held_out])
 
 
-def resolved(losses: LossSettings, data: Data, encoder: Encoder) -> LossSettings:
-    """Return the settings with a value for every None that stands for one."""
-    temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
-    of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
-    return replace(losses, temperature=temperature, teacher_temperature=of_teacher)
-
-
-def objective_of(
-    encoder: Encoder, data: Data, losses: LossSettings, *, token_teacher: Encoder | None = None
-) -> Objective:
-    """Return the loss of an encoder on such data; ``losses`` are ``resolved``."""
-    return RetrievalObjective(encoder, losses) if data.train else ImitationObjective(encoder, losses, token_teacher)
-
-
-def token_teacher(losses: LossSettings, data: Data, encoder: Encoder, device: str) -> Encoder | None:
-    """Return the teacher whose states of each token are to be matched; None where there is none to match.
+def imitated(data: Data, encoder: Encoder, device: str) -> Encoder | None:
+    """Return the teacher that is imitated, which reads no more of a text than the encoder does; None with labels.
 
     Raises:
-        ValueError: ``losses`` ask for it, but the teacher's tokens or states are not the encoder's.
+        ValueError: The folder is no model.
+        OSError: It cannot be read.
     """
-    unasked = losses.token_weight is None and encoder.config.pooling != "mean"
-    if data.train or losses.token_weight == 0 or unasked:
+    if data.train:
         return None
-    limits = {"max_length": encoder.config.max_length, "batch_tokens": encoder.batch_tokens}
-    teacher = Encoder.from_pretrained(data.teacher, device=device, **limits)
-    if (different := _read_differently(teacher, encoder)) is None:
-        return teacher.pack()
-    if losses.token_weight:
-        raise ValueError(f"--token-weight {losses.token_weight:g}: {data.teacher} has another {different}")
-    return None
+    teacher = Encoder.from_pretrained(data.teacher, device=device, batch_tokens=encoder.batch_tokens)
+    shorter = min(teacher.config.max_length, encoder.config.max_length)
+    teacher.config = replace(teacher.config, max_length=shorter)
+    return teacher.pack()
 
 
-def _read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
-    """Return the first thing in which two encoders make other states of a text's tokens; None if there is none."""
-    if teacher.model.config.hidden_size != encoder.model.config.hidden_size:
-        return "hidden size"
-    if teacher.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
-        return "vocabulary"
-    names = ("query_prompt", "document_prompt", "append_eos", "max_length")
-    return next((name for name in names if getattr(teacher.config, name) != getattr(encoder.config, name)), None)
+def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encoder | None) -> LossSettings:
+    """Return the settings with a value for every None that stands for one.
+
+    Args:
+        losses: The settings.
+        data: What is learned from.
+        encoder: What learns.
+        teacher: See ``imitated``.
+
+    Raises:
+        ValueError: The states of tokens are to be matched with those of a teacher that makes others.
+    """
+    temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
+    of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
+    of_tokens = losses.token_weight
+    if teacher is None:
+        of_tokens = 0.0
+    elif of_tokens is None:
+        of_tokens = float(encoder.config.pooling == "mean" and read_differently(teacher, encoder) is None)
+    elif of_tokens and (different := read_differently(teacher, encoder)):
+        raise ValueError(f"--token-weight {of_tokens:g}: {data.teacher} has another {different}")
+    return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)
+
+
+def objective_of(encoder: Encoder, losses: LossSettings, teacher: Encoder | None) -> Objective:
+    """Return the loss of an encoder that imitates a teacher, or with None learns from labels; see ``resolved``."""
+    return RetrievalObjective(encoder, losses) if teacher is None else ImitationObjective(encoder, losses, teacher)
 
 
 def hashes(data: Data) -> dict[str, str]:

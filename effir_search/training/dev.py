@@ -12,7 +12,7 @@ from effir_search.corpus import Document, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
-from effir_search.training.taught import TaughtText, encode_texts
+from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
 
 # Name of a figure and the function that measures it; larger is better.
@@ -88,18 +88,18 @@ def ndcg(split: DevSplit) -> Measure:
     return "nDCG@10", measure
 
 
-def likeness(texts: list[TaughtText]) -> Measure:
+def likeness(texts: list[PlainText], teacher: Encoder) -> Measure:
     """Return how well an encoder's similarities between held-out texts agree with the teacher's: Pearson's correlation.
 
     It lies in [-1, 1], compares teachers and students of any dimension, and is what ranking depends on.
     """
-    teacher = np.stack([text.embedding.numpy() for text in texts])
+    plain, queries = [text.text for text in texts], [text.query for text in texts]
     upper = np.triu_indices(len(texts), k=1)
-    expected = _cosines(teacher)[upper]
+    expected = _cosines(encode_texts(teacher, plain, queries))[upper]
 
     def measure(encoder: Encoder) -> float:
-        embeddings = encode_texts(encoder, [text.text for text in texts], [text.query for text in texts])
-        return float(np.corrcoef(_cosines(embeddings)[upper], expected)[0, 1])
+        found = _cosines(encode_texts(encoder, plain, queries))[upper]
+        return float(np.corrcoef(found, expected)[0, 1])
 
     return "likeness", measure
 

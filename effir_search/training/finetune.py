@@ -32,11 +32,11 @@ from effir_search.training.data import (
     Loaded,
     dev_hashes,
     hashes,
+    imitated,
     load,
     objective_of,
     prepare,
     resolved,
-    token_teacher,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.objective import LossSettings, Objective
@@ -168,9 +168,8 @@ def finetune(
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
-    recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder)
-    taught_by = token_teacher(losses, data, encoder, device)
-    losses = replace(losses, token_weight=(losses.token_weight or 1.0) if taught_by else 0.0)
+    teacher = imitated(data, encoder, device)
+    recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder, teacher)
     files = hashes(data)
     settings = {
         "model": lasting_name(encoder_name),
@@ -187,7 +186,7 @@ def finetune(
     check_training(recipe, data)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
-    objective = objective_of(encoder, data, losses, token_teacher=taught_by)
+    objective = objective_of(encoder, losses, teacher)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
@@ -195,7 +194,7 @@ def finetune(
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
         if measure is None and len(loaded.held_out) > 2:
-            measure = likeness(loaded.held_out)
+            measure = likeness(loaded.held_out, teacher)
         if recipe.patience and measure is None:
             raise ValueError("--patience needs something that is measured: give --dev")
         outcome = _train(objective, loaded, measure, recipe, folder)

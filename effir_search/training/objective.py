@@ -19,6 +19,7 @@ from effir_search.training.losses import (
     score_matrix_loss,
     token_loss,
 )
+from effir_search.training.unlabelled import encode_texts
 
 
 @dataclass(frozen=True)
@@ -163,65 +164,66 @@ class RetrievalObjective(Objective):
 class ImitationObjective(Objective):
     """Match a teacher's embeddings of any texts and its score matrix over the batch; no labels are needed.
 
-    A teacher with embeddings of another length is matched in its score matrix alone. One that reads the same tokens can
-    be matched token by token, too.
+    A teacher with embeddings of another length is matched in its score matrix alone. One that reads the same tokens
+    (``read_differently``) runs on the encoder's own batches, and can be matched token by token, too.
 
     Args:
         encoder: The student.
         settings: See ``LossSettings``.
-        teacher: Whose states of the tokens are matched, with ``settings.token_weight``; None = no one's.
+        teacher: What is imitated.
     """
 
-    def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder | None = None) -> None:
+    def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder) -> None:
         super().__init__(encoder, settings)
         self.teacher = teacher
+        self.same_tokens = read_differently(teacher, encoder) is None
 
-    def forward(self, texts: Sequence[str], queries: Sequence[bool], teacher: Tensor) -> dict[str, Tensor]:
+    def forward(self, texts: Sequence[str], queries: Sequence[bool]) -> dict[str, Tensor]:
         """Return the loss of a batch and its terms, each a scalar.
 
         Args:
             texts: Any texts.
             queries: Of each, whether it is a query; the others are documents.
-            teacher: ``(texts, teacher_dimension)``, the teacher's embeddings.
         """
         config = self.encoder.config
-        teacher = teacher.to(self.encoder.device)
         kinds = np.asarray(queries, dtype=bool)
         rows = [np.flatnonzero(kinds), np.flatnonzero(~kinds)]
         prompts = [config.query_prompt, config.document_prompt]
         if config.query_prompt == config.document_prompt:  # then all may share forward passes
             rows, prompts = [np.arange(len(texts))], prompts[:1]
-        forward = self._embed if self.teacher is None else self._embed_and_match
+        forward = self._embed_both if self.same_tokens else self._embed
         parts = [
             self._in_chunks([texts[row] for row in of_kind], prompt, forward)
             for of_kind, prompt in zip(rows, prompts, strict=True)
             if len(of_kind)
         ]
         places = torch.from_numpy(np.argsort(np.concatenate(rows)))
-        student, *away = (torch.cat(of_all)[places] for of_all in zip(*parts, strict=True))
+        student, *beside = (torch.cat(of_all)[places] for of_all in zip(*parts, strict=True))
+        if not beside:
+            with torch.autocast(student.device.type, enabled=False):
+                beside = [torch.from_numpy(encode_texts(self.teacher, texts, queries)).to(student.device)]
         with torch.autocast(student.device.type, enabled=False):  # as in RetrievalObjective
-            terms = self._loss(student, teacher)
-        if away:
-            terms |= {"tokens": away[0].mean()}
-            terms["loss"] = terms["loss"] + self.settings.token_weight * terms["tokens"]
-        return terms
+            return self._loss(student, *beside)
 
-    def _embed_and_match(
+    def _embed_both(
         self, batch: dict[str, Tensor], prompt_length: int, teacher_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the embeddings and, of each text, how far its tokens' states are from the teacher's."""
-        encoder, mask = self.encoder, batch["attention_mask"]
-        states = encoder.model(**batch).last_hidden_state.float()
-        embeddings = vectors(states, mask, encoder.config, head=encoder.head, prompt_length=prompt_length)
-        return embeddings, token_loss(states, teacher_states, mask)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the embeddings, the teacher's, and of each text how far its tokens' states are from the teacher's."""
+        mask = batch["attention_mask"]
+        states = self.encoder.model(**batch).last_hidden_state.float()
+        student, teacher = (
+            vectors(of_one, mask, one.config, head=one.head, prompt_length=prompt_length)
+            for of_one, one in ((states, self.encoder), (teacher_states, self.teacher))
+        )
+        return student, teacher, token_loss(states, teacher_states, mask)
 
     def _beside(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.teacher is None:
+        if not self.same_tokens:
             return {}
         with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
             return {"teacher_states": self.teacher.model(**batch).last_hidden_state.float()}
 
-    def _loss(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def _loss(self, student: Tensor, teacher: Tensor, away: Tensor | None = None) -> dict[str, Tensor]:
         sizes = _sizes(len(student))
         student_all, teacher_all = _gathered(student, sizes), _gathered(teacher, sizes)
         terms: dict[str, list[Tensor]] = {"embedding": [], "scores": []}
@@ -231,7 +233,21 @@ class ImitationObjective(Objective):
                 terms["embedding"].append(embedding_loss(part, teacher[:, :size]))
             terms["scores"].append(score_matrix_loss(part, part_all, teacher, teacher_all))
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        return {"loss": means.get("embedding", 0) + self.settings.score_weight * means["scores"], **means}
+        loss = means.get("embedding", 0) + self.settings.score_weight * means["scores"]
+        if self.settings.token_weight and away is not None:
+            means["tokens"] = away.mean()
+            loss = loss + self.settings.token_weight * means["tokens"]
+        return {"loss": loss, **means}
+
+
+def read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
+    """Return the first thing by which two encoders make unlike states of a text's tokens; None if there is none."""
+    if teacher.model.config.hidden_size != encoder.model.config.hidden_size:
+        return "hidden size"
+    if teacher.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        return "vocabulary"
+    names = ("query_prompt", "document_prompt", "include_prompt", "append_eos", "max_length")
+    return next((name for name in names if getattr(teacher.config, name) != getattr(encoder.config, name)), None)
 
 
 def _candidates(example: Example) -> list[str]:
