@@ -112,6 +112,11 @@ def set_search_parameters(index: faiss.Index, *, ef_search: int | None = None, n
         raise ValueError(f"--ef-search is for HNSW indexes; this one is {type(inner).__name__}")
 
 
+def largest_cosine(index: faiss.Index) -> float:
+    """Return what no score among vectors of length 1 is above: 1 and, for rounding or quantisation, a little more."""
+    return 1.01 if isinstance(index, faiss.IndexFlat) else 1.5
+
+
 def _parse(kind: str) -> re.Match:
     found = PATTERN.fullmatch(kind)
     sizes = [] if not found else [int(found[name]) for name in ("lists", "links", "codes", "bits") if found[name]]
