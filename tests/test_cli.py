@@ -89,6 +89,15 @@ def test_every_option_says_what_it_is():
     assert silent == []
 
 
+REPLACING = {"search": "--output", "compare": "--figure", "mine": "--output"}
+
+
+@pytest.mark.parametrize(("command", "option"), REPLACING.items())
+def test_an_option_that_replaces_a_file_says_so_and_does_not_call_it_new(command, option):
+    (parameter,) = (p for p in cli.commands[command].params if option in p.opts)
+    assert "existing" in parameter.help and "is replaced" in parameter.help and "New" not in parameter.help
+
+
 def test_the_version_is_that_of_the_package():
     from effir_search import __version__
 
@@ -398,6 +407,19 @@ def test_search_writes_a_run_that_evaluate_scores(collection, toy_index, tmp_pat
     expected = ir_measures.calc_aggregate([R @ 5], qrels, ir_measures.read_trec_run(str(output)))[R @ 5]
     scored = run("evaluate", "--run", output, "--qrels", collection / "qrels" / "test.tsv", "--measures", "R@5")
     assert scored == f"R@5\tall\t{expected:.4f}\n"
+
+
+def test_a_run_and_a_figure_replace_those_there_are(collection, toy_index, tmp_path):
+    run_file, figure = tmp_path / "run.txt", tmp_path / "figure.png"
+    args = ["search", "--index", toy_index, "--topics", collection / "queries.jsonl", "--output"]
+    run(*args, tmp_path / "other.txt", "--hits", 2)
+    for path in (run_file, figure):
+        path.write_text("old")
+    run(*args, run_file)
+    qrels = collection / "qrels" / "test.tsv"
+    run("compare", run_file, tmp_path / "other.txt", "--qrels", qrels, "--measures", "R@5", "--figure", figure)
+    assert len(run_file.read_text().splitlines()) == 3 * 12
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_search_of_a_text_shows_the_hits_with_their_titles(collection, toy_index):
