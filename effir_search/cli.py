@@ -182,7 +182,7 @@ def index(
 @click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a TREC topic.")
 @click.option("--output", type=PATH, help="Run file; an existing one is replaced.")
 @click.option("--query", help="Search for one text and print the hits.")
-@click.option("--corpus", help="With --query: where the texts of the hits are.")
+@click.option("--corpus", "corpora", multiple=True, help="With --query: where the texts of the hits are; repeatable.")
 @click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
 @click.option("--hits", type=click.IntRange(min=1), help="Hits a query.  [default: 1000; with --query, 10]")
 @click.option("--qrels", help="Search only the topics that are judged here.")
@@ -194,7 +194,7 @@ def index(
 @encoder_options
 def search(
     query: str | None,
-    corpus: str | None,
+    corpora: tuple[str, ...],
     topics: str | None,
     topics_field: str,
     output: Path | None,
@@ -208,9 +208,9 @@ def search(
 
     if query is not None and topics is None and output is None:
         refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
-        click.echo(format_hits(search_text(query, corpus=corpus, **options)))
+        click.echo(format_hits(search_text(query, corpora=corpora, **options)))
     elif query is None and topics is not None and output is not None:
-        refuse(["corpus"], "goes with --query, not with --topics")
+        refuse(["corpora"], "goes with --query, not with --topics")
         settings = {"topics_field": topics_field, "qrels": qrels, "remove_query": remove_query, "tag": tag}
         num_topics, num_hits = search_topics(topics, output, **settings, **options)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")

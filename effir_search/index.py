@@ -151,7 +151,7 @@ def build_index(
                 return 0  # another shard's job wrote it while this one waited for its turn
             records = store.parts().values()
             info = IndexInfo(
-                model=_lasting_name(encoder.name),
+                model=absolute_name(encoder.name),
                 model_sha256=encoder.weights_sha256,
                 encoder=encoder.config,
                 dtype=dtype_name(encoder.dtype),
@@ -160,7 +160,7 @@ def build_index(
                 num_empty=sum(part.num_empty for part in records),
                 num_truncated=sum(part.num_truncated for part in records),
                 num_skipped=num_skipped,
-                corpus=_lasting_name(str(corpus)) if corpus is not None else None,
+                corpus=absolute_name(str(corpus)) if corpus is not None else None,
                 corpus_fields=corpus_fields,
                 corpus_sha256=found_sha256,
                 kind=kind,
@@ -536,6 +536,6 @@ def check_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
             )
 
 
-def _lasting_name(name: str) -> str:
-    """A path that still holds when the next command is run elsewhere; hub names and ids stay as they are."""
+def absolute_name(name: str) -> str:
+    """Return a path that still holds when the next command is run elsewhere; hub names and ids stay as they are."""
     return str(Path(name).absolute()) if Path(name).exists() else name

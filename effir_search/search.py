@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from effir_search.corpus import IR_DATASETS, Document, find_documents
 from effir_search.encoder import Encoder
-from effir_search.index import read_index_info, require_index, scale
+from effir_search.index import absolute_name, read_index_info, require_index, scale
 from effir_search.kinds import largest_cosine, set_search_parameters
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
 from effir_search.trec import FLOAT32_MAX, Query, read_qrels, read_topics, strictly_decreasing, write_run
@@ -185,7 +185,7 @@ def search_text(
     query: str,
     *,
     index_dir: Path | Sequence[Path],
-    corpus: str | None = None,
+    corpora: Sequence[str] = (),
     encoder: str | None = None,
     hits: int | None = None,
     threads: int | None = None,
@@ -193,12 +193,12 @@ def search_text(
     nprobe: int | None = None,
     **options: object,
 ) -> list[tuple[ScoredDoc, Document | None]]:
-    """Search for one text: ``effir search --query``. Return the best hits, with their documents if a corpus is given.
+    """Search for one text: ``effir search --query``. Return the best hits, with their documents if corpora are given.
 
     Args:
         query: The text.
         index_dir: The index folder, or several.
-        corpus: Where the documents are; None = leave them out.
+        corpora: Where the documents are, in one or the other; none = leave them out.
         encoder: Model folder or hub name; None = the index's own.
         hits: How many; None = 10.
         threads: Of FAISS; None = all cores.
@@ -211,10 +211,17 @@ def search_text(
     model = load_encoder(_folders(index_dir)[0], encoder, **options)
     effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
     found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, **effort))
-    info = read_index_info(_folders(index_dir)[0])
-    fields = info.corpus_fields if info else None
-    documents = find_documents(corpus, [hit.doc_id for hit in found], fields=fields) if corpus else {}
+    sources = _with_fields(corpora, _folders(index_dir))
+    documents = find_documents(sources, [hit.doc_id for hit in found]) if sources else {}
     return [(hit, documents.get(hit.doc_id)) for hit in found]
+
+
+def _with_fields(corpora: Sequence[str], folders: Sequence[Path]) -> dict[str, list[str] | None]:
+    """The fields of each corpus that were indexed; of one that no index names, those of the first index."""
+    infos = [info for folder in folders if (info := read_index_info(folder)) is not None]
+    fields = {info.corpus: info.corpus_fields for info in infos}
+    others = infos[0].corpus_fields if infos else None
+    return {corpus: fields.get(absolute_name(corpus), others) for corpus in corpora}
 
 
 def format_hits(

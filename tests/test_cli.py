@@ -429,6 +429,14 @@ def test_search_of_a_text_shows_the_hits_with_their_titles(collection, toy_index
     assert "     hot tomato soup with onion , pepper and oil ." in told.splitlines()
 
 
+def test_texts_of_hits_may_be_in_several_corpora(collection, toy_index, tmp_path):
+    lines = (collection / "corpus.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("a.jsonl", lines[:5]), ("b.jsonl", lines[5:])):
+        (tmp_path / name).write_text("".join(some))
+    args = ["search", "--index", toy_index, "--query", "hot soup", "--hits", 12, "--corpus"]
+    assert run(*args, tmp_path / "a.jsonl", "--corpus", tmp_path / "b.jsonl") == run(*args, collection)
+
+
 def test_a_run_cannot_stand_where_a_folder_is_and_the_error_names_that_folder(
     collection, toy_index, tmp_path, error_of
 ):

@@ -263,7 +263,7 @@ def test_topics_that_are_neither_a_file_nor_a_name_are_an_error():
 
 def test_one_text_is_searched_and_shown_with_its_documents(toy_index, collection):
     own_text = " ".join(DOCUMENTS["007"])
-    hits = search_text(own_text, index_dir=toy_index, corpus=str(collection / "corpus.jsonl"), hits=2)
+    hits = search_text(own_text, index_dir=toy_index, corpora=[str(collection / "corpus.jsonl")], hits=2)
     assert [document.doc_id for _, document in hits] == [hit.doc_id for hit, _ in hits]
     first, second, *_ = format_hits(hits).splitlines()
     assert first.split() == ["1", "1.0000", "007", "lemon"]
@@ -278,8 +278,20 @@ def test_one_text_without_a_corpus_is_shown_by_ids(toy_index):
 
 def test_a_corpus_that_is_not_the_indexs_is_an_error(tmp_path, toy_index):
     write_jsonl(tmp_path / "other.jsonl", [{"_id": "x", "text": "cat"}])
-    with pytest.raises(ValueError, match="2 of 2 hits are not in it"):
-        search_text("hot soup", index_dir=toy_index, corpus=str(tmp_path / "other.jsonl"), hits=2)
+    with pytest.raises(ValueError, match="2 of 2 hits are not there"):
+        search_text("hot soup", index_dir=toy_index, corpora=[str(tmp_path / "other.jsonl")], hits=2)
+
+
+def test_hits_of_several_indexes_are_shown_from_several_corpora(tmp_path, encoder):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    write_jsonl(old, [{"_id": "1", "title": "soup", "text": "hot soup"}])
+    write_jsonl(new, [{"_id": "2", "abstract": "sweet tea"}])
+    for path, fields in ((old, None), (new, ["abstract"])):
+        documents = read_corpus(path, fields=fields)
+        build_index(documents, encoder, path.with_suffix(""), corpus=path, corpus_fields=fields)
+    indexes = [tmp_path / "old", tmp_path / "new"]
+    hits = search_text("tea", index_dir=indexes, corpora=[str(old), str(new)], device="cpu", dtype="fp32")
+    assert {document for _, document in hits} == {Document("1", "hot soup", "soup"), Document("2", "sweet tea")}
 
 
 def test_an_empty_query_is_an_error(toy_index):
