@@ -185,6 +185,17 @@ def store_of(index_dir: Path) -> Store:
     return Store(index_dir.with_name(f"{index_dir.name}.parts"))
 
 
+def describe_store(store: Store) -> str:
+    """Return what a store is: of a job that is not finished, and how far that is, or kept beside its index."""
+    parts, index_dir = store.parts().values(), store.path.with_name(store.path.name.removesuffix(".parts"))
+    num_documents = sum(part.num_documents for part in parts)
+    info = read_index_info(index_dir) if index_dir != store.path else None
+    if info is not None and info.num_documents == num_documents:
+        return f"the embeddings that were kept of the index {index_dir.name} beside it"
+    done = f"{num_documents:,} documents in {len(parts):,} parts are encoded"
+    return f"the store of an index job that is not finished: {done}; the same effir index command continues it"
+
+
 def _rows_of_store(store: Store, config: EncoderConfig) -> Rows:
     return lambda: ((scale(vectors, config), ids) for vectors, ids in store.read_all())
 
@@ -502,7 +513,9 @@ def read_index(index_dir: Path, *, memory_map: bool = False) -> tuple[faiss.Inde
 
 
 def require_index(index_dir: Path) -> None:
-    """Raise FileNotFoundError unless the folder holds an index in Pyserini's layout."""
+    """Raise FileNotFoundError unless the folder holds an index in Pyserini's layout, ValueError if it is a store."""
+    if (store := Store(index_dir)).is_there():
+        raise ValueError(f"{index_dir}: is no index but {describe_store(store)}")
     for name in (INDEX_FILE, DOCID_FILE):
         if not (index_dir / name).is_file():
             raise FileNotFoundError(f"{index_dir}: no file {name!r} in it, so it is not a FAISS index folder")
