@@ -12,6 +12,7 @@ from effir_search.encoder import DTYPES, EncoderConfig, own_config
 from effir_search.index import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.model.arithmetic import LENGTH, empty_model, facts, flops, format_facts, planned
 from effir_search.model.checkpoint import (
+    check_whole,
     empty_transformer,
     load_tokenizer,
     read_config_file,
@@ -132,13 +133,16 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     parameters = model.num_parameters()
     config = model.config
     places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
+    weights = [file for place in places for file in weight_files(place)]
+    for file in weights:
+        check_whole(file)
     told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         told[size] = getattr(config, size, None)
     told |= {
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
-        "weights_bytes": sum(file.stat().st_size for place in places for file in weight_files(place)),
+        "weights_bytes": sum(file.stat().st_size for file in weights),
         "weights_sha256": weights_sha256(folder, places),
         **_settings(settings),
     }
