@@ -18,7 +18,7 @@ from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpu
 from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
-from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size
+from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size, well_trained_size
 from effir_search.model.checkpoint import dtype_name, file_sha256, read_json
 from effir_search.workers import run_workers
 
@@ -131,7 +131,7 @@ def build_index(
     if restart:
         _discard(store, shard)
     if num_documents is not None:
-        _announce(kind, encoder.dimension, num_documents, train_size)
+        _announce(kind, encoder.dimension, num_documents, train_size, shard=shard)
     with store.at_work(shard):
         store.begin(settings_of(encoder, corpus_sha256))
         try:
@@ -165,6 +165,8 @@ def build_index(
                 corpus_sha256=found_sha256,
                 kind=kind,
             )
+            if num_documents is None:
+                _announce(kind, info.dimension, info.num_documents, train_size)
             _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
             if not keep_embeddings:
                 store.remove()
@@ -287,15 +289,24 @@ def _train_size(kind: str, num_documents: int, asked: int | None) -> int:
     return default if default == 0 or asked is None else min(num_documents, asked)
 
 
-def _announce(kind: str, dimension: int, num_documents: int, train_size: int | None) -> None:
-    """Say what memory an index takes, once it is sure that there is enough to train it on."""
-    size = _train_size(kind, num_documents, train_size)
+def _announce(kind: str, dimension: int, num_documents: int, train_size: int | None, *, shard: Shard = WHOLE) -> None:
+    """Say what memory an index takes, once it is sure that there is enough to train it on; of shards the first does."""
+    size, wanted = _train_size(kind, num_documents, train_size), well_trained_size(kind)
     check_training(kind, size)
+    if shard.number > 0:
+        return
     megabytes = memory(kind, dimension, num_documents, size) / 1e6
     trained = f", trained on {size:,}" if size else ""
     logger.info(
-        "a %s index of %s vectors%s takes about %.1f MB of memory", kind, f"{num_documents:,}", trained, megabytes
+        "a %s index of %s vectors%s takes about %.1f MB of memory",
+        *(kind, f"{num_documents:,}", trained, megabytes),
     )
+    if size < wanted:
+        advice = "raise --train-size" if size < num_documents else "a smaller kind, such as SQ8, needs fewer"
+        logger.warning(
+            "%s is trained on %s vectors where FAISS asks for %s, so it may miss more hits: %s",
+            *(kind, f"{size:,}", f"{wanted:,}", advice),
+        )
 
 
 def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:
