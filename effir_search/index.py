@@ -296,9 +296,9 @@ def _announce(kind: str, dimension: int, num_documents: int, train_size: int | N
     if shard.number > 0:
         return
     megabytes = memory(kind, dimension, num_documents, size) / 1e6
-    trained = f", trained on {size:,}" if size else ""
+    trained = f", trained on {size:,} of them," if size else ""
     logger.info(
-        "a %s index of %s vectors%s takes about %.1f MB of memory",
+        "a %s index of %s vectors%s takes about %.1f MB of memory while it is built",
         *(kind, f"{num_documents:,}", trained, megabytes),
     )
     if size < wanted:

@@ -253,7 +253,10 @@ def test_the_memory_it_takes_is_said_first(tmp_path, flat_index, caplog):
     caplog.set_level("INFO")
     rebuild_index(flat_index, tmp_path / "new", kind="SQ8")
     # 3,000 rows of 32 bytes, and a sample of 3,000 rows of 128 bytes: 0.48 MB.
-    assert "a SQ8 index of 3,000 vectors, trained on 3,000 takes about 0.5 MB of memory" in caplog.text
+    assert (
+        "a SQ8 index of 3,000 vectors, trained on 3,000 of them, takes about 0.5 MB of memory while it is built"
+        in caplog.text
+    )
 
 
 def test_from_takes_an_index_with_a_record(tmp_path, flat_index):
