@@ -554,9 +554,14 @@ def check_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
     ours, theirs = asdict(info.encoder), asdict(encoder.config)
     for name, of_index, of_encoder in pairs + [(name, ours[name], theirs[name]) for name in ours]:
         if of_index != of_encoder:
+            advice = "search with what the index has"
+            if name == "weights":
+                advice = "give the model that the index was made with as --encoder"
+                # The first digits tell two hashes apart, and the advice still fits the line.
+                of_index, of_encoder = of_index[:12], of_encoder[:12]
             raise ValueError(
                 f"{index_dir}: this encoder is not the index's: {name} is {of_index!r} in the index "
-                f"and {of_encoder!r} in the encoder"
+                f"and {of_encoder!r} in the encoder; {advice}, or index again"
             )
 
 
