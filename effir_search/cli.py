@@ -180,9 +180,9 @@ def index(
 @click.option("--index", "index_dir", type=PATH, required=True, multiple=True, help="Index folder; may be repeated.")
 @click.option("--topics", help="BEIR JSONL, TSV or TREC topics, irds:NAME, or Pyserini's name of topics (downloads).")
 @click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a TREC topic.")
-@click.option("--output", type=PATH, help="New run file.")
+@click.option("--output", type=PATH, help="Run file; an existing one is replaced.")
 @click.option("--query", help="Search for one text and print the hits.")
-@click.option("--corpus", help="With --query: where the texts of the hits are.")
+@click.option("--corpus", "corpora", multiple=True, help="With --query: where the texts of the hits are; repeatable.")
 @click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
 @click.option("--hits", type=click.IntRange(min=1), help="Hits a query.  [default: 1000; with --query, 10]")
 @click.option("--qrels", help="Search only the topics that are judged here.")
@@ -194,7 +194,7 @@ def index(
 @encoder_options
 def search(
     query: str | None,
-    corpus: str | None,
+    corpora: tuple[str, ...],
     topics: str | None,
     topics_field: str,
     output: Path | None,
@@ -208,9 +208,9 @@ def search(
 
     if query is not None and topics is None and output is None:
         refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
-        click.echo(format_hits(search_text(query, corpus=corpus, **options)))
+        click.echo(format_hits(search_text(query, corpora=corpora, **options)))
     elif query is None and topics is not None and output is not None:
-        refuse(["corpus"], "goes with --query, not with --topics")
+        refuse(["corpora"], "goes with --query, not with --topics")
         settings = {"topics_field": topics_field, "qrels": qrels, "remove_query": remove_query, "tag": tag}
         num_topics, num_hits = search_topics(topics, output, **settings, **options)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
@@ -239,7 +239,9 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
 @click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
 @click.option("--format", "form", type=click.Choice(COMPARISON_FORMATS), default="text", help="Format of the answer.")
-@click.option("--figure", type=PATH, help="New PNG with each query's difference in the first measure.")
+@click.option(
+    "--figure", type=PATH, help="PNG of each query's difference in the first measure; an existing one is replaced."
+)
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.05, help="Mark a corrected p below this.")
 @click.option("--resamples", type=click.IntRange(1), default=10_000, help="Sign patterns of the randomisation test.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of these patterns.")
@@ -261,7 +263,7 @@ def compare(
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
 @click.option("--corpus", required=True, help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
 @click.option("--topics", required=True, help="BEIR JSONL, TSV or TREC topics, or irds:NAME.")
-@click.option("--output", type=PATH, required=True, help="New JSONL file of training data.")
+@click.option("--output", type=PATH, required=True, help="JSONL of training data; an existing file is replaced.")
 @click.option("--first", type=click.IntRange(1), default=1, help="Rank of the first candidate.")
 @click.option("--last", type=click.IntRange(1), default=100, help="Rank of the last candidate.")
 @click.option("--negatives", type=click.IntRange(1), default=8, help="Take at most so many a query.")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,23 +110,27 @@ class CorpusHasher:
         return self._sha256.hexdigest()
 
 
-def find_documents(
-    source: str | Path, doc_ids: Iterable[str], *, fields: Sequence[str] | None = None
-) -> dict[str, Document]:
+def find_documents(sources: Mapping[str | Path, Sequence[str] | None], doc_ids: Iterable[str]) -> dict[str, Document]:
     """Return the documents of these ids, reading no further than the last of them.
 
+    Args:
+        sources: Each as ``read_corpus`` takes it, with the fields to read. Where two have an id, the first one counts.
+        doc_ids: What is looked up.
+
     Raises:
-        ValueError: An id that the corpus does not hold.
+        ValueError: An id that no source holds.
     """
     wanted = set(doc_ids)
     found: dict[str, Document] = {}
-    for document in read_corpus(source, fields=fields, on_bad_line=lambda _complaint: None):
-        if len(found) == len(wanted):
-            break
-        if document.doc_id in wanted:
-            found[document.doc_id] = document
+    for source, fields in sources.items():
+        for document in read_corpus(source, fields=fields, on_bad_line=lambda _complaint: None):
+            if len(found) == len(wanted):
+                break
+            if document.doc_id in wanted:
+                found.setdefault(document.doc_id, document)
     if missing := sorted(wanted - found.keys()):
-        raise ValueError(f'{source}: no document "{missing[0]}" ({len(missing)} of {len(wanted)} hits are not in it)')
+        names = ", ".join(map(str, sources))
+        raise ValueError(f'{names}: no document "{missing[0]}" ({len(missing)} of {len(wanted)} hits are not there)')
     return found
 
 

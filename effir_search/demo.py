@@ -49,7 +49,7 @@ def run_demo(folder: Path, *, query: str | None = None, echo: Callable[[str], No
     echo(f"The standard library of Python {platform.python_version()}: documentation of {len(documents):,} objects.")
     echo(_index(documents, model, folder, index_dir))
     if query is not None:
-        hits = search_text(query, index_dir=index_dir, corpus=str(folder / "corpus.jsonl"), hits=5)
+        hits = search_text(query, index_dir=index_dir, corpora=[str(folder / "corpus.jsonl")], hits=5)
         echo(f"\n{query}\n{format_hits(hits)}")
         return
 

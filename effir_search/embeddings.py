@@ -40,7 +40,7 @@ from effir_search.model.checkpoint import dtype_name, read_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_LOCK = "manifest.json", "manifest.lock"
 # Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
 ARITHMETIC = ("torch", "transformers", "tokenizers")
@@ -156,6 +156,10 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def is_there(self) -> bool:
+        """Whether the folder is a store, in which there may be no more than locks yet."""
+        return (self.path / MANIFEST_LOCK).is_file()
+
     def settings(self) -> StoreSettings | None:
         """Return what the manifest says the vectors depend on; None if there is no store (yet, or any more)."""
         return self._manifest()[0]
@@ -172,7 +176,7 @@ class Store:
         Raises:
             ValueError: The store has other settings; the first difference is named.
         """
-        with _lock(self.path / "manifest.lock"):
+        with _lock(self.path / MANIFEST_LOCK):
             found = self.settings()
             if found is None:
                 self._write_manifest(settings, {})
@@ -209,7 +213,7 @@ class Store:
             npy_sha256=self._write(number, "npy", lambda file: np.save(file, embeddings, allow_pickle=False)),
             ids_sha256=self._write(number, "ids", lambda file: file.write(ids)),
         )
-        with _lock(self.path / "manifest.lock"):
+        with _lock(self.path / MANIFEST_LOCK):
             settings, parts = self._manifest()
             if settings is None:
                 raise FileNotFoundError(f"{self.path / MANIFEST}: has gone while a job was at work")
@@ -260,7 +264,7 @@ class Store:
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             shards = stack.enter_context(open(self.path / "shards.lock", "a+", encoding="utf-8"))
-            with _lock(self.path / "manifest.lock"):
+            with _lock(self.path / MANIFEST_LOCK):
                 if try_lock(shards, fcntl.LOCK_EX):  # nobody is at work: this job says how many shards there are
                     shards.truncate(0)
                     shards.write(str(shard.count))

@@ -81,7 +81,7 @@ def evaluate_queries(
         only_with_positives: Leave out judged queries that have no relevant document.
 
     Raises:
-        ValueError: No query counts, no query of the run is judged, or a measure's own program fails.
+        ValueError: No query counts, the run has no hits or none of a judged query, or a measure's own program fails.
     """
     qrels = list(qrels)
     judged = list(dict.fromkeys(qrel.query_id for qrel in qrels))
@@ -95,10 +95,16 @@ def evaluate_queries(
 
     hits: dict[str, list[ScoredDoc]] = {}
     for hit in run:
-        if hit.query_id in counted:
-            hits.setdefault(hit.query_id, []).append(hit)
+        hits.setdefault(hit.query_id, []).append(hit)
     if not hits:
-        raise ValueError("no query of the run is judged: do run and qrels belong together?")
+        raise ValueError("the run holds no hits")
+    if not hits.keys() & counted:
+        ours, theirs = next(iter(hits)), next(query_id for query_id in judged if query_id in counted)
+        raise ValueError(
+            f"no query of the run is judged, so run and qrels do not belong together: {ours!r} is a query of the run, "
+            f"{theirs!r} one of the qrels"
+        )
+    hits = {query_id: of_query for query_id, of_query in hits.items() if query_id in counted}
     ranked = list(itertools.chain.from_iterable(strictly_decreasing(of_query) for of_query in hits.values()))
     try:
         results = ir_measures.calc(measures, [qrel for qrel in qrels if qrel.query_id in counted], ranked)
@@ -138,7 +144,7 @@ def evaluate_run(run: Path, qrels: str, measures: str, *, only_with_positives: b
 def evaluate_file(
     run: Path, qrels: Sequence[Qrel], measures: Sequence[Measure], *, only_with_positives: bool
 ) -> Evaluation:
-    """Score a run file, see ``evaluate_queries``; errors, and a warning of judged queries it lacks, name the file."""
+    """Score a run file, see ``evaluate_queries``; errors, and warnings of what it lacks, name the file."""
     hits = read_run(run)
     try:
         evaluation = evaluate_queries(hits, qrels, measures, only_with_positives=only_with_positives)
@@ -147,6 +153,11 @@ def evaluate_file(
     if missing := evaluation.missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         logger.warning("%d judged queries are not in %s and count 0: %s", len(missing), run, names)
+    if not {qrel[:2] for qrel in qrels} & {hit[:2] for hit in hits}:
+        logger.warning(
+            "no hit of %s is judged: do they belong together? %r is a document of the run, %r one of the qrels",
+            *(run, hits[0].doc_id, qrels[0].doc_id),
+        )
     return evaluation
 
 

@@ -18,7 +18,7 @@ from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpu
 from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
-from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size
+from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size, well_trained_size
 from effir_search.model.checkpoint import dtype_name, file_sha256, read_json
 from effir_search.workers import run_workers
 
@@ -131,7 +131,7 @@ def build_index(
     if restart:
         _discard(store, shard)
     if num_documents is not None:
-        _announce(kind, encoder.dimension, num_documents, train_size)
+        _announce(kind, encoder.dimension, num_documents, train_size, shard=shard)
     with store.at_work(shard):
         store.begin(settings_of(encoder, corpus_sha256))
         try:
@@ -151,7 +151,7 @@ def build_index(
                 return 0  # another shard's job wrote it while this one waited for its turn
             records = store.parts().values()
             info = IndexInfo(
-                model=_lasting_name(encoder.name),
+                model=absolute_name(encoder.name),
                 model_sha256=encoder.weights_sha256,
                 encoder=encoder.config,
                 dtype=dtype_name(encoder.dtype),
@@ -160,11 +160,13 @@ def build_index(
                 num_empty=sum(part.num_empty for part in records),
                 num_truncated=sum(part.num_truncated for part in records),
                 num_skipped=num_skipped,
-                corpus=_lasting_name(str(corpus)) if corpus is not None else None,
+                corpus=absolute_name(str(corpus)) if corpus is not None else None,
                 corpus_fields=corpus_fields,
                 corpus_sha256=found_sha256,
                 kind=kind,
             )
+            if num_documents is None:
+                _announce(kind, info.dimension, info.num_documents, train_size)
             _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
             if not keep_embeddings:
                 store.remove()
@@ -183,6 +185,17 @@ def _is_built(index_dir: Path, encoder: Encoder, kind: str, corpus_sha256: str |
 def store_of(index_dir: Path) -> Store:
     """Return the store that belongs to an index folder, ``NAME.parts`` beside it; it need not exist."""
     return Store(index_dir.with_name(f"{index_dir.name}.parts"))
+
+
+def describe_store(store: Store) -> str:
+    """Return what a store is: of a job that is not finished, and how far that is, or kept beside its index."""
+    parts, index_dir = store.parts().values(), store.path.with_name(store.path.name.removesuffix(".parts"))
+    num_documents = sum(part.num_documents for part in parts)
+    info = read_index_info(index_dir) if index_dir != store.path else None
+    if info is not None and info.num_documents == num_documents:
+        return f"the embeddings that were kept of the index {index_dir.name} beside it"
+    done = f"{num_documents:,} documents in {len(parts):,} parts are encoded"
+    return f"the store of an index job that is not finished: {done}; the same effir index command continues it"
 
 
 def _rows_of_store(store: Store, config: EncoderConfig) -> Rows:
@@ -276,15 +289,24 @@ def _train_size(kind: str, num_documents: int, asked: int | None) -> int:
     return default if default == 0 or asked is None else min(num_documents, asked)
 
 
-def _announce(kind: str, dimension: int, num_documents: int, train_size: int | None) -> None:
-    """Say what memory an index takes, once it is sure that there is enough to train it on."""
-    size = _train_size(kind, num_documents, train_size)
+def _announce(kind: str, dimension: int, num_documents: int, train_size: int | None, *, shard: Shard = WHOLE) -> None:
+    """Say what memory an index takes, once it is sure that there is enough to train it on; of shards the first does."""
+    size, wanted = _train_size(kind, num_documents, train_size), well_trained_size(kind)
     check_training(kind, size)
+    if shard.number > 0:
+        return
     megabytes = memory(kind, dimension, num_documents, size) / 1e6
-    trained = f", trained on {size:,}" if size else ""
+    trained = f", trained on {size:,} of them," if size else ""
     logger.info(
-        "a %s index of %s vectors%s takes about %.1f MB of memory", kind, f"{num_documents:,}", trained, megabytes
+        "a %s index of %s vectors%s takes about %.1f MB of memory while it is built",
+        *(kind, f"{num_documents:,}", trained, megabytes),
     )
+    if size < wanted:
+        advice = "raise --train-size" if size < num_documents else "a smaller kind, such as SQ8, needs fewer"
+        logger.warning(
+            "%s is trained on %s vectors where FAISS asks for %s, so it may miss more hits: %s",
+            *(kind, f"{size:,}", f"{wanted:,}", advice),
+        )
 
 
 def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:
@@ -502,7 +524,9 @@ def read_index(index_dir: Path, *, memory_map: bool = False) -> tuple[faiss.Inde
 
 
 def require_index(index_dir: Path) -> None:
-    """Raise FileNotFoundError unless the folder holds an index in Pyserini's layout."""
+    """Raise FileNotFoundError unless the folder holds an index in Pyserini's layout, ValueError if it is a store."""
+    if (store := Store(index_dir)).is_there():
+        raise ValueError(f"{index_dir}: is no index but {describe_store(store)}")
     for name in (INDEX_FILE, DOCID_FILE):
         if not (index_dir / name).is_file():
             raise FileNotFoundError(f"{index_dir}: no file {name!r} in it, so it is not a FAISS index folder")
@@ -530,12 +554,17 @@ def check_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
     ours, theirs = asdict(info.encoder), asdict(encoder.config)
     for name, of_index, of_encoder in pairs + [(name, ours[name], theirs[name]) for name in ours]:
         if of_index != of_encoder:
+            advice = "search with what the index has"
+            if name == "weights":
+                advice = "give the model that the index was made with as --encoder"
+                # The first digits tell two hashes apart, and the advice still fits the line.
+                of_index, of_encoder = of_index[:12], of_encoder[:12]
             raise ValueError(
                 f"{index_dir}: this encoder is not the index's: {name} is {of_index!r} in the index "
-                f"and {of_encoder!r} in the encoder"
+                f"and {of_encoder!r} in the encoder; {advice}, or index again"
             )
 
 
-def _lasting_name(name: str) -> str:
-    """A path that still holds when the next command is run elsewhere; hub names and ids stay as they are."""
+def absolute_name(name: str) -> str:
+    """Return a path that still holds when the next command is run elsewhere; hub names and ids stay as they are."""
     return str(Path(name).absolute()) if Path(name).exists() else name

@@ -7,10 +7,12 @@ from pathlib import Path
 from torch import nn
 from transformers import PretrainedConfig
 
+from effir_search.embeddings import Store
 from effir_search.encoder import DTYPES, EncoderConfig, own_config
-from effir_search.index import DOCID_FILE, INFO_FILE, read_index, read_index_info
+from effir_search.index import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.model.arithmetic import LENGTH, empty_model, facts, flops, format_facts, planned
 from effir_search.model.checkpoint import (
+    check_whole,
     empty_transformer,
     load_tokenizer,
     read_config_file,
@@ -35,10 +37,10 @@ def describe(
     dtype: str | None = None,
     **plan: float,
 ) -> str:
-    """Return a description of an index folder, a model, or a plan for a model: ``effir info``.
+    """Return a description of an index folder, a store, a model, or a plan for a model: ``effir info``.
 
     Args:
-        model_or_index: Index folder, model folder or hub name; None for a plan from a config alone.
+        model_or_index: Index folder, store of an index job, model folder or hub name; None for a plan from a config.
         form: "text" or "json".
         config_file: A model's config.json, instead.
         length: Tokens of the text whose FLOPs are told.
@@ -46,7 +48,7 @@ def describe(
         **plan: As ``arithmetic.planned`` takes it: what would be dropped and narrowed.
 
     Raises:
-        ValueError: A folder that is neither, a plan that cannot be, or a family that cannot be pruned and a plan.
+        ValueError: A folder that is none of these, a plan that cannot be, or a family that cannot be pruned and a plan.
         OSError: A file cannot be read.
     """
     if (model_or_index is None) == (config_file is None):
@@ -59,6 +61,10 @@ def describe(
         if plan:
             raise ValueError(f"{path}: is an index; a plan is for a model")
         config, told = None, describe_index(path)
+    elif (store := Store(path)).is_there():
+        if plan:
+            raise ValueError(f"{path}: is {describe_store(store)}; a plan is for a model")
+        config, told = None, facts_of_store(store)
     else:
         config, told = describe_model(model_or_index, length=length)
     if config is not None and (plan or config_file is not None or isinstance(config, EffirConfig)):
@@ -104,6 +110,18 @@ def describe_index(index_dir: Path) -> Facts:
     return facts | {name: value for name, value in asdict(info).items() if name not in shown_above}
 
 
+def facts_of_store(store: Store) -> Facts:
+    """Return what a store of embeddings is, how far its job is, and what the vectors depend on."""
+    parts, settings = store.parts().values(), store.settings()
+    told: Facts = {"store": str(store.path), "state": describe_store(store)}
+    told |= {"parts": len(parts), "documents": sum(part.num_documents for part in parts)}
+    told["bytes"] = sum(file.stat().st_size for file in store.path.iterdir())
+    if settings is None:
+        return told
+    told |= {f"encoder_{name}": value for name, value in _settings(EncoderConfig(**settings.encoder)).items()}
+    return told | {name: value for name, value in asdict(settings).items() if name != "encoder"}
+
+
 def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig, Facts]:
     """Return a model's config, its sizes, counted on the meta device, and its settings as an encoder."""
     folder = resolve_model(name)
@@ -115,13 +133,16 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     parameters = model.num_parameters()
     config = model.config
     places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
+    weights = [file for place in places for file in weight_files(place)]
+    for file in weights:
+        check_whole(file)
     told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         told[size] = getattr(config, size, None)
     told |= {
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
-        "weights_bytes": sum(file.stat().st_size for place in places for file in weight_files(place)),
+        "weights_bytes": sum(file.stat().st_size for file in weights),
         "weights_sha256": weights_sha256(folder, places),
         **_settings(settings),
     }

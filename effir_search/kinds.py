@@ -1,7 +1,7 @@
 """Kinds of FAISS index, by factory string: which are known, what they cost, how they are trained and searched."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import faiss
 import numpy as np
@@ -14,6 +14,8 @@ EXAMPLES = "Flat, SQ8, SQfp16, PQ64, HNSW32, IVF4096,Flat, IVF4096,PQ64, OPQ64,I
 # Inverted lists that are searched by default, as a share of all: FAISS's own default of one list misses most hits.
 PROBED_SHARE = 1 / 16
 EF_SEARCH = 128
+# What FAISS asks for to train a list of an IVF, or a centroid of a PQ code, well.
+POINTS_PER_CENTROID = faiss.ClusteringParameters().min_points_per_centroid
 
 
 def new_index(kind: str, dimension: int) -> faiss.Index:
@@ -33,7 +35,7 @@ def new_index(kind: str, dimension: int) -> faiss.Index:
 def training_size(kind: str, num_documents: int) -> int:
     """Return how many vectors a kind is trained on by default: 0 for kinds without training, all if there are few.
 
-    FAISS asks for at least 39 vectors for each list of an IVF and each of the 256 centroids of a PQ code.
+    That is more than FAISS asks for, see ``well_trained_size``, but for codes of more than 10 bits.
     """
     found = _parse(kind)
     if not (found["lists"] or found["codes"] or found["opq"] or found["code"] == "SQ8"):
@@ -57,12 +59,22 @@ def memory(kind: str, dimension: int, num_documents: int, train_size: int) -> in
     return num_documents * row + lists + rotation + train_size * 4 * dimension
 
 
+def _num_centroids(kind: str) -> int:
+    """The centroids of the largest clustering that training does, 0 without any."""
+    found = _parse(kind)
+    of_lists, of_codes = int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0
+    of_rotation = 256 if found["opq"] else 0  # FAISS finds it with codes of 8 bits, whatever the index has
+    return max(of_lists, of_codes, of_rotation)
+
+
+def well_trained_size(kind: str) -> int:
+    """Return how many vectors FAISS asks for to train a kind well, 0 for kinds without clustering."""
+    return POINTS_PER_CENTROID * _num_centroids(kind)
+
+
 def check_training(kind: str, size: int) -> None:
     """Raise ValueError if a kind cannot be trained on so many vectors."""
-    found = _parse(kind)
-    needed = max(int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0)
-    if found["opq"]:
-        needed = max(needed, 256)  # FAISS finds the rotation with codes of 8 bits, whatever the index has
+    needed = _num_centroids(kind)
     if size < needed:
         raise ValueError(f"--kind {kind}: needs at least {needed:,} vectors to train on, there are {size:,}")
 
@@ -74,7 +86,26 @@ def train(index: faiss.Index, kind: str, sample: np.ndarray) -> None:
         ValueError: The kind needs more vectors.
     """
     check_training(kind, len(sample))
+    for clustering in _clusterings(index):
+        clustering.min_points_per_centroid = 1  # with fewer, FAISS would warn once a clustering
     index.train(sample)
+
+
+def _clusterings(index: faiss.Index) -> Iterator[faiss.ClusteringParameters]:
+    """The settings of every clustering that training an index does."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        if rotation.pq is None:  # OPQMatrix would make one like it, of 8 bits, whose settings are out of reach
+            rotation.pq = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+        yield rotation.pq.cp
+        yield from _clusterings(index.index)
+    if isinstance(index, faiss.IndexHNSW):
+        yield from _clusterings(index.storage)
+    if isinstance(index, faiss.IndexIVF):
+        yield index.cp
+    if hasattr(index, "pq"):
+        yield index.pq.cp
 
 
 def sample_rows(vectors: Iterable[np.ndarray], num_vectors: int, size: int, *, seed: int = 0) -> np.ndarray:
@@ -110,6 +141,11 @@ def set_search_parameters(index: faiss.Index, *, ef_search: int | None = None, n
         inner.hnsw.efSearch = ef_search or EF_SEARCH
     elif ef_search is not None:
         raise ValueError(f"--ef-search is for HNSW indexes; this one is {type(inner).__name__}")
+
+
+def largest_cosine(index: faiss.Index) -> float:
+    """Return what no score among vectors of length 1 is above: 1 and, for rounding or quantisation, a little more."""
+    return 1.01 if isinstance(index, faiss.IndexFlat) else 1.5
 
 
 def _parse(kind: str) -> re.Match:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from effir_search.corpus import IR_DATASETS, Document, find_documents
 from effir_search.encoder import Encoder
-from effir_search.index import read_index_info, require_index, scale
-from effir_search.kinds import set_search_parameters
+from effir_search.index import absolute_name, read_index_info, require_index, scale
+from effir_search.kinds import largest_cosine, set_search_parameters
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
-from effir_search.trec import Query, read_qrels, read_topics, strictly_decreasing, write_run
+from effir_search.trec import FLOAT32_MAX, Query, read_qrels, read_topics, strictly_decreasing, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def search(
 
     Raises:
         ValueError: ``k`` below 1, a damaged index, another encoder, a parameter of another kind of index, a document
-            that two indexes have.
+            that two indexes have; once hits are asked for, a score that a sound index does not give.
         OSError: A file cannot be read.
     """
     if k < 1:
@@ -62,7 +62,7 @@ def search(
     if len(folders) > 1:
         _check_disjoint(folders, [searcher.docids for searcher in searchers])
     return _hits(
-        searchers,
+        dict(zip(folders, searchers, strict=True)),
         encoder,
         topics,
         k=k,
@@ -87,10 +87,33 @@ def _check_disjoint(folders: Sequence[Path], doc_ids: Sequence[Sequence[str]]) -
         home.update(dict.fromkeys(of_index, folder))
 
 
+def _largest_score(folder: Path, searcher: Any, encoder: Encoder) -> float:  # noqa: ANN401, a FaissSearcher
+    """What no score of a sound index is above, nor its negative below; without a record, lengths are not known."""
+    has_length_1 = encoder.config.similarity == "cosine" and read_index_info(folder) is not None
+    return largest_cosine(searcher.index) if has_length_1 else FLOAT32_MAX
+
+
+def _check_scores(hits: Sequence[Any], largest: float, folder: Path) -> None:
+    """Raise ValueError if a score, such as NaN, is none that a sound index gives."""
+    bad = next((hit for hit in hits if not abs(hit.score) <= largest), None)
+    if bad is not None:
+        raise ValueError(
+            f'{folder}: is damaged: document "{bad.docid}" has the score {bad.score:g}; effir verify tells more, '
+            "effir index builds it again"
+        )
+
+
 def _hits(
-    searchers: Sequence[Any], encoder: Encoder, topics: Sequence[Query], *, k: int, threads: int, remove_query: bool
+    searchers: Mapping[Path, Any],
+    encoder: Encoder,
+    topics: Sequence[Query],
+    *,
+    k: int,
+    threads: int,
+    remove_query: bool,
 ) -> Iterator[ScoredDoc]:
     depth = k + remove_query
+    largest = {folder: _largest_score(folder, searcher, encoder) for folder, searcher in searchers.items()}
     num_truncated = 0
     with tqdm(total=len(topics), desc="Searching", unit=" queries", disable=None) as progress:
         for start in range(0, len(topics), BATCH_SIZE):
@@ -99,12 +122,16 @@ def _hits(
             num_truncated += encoded.num_truncated
             query_ids = [query.query_id for query in batch]
             vectors = scale(encoded.embeddings, encoder.config)
-            found = [
-                searcher.batch_search(vectors, query_ids, min(depth, searcher.num_docs), threads)
-                for searcher in searchers
-            ]
+            found = {
+                folder: searcher.batch_search(vectors, query_ids, min(depth, searcher.num_docs), threads)
+                for folder, searcher in searchers.items()
+            }
             for query_id in query_ids:
-                hits = [ScoredDoc(query_id, hit.docid, float(hit.score)) for of in found for hit in of[query_id]]
+                for folder, of in found.items():
+                    _check_scores(of[query_id], largest[folder], folder)
+                hits = [
+                    ScoredDoc(query_id, hit.docid, float(hit.score)) for of in found.values() for hit in of[query_id]
+                ]
                 hits = sorted(hits, key=lambda hit: -hit.score)[:depth]
                 if remove_query:
                     hits = [hit for hit in hits if hit.doc_id != query_id]
@@ -158,7 +185,7 @@ def search_text(
     query: str,
     *,
     index_dir: Path | Sequence[Path],
-    corpus: str | None = None,
+    corpora: Sequence[str] = (),
     encoder: str | None = None,
     hits: int | None = None,
     threads: int | None = None,
@@ -166,12 +193,12 @@ def search_text(
     nprobe: int | None = None,
     **options: object,
 ) -> list[tuple[ScoredDoc, Document | None]]:
-    """Search for one text: ``effir search --query``. Return the best hits, with their documents if a corpus is given.
+    """Search for one text: ``effir search --query``. Return the best hits, with their documents if corpora are given.
 
     Args:
         query: The text.
         index_dir: The index folder, or several.
-        corpus: Where the documents are; None = leave them out.
+        corpora: Where the documents are, in one or the other; none = leave them out.
         encoder: Model folder or hub name; None = the index's own.
         hits: How many; None = 10.
         threads: Of FAISS; None = all cores.
@@ -184,10 +211,17 @@ def search_text(
     model = load_encoder(_folders(index_dir)[0], encoder, **options)
     effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
     found = list(search(index_dir, model, [Query("query", query)], k=hits or 10, **effort))
-    info = read_index_info(_folders(index_dir)[0])
-    fields = info.corpus_fields if info else None
-    documents = find_documents(corpus, [hit.doc_id for hit in found], fields=fields) if corpus else {}
+    sources = _with_fields(corpora, _folders(index_dir))
+    documents = find_documents(sources, [hit.doc_id for hit in found]) if sources else {}
     return [(hit, documents.get(hit.doc_id)) for hit in found]
+
+
+def _with_fields(corpora: Sequence[str], folders: Sequence[Path]) -> dict[str, list[str] | None]:
+    """The fields of each corpus that were indexed; of one that no index names, those of the first index."""
+    infos = [info for folder in folders if (info := read_index_info(folder)) is not None]
+    fields = {info.corpus: info.corpus_fields for info in infos}
+    others = infos[0].corpus_fields if infos else None
+    return {corpus: fields.get(absolute_name(corpus), others) for corpus in corpora}
 
 
 def format_hits(

@@ -89,6 +89,15 @@ def test_every_option_says_what_it_is():
     assert silent == []
 
 
+REPLACING = {"search": "--output", "compare": "--figure", "mine": "--output"}
+
+
+@pytest.mark.parametrize(("command", "option"), REPLACING.items())
+def test_an_option_that_replaces_a_file_says_so_and_does_not_call_it_new(command, option):
+    (parameter,) = (p for p in cli.commands[command].params if option in p.opts)
+    assert "existing" in parameter.help and "is replaced" in parameter.help and "New" not in parameter.help
+
+
 def test_the_version_is_that_of_the_package():
     from effir_search import __version__
 
@@ -400,11 +409,32 @@ def test_search_writes_a_run_that_evaluate_scores(collection, toy_index, tmp_pat
     assert scored == f"R@5\tall\t{expected:.4f}\n"
 
 
+def test_a_run_and_a_figure_replace_those_there_are(collection, toy_index, tmp_path):
+    run_file, figure = tmp_path / "run.txt", tmp_path / "figure.png"
+    args = ["search", "--index", toy_index, "--topics", collection / "queries.jsonl", "--output"]
+    run(*args, tmp_path / "other.txt", "--hits", 2)
+    for path in (run_file, figure):
+        path.write_text("old")
+    run(*args, run_file)
+    qrels = collection / "qrels" / "test.tsv"
+    run("compare", run_file, tmp_path / "other.txt", "--qrels", qrels, "--measures", "R@5", "--figure", figure)
+    assert len(run_file.read_text().splitlines()) == 3 * 12
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 def test_search_of_a_text_shows_the_hits_with_their_titles(collection, toy_index):
     told = run("search", "--index", toy_index, "--query", "hot soup", "--corpus", collection, "--hits", 12)
     ids = [line.split()[2] for line in told.splitlines() if not line.startswith("     ")]
     assert sorted(ids) == [f"{number:03}" for number in range(1, 13)]
     assert "     hot tomato soup with onion , pepper and oil ." in told.splitlines()
+
+
+def test_texts_of_hits_may_be_in_several_corpora(collection, toy_index, tmp_path):
+    lines = (collection / "corpus.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("a.jsonl", lines[:5]), ("b.jsonl", lines[5:])):
+        (tmp_path / name).write_text("".join(some))
+    args = ["search", "--index", toy_index, "--query", "hot soup", "--hits", 12, "--corpus"]
+    assert run(*args, tmp_path / "a.jsonl", "--corpus", tmp_path / "b.jsonl") == run(*args, collection)
 
 
 def test_a_run_cannot_stand_where_a_folder_is_and_the_error_names_that_folder(
@@ -435,7 +465,10 @@ def test_the_encoder_of_an_index_may_be_named(toy_index, bert_folder):
 
 def test_another_encoder_than_the_indexs_is_one_line(toy_index, llama_folder, error_of):
     error = error_of("search", "--index", toy_index, "--query", "cat", "--encoder", llama_folder)
-    assert error.startswith(f"{toy_index}: this encoder is not the index's: ")
+    assert error.startswith(f"{toy_index}: this encoder is not the index's: weights is ")
+    assert error.endswith("; give the model that the index was made with as --encoder, or index again")
+    error = error_of("search", "--index", toy_index, "--query", "cat", "--pooling", "cls")
+    assert error.endswith("'cls' in the encoder; search with what the index has, or index again")
 
 
 # Exit statuses and tracebacks

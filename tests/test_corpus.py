@@ -448,23 +448,32 @@ def test_a_text_that_looks_like_the_next_document_has_a_hash_of_its_own(text):
 
 
 def test_documents_are_found_by_their_ids(beir):
-    assert find_documents(beir, ["3", "007"]) == {"3": DOCUMENTS[2], "007": DOCUMENTS[0]}
+    assert find_documents({beir: None}, ["3", "007"]) == {"3": DOCUMENTS[2], "007": DOCUMENTS[0]}
 
 
 def test_the_fields_that_were_indexed_can_be_looked_up_again(tmp_path):
     path = write(tmp_path / "docs.jsonl", '{"id": "1", "abstract": "A"}')
-    assert find_documents(path, ["1"], fields=["abstract"]) == {"1": Document("1", "A")}
+    assert find_documents({path: ["abstract"]}, ["1"]) == {"1": Document("1", "A")}
 
 
 def test_a_document_that_is_not_there_is_an_error_that_counts_them(beir):
-    with pytest.raises(ValueError, match=r'corpus\.jsonl: no document "8" \(2 of 3 hits are not in it\)'):
-        find_documents(beir, ["9", "007", "8"])
+    with pytest.raises(ValueError, match=r'corpus\.jsonl: no document "8" \(2 of 3 hits are not there\)'):
+        find_documents({beir: None}, ["9", "007", "8"])
+
+
+def test_documents_are_looked_up_in_all_sources_and_each_is_read_by_its_own_fields(tmp_path, beir):
+    other = write(tmp_path / "other.jsonl", '{"id": "a", "abstract": "A"}', '{"id": "007", "abstract": "another"}')
+    found = find_documents({beir: None, other: ["abstract"]}, ["a", "007"])
+    assert found == {"a": Document("a", "A"), "007": DOCUMENTS[0]}
+    assert find_documents({other: ["abstract"], beir: None}, ["007"]) == {"007": Document("007", "another")}
+    with pytest.raises(ValueError, match=f'^{beir}, {other}: no document "8"'):
+        find_documents({beir: None, other: ["abstract"]}, ["a", "8"])
 
 
 def test_looking_up_reads_no_further_than_it_must(tmp_path):
     lines = "".join(map(as_beir, DOCUMENTS)).encode()
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(lines) + b"no gzip")
-    assert find_documents(tmp_path / "docs.jsonl.gz", ["007", "doc-2"]).keys() == {"007", "doc-2"}
+    assert find_documents({tmp_path / "docs.jsonl.gz": None}, ["007", "doc-2"]).keys() == {"007", "doc-2"}
 
 
 def test_fields_are_refused_where_they_would_be_ignored(tmp_path):

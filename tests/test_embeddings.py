@@ -27,7 +27,9 @@ from effir_search.embeddings import (
     settings_of,
 )
 from effir_search.encoder import Encoder
-from effir_search.index import build_index, index_corpus, store_of
+from effir_search.index import build_index, index_corpus, read_index, rebuild_index, store_of
+from effir_search.info import describe
+from effir_search.search import load_encoder
 
 NUM_DOCUMENTS = 12 * PART_SIZE + 100
 
@@ -310,6 +312,35 @@ def test_a_shard_cannot_discard_the_parts_of_the_others(stopped, corpus, encoder
     with pytest.raises(ValueError, match="--restart would discard the other shards' parts; delete .*index.parts"):
         go_on(corpus, encoder, stopped, restart=True, shard=Shard(0, 2), num_documents=NUM_DOCUMENTS)
     assert store_of(stopped).parts().keys() == {0, 1, 2}
+
+
+UNFINISHED = "the store of an index job that is not finished: 3,072 documents in 3 parts are encoded"
+
+
+def test_info_of_a_stopped_job_s_store_says_what_it_is_and_how_far(stopped, encoder):
+    store = store_of(stopped)
+    facts = json.loads(describe(str(store.path), "json"))
+    assert facts["state"].startswith(UNFINISHED)
+    assert (facts["parts"], facts["documents"], facts["dimension"]) == (3, 3 * PART_SIZE, 32)
+    assert (facts["model_sha256"], facts["encoder_pooling"]) == (encoder.weights_sha256, "mean")
+    store.clear()
+    assert "0 documents in 0 parts are encoded" in describe(str(store.path))
+    with pytest.raises(ValueError, match="a plan is for a model"):
+        describe(str(store.path), drop_mlp=1)
+
+
+def test_a_store_is_no_index_to_search_or_verify(stopped, bert_folder):
+    path = store_of(stopped).path
+    for use in (load_encoder, read_index, lambda folder: rebuild_index(folder, folder.with_name("new"), kind="SQ8")):
+        with pytest.raises(ValueError, match=f"^{path}: is no index but {UNFINISHED}"):
+            use(path)
+
+
+def test_a_store_that_was_kept_is_told_from_one_of_a_stopped_job(stopped, corpus, encoder):
+    go_on(corpus, encoder, stopped, keep_embeddings=True)
+    assert "the embeddings that were kept of the index index beside it" in describe(str(store_of(stopped).path))
+    with pytest.raises(ValueError, match="is no index but the embeddings that were kept"):
+        load_encoder(store_of(stopped).path)
 
 
 def test_two_jobs_at_once_are_an_error(tmp_path):

@@ -125,13 +125,16 @@ def test_only_queries_without_a_positive_are_an_error_if_those_are_left_out():
         evaluate_queries(RUN, [Qrel("q1", "c", 0)], MEASURES, only_with_positives=True)
 
 
-def test_a_run_of_other_queries_is_an_error():
-    with pytest.raises(ValueError, match="no query of the run is judged: do run and qrels belong together"):
+def test_a_run_of_other_queries_is_an_error_that_shows_a_query_of_each():
+    message = "no query of the run is judged, .*: 'q1' is a query of the run, 'x1' one of the qrels"
+    with pytest.raises(ValueError, match=message):
         evaluate(RUN, [Qrel("x1", "a", 1)], MEASURES)
+    with pytest.raises(ValueError, match=message):
+        evaluate_queries(RUN, [Qrel("q1", "a", 0), Qrel("x1", "a", 1)], MEASURES, only_with_positives=True)
 
 
 def test_an_empty_run_is_an_error():
-    with pytest.raises(ValueError, match="no query of the run is judged"):
+    with pytest.raises(ValueError, match="the run holds no hits"):
         evaluate([], QRELS, MEASURES)
 
 
@@ -142,6 +145,21 @@ def test_queries_that_count_0_unsearched_are_warned_of(tmp_path, caplog):
     missing, without_positive = (record.getMessage() for record in caplog.records)
     assert missing == f"2 judged queries are not in {run_path} and count 0: q3, q4"
     assert without_positive.startswith("1 judged queries have no relevant document and count 0")
+
+
+def test_a_run_without_a_judged_hit_is_warned_of_with_a_document_of_each(tmp_path, caplog):
+    # Queries of two collections may both be called 1, 2, 3.
+    qrels = [qrel._replace(doc_id=f"other-{qrel.doc_id}") for qrel in QRELS[:4]]
+    run_path, qrels_path = trec_files(tmp_path, qrels=qrels)
+    assert evaluate_run(run_path, str(qrels_path), "RR@10").mean == {RR @ 10: 0.0}
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning == (
+        f"no hit of {run_path} is judged: do they belong together? "
+        "'c' is a document of the run, 'other-a' one of the qrels"
+    )
+    caplog.clear()
+    evaluate_run(run_path, str(trec_files(tmp_path, qrels=[*qrels, QRELS[2]])[1]), "RR@10")
+    assert not caplog.records
 
 
 def test_of_many_missing_queries_ten_are_named(tmp_path, caplog):

@@ -3,6 +3,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from conftest import save_model
+from transformers import AutoModel
 
 from effir_search.cli import cli
 from effir_search.encoder import Encoder
@@ -80,6 +81,30 @@ def test_a_pruned_model_says_what_it_lost(tmp_path, llama_folder):
 
     more = json.loads(info(tmp_path / "pruned", "--drop-mlp", 1, "--format", "json"))
     assert more["pruned"]["mlp_parameters"] == 2 / 4 * facts["full"]["mlp_parameters"]
+
+
+@pytest.mark.parametrize(("left", "complaint"), [(-1, "bytes and its header says"), (100, "header"), (5, "header")])
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_cut_weights_are_one_line_that_names_the_file(tmp_path, shard_size, left, complaint):
+    folder = save_model(tmp_path / "model", "bert")
+    model = AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    assert (last.name == "model.safetensors") == (shard_size == "1GB")
+    info(folder)
+    last.write_bytes(last.read_bytes()[:left])
+    error = error_of(folder)
+    assert error.startswith(f"Error: {last}: cut or damaged, ") and complaint in error
+
+
+def test_a_missing_shard_is_one_line_that_names_it(tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    AutoModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    first.unlink()
+    assert error_of(folder) == f"Error: {first}: No such file or directory"
 
 
 def test_a_model_that_cannot_be_pruned_is_described_all_the_same(tmp_path):

@@ -8,7 +8,15 @@ from conftest import write_jsonl
 from effir_search.corpus import Document
 from effir_search.encoder import Encoder
 from effir_search.index import build_index, index_corpus, read_index, read_index_info, rebuild_index
-from effir_search.kinds import memory, new_index, sample_rows, set_search_parameters, train, training_size
+from effir_search.kinds import (
+    memory,
+    new_index,
+    sample_rows,
+    set_search_parameters,
+    train,
+    training_size,
+    well_trained_size,
+)
 from effir_search.search import load_encoder, search
 from effir_search.trec import Query
 from effir_search.verify import verify_index
@@ -79,6 +87,45 @@ def test_too_few_vectors_to_train_on_are_an_error(vectors):
         train(new_index("IVF5000,Flat", 32), "IVF5000,Flat", vectors)
     with pytest.raises(ValueError, match="needs at least 256 vectors"):
         train(new_index("PQ16", 32), "PQ16", vectors[:255])
+
+
+# 39 vectors for each of 16 lists, of 256 centroids of a code of 8 bits or of the rotation, of 16 of a code of 4.
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("IVF16,Flat", 624), ("PQ8", 9984), ("IVF16,PQ8", 9984), ("OPQ8,PQ8x4", 9984), ("PQ8x4", 624), ("SQ8", 0)],
+)
+def test_a_kind_is_well_trained_on_what_faiss_asks_for(kind, wanted):
+    assert well_trained_size(kind) == wanted
+
+
+@pytest.mark.parametrize(
+    "kind", ["IVF16,SQ8", "PQ4x4", "IVF16,PQ4x4", "OPQ4,IVF16,PQ4x4", "OPQ4_8,PQ4x4", "HNSW8,PQ4x4"]
+)
+def test_faiss_says_nothing_and_training_is_to_the_bit_what_it_is_without_us(vectors, kind, capfd):
+    plain, ours = new_index(kind, 32), new_index(kind, 32)
+    plain.train(vectors[:300])
+    assert "WARNING clustering 300 points" in "".join(capfd.readouterr())
+    train(ours, kind, vectors[:300])
+    assert "".join(capfd.readouterr()) == ""
+    np.testing.assert_array_equal(faiss.serialize_index(ours), faiss.serialize_index(plain))
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "options", "advice"),
+    [(700, {"train_size": 300}, "raise --train-size"), (300, {}, "a smaller kind, such as SQ8, needs fewer")],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_poor_training_is_warned_of_once_with_advice(
+    tmp_path, bert_folder, caplog, known, num_documents, options, advice
+):
+    documents = [Document(str(number), f"tea {'cat ' * (number % 17)}") for number in range(num_documents)]
+    options |= {"num_documents": num_documents} if known else {}
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    build_index(documents, encoder, tmp_path / "index", kind="IVF16,PQ8x4", **options)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning == (
+        f"IVF16,PQ8x4 is trained on 300 vectors where FAISS asks for 624, so it may miss more hits: {advice}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +253,10 @@ def test_the_memory_it_takes_is_said_first(tmp_path, flat_index, caplog):
     caplog.set_level("INFO")
     rebuild_index(flat_index, tmp_path / "new", kind="SQ8")
     # 3,000 rows of 32 bytes, and a sample of 3,000 rows of 128 bytes: 0.48 MB.
-    assert "a SQ8 index of 3,000 vectors, trained on 3,000 takes about 0.5 MB of memory" in caplog.text
+    assert (
+        "a SQ8 index of 3,000 vectors, trained on 3,000 of them, takes about 0.5 MB of memory while it is built"
+        in caplog.text
+    )
 
 
 def test_from_takes_an_index_with_a_record(tmp_path, flat_index):

@@ -90,6 +90,57 @@ def test_every_one_of_several_indexes_must_be_of_the_encoder(tmp_path, halves, b
         search([halves[0], tmp_path / "other"], model, topics)
 
 
+def holding(vectors, kind, index_dir, copy, *, record=True):
+    """A copy of an index that holds other vectors, in an index of another kind."""
+    shutil.copytree(index_dir, copy)
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(copy / "index"))
+    if not record:
+        (copy / "effir.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("flipped", [0x40, 0x80 | 0x40])
+def test_a_flipped_bit_that_makes_a_score_huge_is_an_error_that_names_the_index(tmp_path, toy_index, encoder, flipped):
+    damaged = shutil.copytree(toy_index, tmp_path / "index")
+    content = bytearray((damaged / "index").read_bytes())
+    content[-1] ^= flipped  # of the exponent, and of the sign, of the last component of document 012
+    (damaged / "index").write_bytes(content)
+    with pytest.raises(ValueError, match=f'{damaged}: is damaged: document "012" has the score .*effir verify'):
+        list(search(damaged, encoder, [Query("q", "cat")], k=12))
+
+
+# A row that is the query's own vector times c has the score c.
+@pytest.mark.parametrize(
+    ("kind", "factor", "sound"),
+    [("Flat", 1.005, True), ("Flat", 1.02, False), ("SQ8", 1.4, True), ("SQ8", 1.6, False), ("Flat", np.inf, False)],
+)
+def test_no_cosine_is_above_1_but_for_what_quantisation_may_add(tmp_path, toy_index, encoder, kind, factor, sound):
+    rows = encoder.encode_queries(["cat"]) * np.linspace(0, 1, 12, dtype=np.float32)[:, None]
+    rows[-1] = np.where(rows[-1] == 0, 0, rows[-1] * np.float32(factor))
+    index_dir = holding(rows, kind, toy_index, tmp_path / "index")
+    if sound:
+        (hit,) = search(index_dir, encoder, [Query("q", "cat")], k=1)
+        assert hit.score == pytest.approx(factor, abs=0.02)
+    else:
+        with pytest.raises(ValueError, match="is damaged"):
+            list(search(index_dir, encoder, [Query("q", "cat")], k=1))
+
+
+def test_scores_of_vectors_of_any_length_may_be_above_1(tmp_path, toy_index, encoder):
+    rows = encoder.encode_queries(["cat"]).repeat(12, axis=0) * 7
+    of_another_program = holding(rows, "Flat", toy_index, tmp_path / "index", record=False)
+    (hit,) = search(of_another_program, encoder, [Query("q", "cat")], k=1)
+    assert hit.score == pytest.approx(7, abs=1e-4)
+    folder = save_sentence_files(save_model(tmp_path / "m", "bert"), normalize=False, similarity="dot")
+    model = Encoder.from_pretrained(folder)
+    build_index([Document("1", "cat")], model, tmp_path / "dot")
+    (hit,) = search(tmp_path / "dot", model, [Query("q", "cat")], k=1)
+    assert hit.score > 1.5
+
+
 def test_fewer_hits_than_one_are_an_error(toy_index, encoder, topics):
     with pytest.raises(ValueError, match="at least 1"):
         search(toy_index, encoder, topics, k=0)
@@ -212,7 +263,7 @@ def test_topics_that_are_neither_a_file_nor_a_name_are_an_error():
 
 def test_one_text_is_searched_and_shown_with_its_documents(toy_index, collection):
     own_text = " ".join(DOCUMENTS["007"])
-    hits = search_text(own_text, index_dir=toy_index, corpus=str(collection / "corpus.jsonl"), hits=2)
+    hits = search_text(own_text, index_dir=toy_index, corpora=[str(collection / "corpus.jsonl")], hits=2)
     assert [document.doc_id for _, document in hits] == [hit.doc_id for hit, _ in hits]
     first, second, *_ = format_hits(hits).splitlines()
     assert first.split() == ["1", "1.0000", "007", "lemon"]
@@ -227,8 +278,20 @@ def test_one_text_without_a_corpus_is_shown_by_ids(toy_index):
 
 def test_a_corpus_that_is_not_the_indexs_is_an_error(tmp_path, toy_index):
     write_jsonl(tmp_path / "other.jsonl", [{"_id": "x", "text": "cat"}])
-    with pytest.raises(ValueError, match="2 of 2 hits are not in it"):
-        search_text("hot soup", index_dir=toy_index, corpus=str(tmp_path / "other.jsonl"), hits=2)
+    with pytest.raises(ValueError, match="2 of 2 hits are not there"):
+        search_text("hot soup", index_dir=toy_index, corpora=[str(tmp_path / "other.jsonl")], hits=2)
+
+
+def test_hits_of_several_indexes_are_shown_from_several_corpora(tmp_path, encoder):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    write_jsonl(old, [{"_id": "1", "title": "soup", "text": "hot soup"}])
+    write_jsonl(new, [{"_id": "2", "abstract": "sweet tea"}])
+    for path, fields in ((old, None), (new, ["abstract"])):
+        documents = read_corpus(path, fields=fields)
+        build_index(documents, encoder, path.with_suffix(""), corpus=path, corpus_fields=fields)
+    indexes = [tmp_path / "old", tmp_path / "new"]
+    hits = search_text("tea", index_dir=indexes, corpora=[str(old), str(new)], device="cpu", dtype="fp32")
+    assert {document for _, document in hits} == {Document("1", "hot soup", "soup"), Document("2", "sweet tea")}
 
 
 def test_an_empty_query_is_an_error(toy_index):

@@ -172,6 +172,26 @@ def weight_files(place: Path) -> list[Path]:
     return [place / name]
 
 
+def check_whole(path: Path) -> None:
+    """Raise ValueError if a safetensors file has not the number of bytes that its header says; others are not checked.
+
+    Source: github.com/huggingface/safetensors, README.md, section Format.
+    """
+    if path.suffix != ".safetensors":
+        return
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, size))
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}: cut or damaged, its header cannot be read; get it again") from error
+    if size != expected:
+        raise ValueError(f"{path}: cut or damaged, {size:,} bytes and its header says {expected:,}; get it again")
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
