@@ -561,7 +561,11 @@ def data_given(options: dict[str, object]) -> object:
 @click.option(
     "--narrow", type=click.FloatRange(0, 1, max_open=True), help="Share of the units left to cut.  [default: 0.3]"
 )
-@click.option("--unit-criterion", type=click.Choice(UNIT_CRITERIA), help="What tells which units.  [default: gates]")
+@click.option(
+    "--unit-criterion",
+    type=click.Choice(UNIT_CRITERIA),
+    help="What tells which units.  [default: gates; no labels: taylor]",
+)
 @data_options
 @click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read in training.  [default: the model's]")
 @click.option(
@@ -608,20 +612,20 @@ def compress(
 
 # Where in a recipe the options of ``compress`` belong that are not in its [data].
 IN_RECIPE = {
-    "encoder": (),
-    "max_length": (),
-    "seed": (),
-    "drop_mlp": ("prune",),
-    "drop_attention": ("prune",),
-    "drop_block": ("prune",),
-    "criterion": ("prune",),
-    "narrow": ("slim",),
+    "encoder": ("encoder",),
+    "max_length": ("max_length",),
+    "seed": ("seed",),
+    "drop_mlp": ("prune", "drop_mlp"),
+    "drop_attention": ("prune", "drop_attention"),
+    "drop_block": ("prune", "drop_block"),
+    "criterion": ("prune", "criterion"),
+    "narrow": ("slim", "narrow"),
     "unit_criterion": ("slim", "criterion"),
-    "lora_rank": ("finetune",),
-    "learning_rate": ("finetune",),
-    "batch_size": ("finetune",),
-    "max_steps": ("finetune",),
-    "collections": ("evaluate",),
+    "lora_rank": ("finetune", "lora_rank"),
+    "learning_rate": ("finetune", "learning_rate"),
+    "batch_size": ("finetune", "batch_size"),
+    "max_steps": ("finetune", "max_steps"),
+    "collections": ("evaluate", "collections"),
 }
 
 
@@ -631,8 +635,8 @@ def given_settings(options: dict[str, object]) -> dict[str, object]:
     settings: dict[str, object] = {}
     for name, value in options.items():
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            section, field = (*IN_RECIPE.get(name, ("data",)), name)[:2] if IN_RECIPE.get(name) != () else (None, name)
-            home = settings.setdefault(section, {}) if section else settings
+            *section, field = IN_RECIPE.get(name, ("data", name))
+            home = settings.setdefault(section[0], {}) if section else settings
             home[field] = list(value) if isinstance(value, tuple) else value
     return settings
 
