@@ -1,10 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -414,26 +412,6 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path, pruned, examples):
     # which Adam makes steps as large as any other.
     for name in (name for name in expected if not name.endswith("key.bias")):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-@pytest.mark.slow
-def test_two_processes_that_were_killed_continue_to_the_same_weights(tmp_path, pruned, examples):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    whole = in_a_process(arguments(pruned, examples, tmp_path / "whole"), *launcher)
-    assert whole.wait() == 0, whole.stderr.read()
-    killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"), *launcher, start_new_session=True)
-    while not (tmp_path / "killed.training" / "checkpoint-12" / "trainer_state.json").is_file():
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed").exists()
-    again = in_a_process(arguments(pruned, examples, tmp_path / "killed"), *launcher)
-    _, told = again.communicate()
-    assert again.returncode == 0, told
-    assert "continuing from" in told
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_the_last_whole_checkpoint_is_the_one_to_continue_from(tmp_path):
