@@ -27,7 +27,7 @@ from effir_search.embeddings import (
     settings_of,
 )
 from effir_search.encoder import Encoder
-from effir_search.index import build_index, index_corpus, read_index, rebuild_index, store_of
+from effir_search.index import build_index, index_corpus, read_index, read_index_info, rebuild_index, store_of
 from effir_search.info import describe
 from effir_search.search import load_encoder
 
@@ -275,6 +275,14 @@ def test_a_job_continues_with_the_arithmetic_it_was_begun_with(tmp_path, corpus,
     kill_after(2, corpus, bert_folder, tmp_path / "index", *options)
     info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index")
     assert info.dtype == "bfloat16"
+
+
+def test_a_stopped_job_may_be_continued_with_another_kind(stopped, corpus, encoder):
+    before = {path.name: path.stat().st_mtime_ns for path in store_of(stopped).path.glob("part-*")}
+    go_on(corpus, encoder, stopped, kind="SQfp16", keep_embeddings=True)
+    after = {path.name: path.stat().st_mtime_ns for path in store_of(stopped).path.glob("part-*")}
+    assert len(before) == 6 and {name: after[name] for name in before} == before
+    assert read_index_info(stopped).kind == "SQfp16"
 
 
 @pytest.mark.parametrize("name", ["part-00001.npy", "part-00001.ids"])
