@@ -9,14 +9,13 @@ from pathlib import Path
 import click
 import numpy as np
 
+from effir_search.benchmark import RESAMPLES, resampled_means
 from effir_search.corpus import read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.model.arithmetic import count
 from effir_search.training.dev import search_exactly
 from effir_search.trec import read_qrels, read_topics
-
-RESAMPLES = 10_000
 
 
 def per_query(encoder: Encoder, folder: Path) -> dict[str, float]:
@@ -29,22 +28,6 @@ def per_query(encoder: Encoder, folder: Path) -> dict[str, float]:
     run = search_exactly(encoder, queries, documents)
     found = evaluate_queries(run, qrels, measures, only_with_positives=True).per_query
     return {query_id: values[measures[0]] for query_id, values in found.items()}
-
-
-def means(figures: dict[str, np.ndarray], generator: np.random.Generator) -> np.ndarray:
-    """Return the mean over collections of each model, ``(resamples + 1, models)``; row 0 is that of all queries.
-
-    Queries are drawn with replacement within each collection, the same for every model (paired bootstrap).
-
-    Args:
-        figures: For each collection ``(models, queries)``.
-        generator: Of the draws.
-    """
-    drawn = []
-    for values in figures.values():
-        rows = generator.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
-        drawn.append(np.vstack([values.mean(axis=1), np.stack([v[rows].mean(axis=1) for v in values], axis=1)]))
-    return np.mean(drawn, axis=0)
 
 
 @click.command()
@@ -72,7 +55,7 @@ def main(folder: Path, models: tuple[str, ...], only: str, dtype: str, results: 
         name: np.array([[known[key][name][query] for query in known[hashes[0]][name]] for key in hashes])
         for name in names
     }
-    drawn = means(figures, np.random.default_rng(0))
+    drawn = resampled_means(figures)
     kept = drawn / drawn[:, :1]
     lost = drawn[:, :1] - drawn[:, 1:2]
     print(f"| model | parameters | {' | '.join(names)} | mean | kept | won back |")

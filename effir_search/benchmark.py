@@ -13,7 +13,7 @@ import numpy as np
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.index import index_corpus
-from effir_search.model.arithmetic import empty_model, facts
+from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
 from effir_search.model.checkpoint import read_json
 from effir_search.search import search_topics
 from effir_search.trec import read_qrels, read_run
@@ -95,7 +95,11 @@ def benchmark(
     length = statistics.mean(map(len, tokens.input_ids))
     sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
     speeds, cosine = _encode_in_turns(encoders, texts)
-    shares = kept_shares(figures, seed=seed)[:, 1] if figures else None
+    kept = None
+    if figures:
+        means = resampled_means(figures, seed=seed)
+        shares = means[:, 1] / means[:, 0]
+        kept = (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
     return Benchmark(
         sizes=(sizes[0], sizes[1]),
         tokens=length,
@@ -104,7 +108,7 @@ def benchmark(
         cosine=cosine,
         ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in figures.items()},
         queries={name: values.shape[1] for name, values in figures.items()},
-        kept=(float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist()) if figures else None,
+        kept=kept,
     )
 
 
@@ -125,8 +129,8 @@ def ndcg_per_query(runs: Sequence[Path], qrels: str) -> np.ndarray:
     return np.array([[of_query[measure] for of_query in of_run.per_query.values()] for of_run in of_runs])
 
 
-def kept_shares(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
-    """Return what each model has of the first one's mean over collections, ``(resamples + 1, models)``.
+def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
+    """Return each model's mean over collections, ``(resamples + 1, models)``.
 
     Row 0 is that of the queries as they are. For the others queries are drawn with replacement within each collection,
     the same for every model: the paired bootstrap (Efron and Tibshirani, 1993).
@@ -135,12 +139,6 @@ def kept_shares(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarr
         figures: By collection ``(models, queries)``.
         seed: Of the draws.
     """
-    means = resampled_means(figures, seed=seed)
-    return means / means[:, :1]
-
-
-def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
-    """Return each model's mean over collections, ``(resamples + 1, models)``; see ``kept_shares``."""
     generator = np.random.default_rng(seed)
     of_collections = []
     for values in figures.values():
@@ -176,20 +174,16 @@ def read_benchmark(path: Path) -> Benchmark:
     return Benchmark(**read_json(path))
 
 
-def format_benchmark(measured: Benchmark, *, names: tuple[str, str] = ("full", "compressed")) -> str:
+def format_benchmark(measured: Benchmark) -> str:
     """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
-    rows = [("", *names, "")]
-    for name, number in measured.sizes[0].items():
-        other = measured.sizes[1][name]
-        rows.append((name.replace("_", " "), f"{number:,}", f"{other:,}", f"{other / number:.1%}"))
+    rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes)]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
     for name, (of_full, of_other) in measured.ndcg.items():
         rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", f"{of_other / of_full:.1%}"))
     if measured.kept:
         of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
         rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines = [aligned(rows)]
     lines += ["", f"FLOPs of a text of {measured.tokens:.0f} tokens; speed is the median of {ROUNDS} rounds in turns."]
     lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
     if measured.kept:

@@ -71,10 +71,11 @@ def compress(
     folder = output.with_name(f"{output.name}.stages")
     machine = {"device": device, "batch_tokens": batch_tokens}
     data, main = compression.data, process.is_main_process
-    settings = asdict(compression) | {"files": hashes(data) | dev_hashes(data)}
+    files = hashes(data)
+    settings = asdict(compression) | {"files": files | dev_hashes(data)}
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
         if main:
-            prepare(folder, data, compression.seed, device, files=hashes(data), restart=restart)
+            prepare(folder, data, compression.seed, device, files=files, restart=restart)
             loaded = load(folder, data, compression.seed)
             _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
             _analyze(compression, folder, machine)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -223,7 +224,7 @@ class Encoder:
         output: Path,
         *,
         training: dict | None = None,
-        beside: Mapping[str, str] | None = None,
+        beside: Mapping[str, str] = MappingProxyType({}),
         measured: str = "",
     ) -> None:
         """Save the model with its tokenizer and settings as a folder of its own.
@@ -241,7 +242,7 @@ class Encoder:
         """
         settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
         files = self.files._replace(**settings)
-        save_model(self.model, self.tokenizer, files, output, training=training, beside=beside or {}, measured=measured)
+        save_model(self.model, self.tokenizer, files, output, training=training, beside=beside, measured=measured)
 
     @cached_property
     def dimension(self) -> int:

@@ -1,5 +1,6 @@
 """Parameters, bytes and FLOPs of a model or of a plan, from its config alone: no weights, no memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,10 +130,19 @@ def facts(model: EffirModel, *, length: int = LENGTH, dtype: torch.dtype | None 
 
 def format_facts(before: dict[str, int], after: dict[str, int], *, names: tuple[str, str] = ("full", "pruned")) -> str:
     """Return the ``facts`` of two models side by side, with the share that the second one has of the first."""
-    rows = [("", *names, "")]
-    for name, number in before.items():
-        share = f"{after[name] / number:.1%}" if number else ""
-        rows.append((name.replace("_", " "), f"{number:,}", f"{after[name]:,}", share))
+    return aligned([("", *names, ""), *facts_rows(before, after)])
+
+
+def facts_rows(before: dict[str, int], after: dict[str, int]) -> list[tuple[str, ...]]:
+    """Return a row for each of the ``facts`` of two models: its name, both numbers, the share."""
+    return [
+        (name.replace("_", " "), f"{number:,}", f"{after[name]:,}", f"{after[name] / number:.1%}" if number else "")
+        for name, number in before.items()
+    ]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{row[0]:{widths[0]}}", *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
