@@ -6,7 +6,7 @@ from effir_search.benchmark import RESAMPLES, resampled_means
 
 @pytest.fixture
 def figures():
-    """Of three models on two collections; the second is half as good as the first at every query, the third its equal."""
+    """Of three models on two collections: the second is half as good as the first at every query, the third alike."""
     rng = np.random.default_rng(1)
     first = {"many": rng.random(200), "few": rng.random(30) ** 3}
     return {name: np.stack([values, values / 2, values]) for name, values in first.items()}
@@ -26,7 +26,7 @@ def test_all_models_are_given_the_same_queries(figures):
 
 
 def test_the_samples_spread_as_the_mean_of_such_queries_does(figures):
-    # The variance of a mean of n drawn values is theirs by n; that of the mean of two such means is a quarter of the sum.
+    # The variance of a mean of n drawn values is theirs by n; of the mean of two such means a quarter of their sum.
     variance = sum(values[0].var() / values.shape[1] for values in figures.values()) / 4
     drawn = resampled_means(figures)[1:, 0]
     assert drawn.std() == pytest.approx(np.sqrt(variance), rel=0.05)  # 10,000 samples: 0.7 % is one standard error
