@@ -475,7 +475,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
-    help="Highest.  [default: 1e-4 with LoRA, else 2e-5; with --texts 4e-4 and 0.4 / hidden size]",
+    help="Highest.  [default: 1e-4 with LoRA, else 2e-5; with --texts 4e-4 and 0.2 / hidden size]",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples or texts a step, over all devices.")
 @click.option("--accumulation", type=click.IntRange(1), default=1, help="Batches whose gradients make a step.")

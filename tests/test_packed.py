@@ -47,7 +47,7 @@ def test_packing_an_encoder_changes_no_vector_by_more_than_rounding(tmp_path, fa
 @pytest.mark.parametrize("length", [1, 5, SHORT, SHORT + 1])
 def test_short_attention_is_attention(length, masked):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 2, length, 4) for _ in range(3))
+    query, key, value = (torch.randn(3, 2, length, 4, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([length, max(1, length - 2), 1])
     mask = (torch.arange(length) < lengths[:, None])[:, None, None].expand(3, 1, length, length) if masked else None
     module = nn.Module()
@@ -55,9 +55,13 @@ def test_short_attention_is_attention(length, masked):
     found, _ = short_attention(module, query, key, value, mask, scaling=0.3, dropout=0.0)
     products = 0.3 * torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double())
     weights = (products if mask is None else products.masked_fill(~mask, -torch.inf)).softmax(-1)
-    torch.testing.assert_close(
-        found.double(), torch.einsum("bhqk,bhkd->bqhd", weights, value.double()), rtol=1e-5, atol=1e-6
-    )
+    exact = torch.einsum("bhqk,bhkd->bqhd", weights, value.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    direction = torch.randn(found.shape)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (found, exact)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_causal_attention_without_a_mask_stays_causal():

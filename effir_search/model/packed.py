@@ -1,4 +1,4 @@
-"""A model laid out for inference on a CPU in bfloat16: the same products in less time."""
+"""What makes a model faster on a CPU: matrices as oneDNN lays them out, and an attention for short texts."""
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,15 @@ def pack(model: nn.Module) -> None:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for parent in list(model.modules()):
-        config = getattr(parent, "config", None)
         for name, child in list(parent.named_children()):
-            packable = type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.is_cpu
-            if packable:
+            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.is_cpu:
                 setattr(parent, name, PackedLinear(child))
-                if getattr(config, "_attn_implementation", None) == "sdpa":
-                    config._attn_implementation = SHORT_ATTENTION
+                use_short_attention(parent)
+
+
+def use_short_attention(model: nn.Module) -> None:
+    """Let a model attend by ``short_attention`` instead of "sdpa", in place; it can be trained and saved as before."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = SHORT_ATTENTION

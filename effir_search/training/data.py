@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 from effir_search.encoder import Encoder
 from effir_search.job import job_folder, read_settings
 from effir_search.model.checkpoint import file_sha256
+from effir_search.model.packed import use_short_attention
 from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.lines import Lines
 from effir_search.training.objective import (
@@ -175,8 +176,17 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encode
     return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)
 
 
-def objective_of(encoder: Encoder, losses: LossSettings, teacher: Encoder | None) -> Objective:
-    """Return the loss of an encoder that imitates a teacher, or with None learns from labels; see ``resolved``."""
+def objective_of(encoder: Encoder, losses: LossSettings, teacher: Encoder | None, *, bf16: bool) -> Objective:
+    """Return the loss of an encoder that imitates a teacher, or with None learns from labels.
+
+    Args:
+        encoder: What learns.
+        losses: See ``resolved``.
+        teacher: See ``imitated``.
+        bf16: Whether it will run in bfloat16.
+    """
+    if bf16 and encoder.device.type == "cpu":
+        use_short_attention(encoder.model)
     return RetrievalObjective(encoder, losses) if teacher is None else ImitationObjective(encoder, losses, teacher)
 
 

@@ -55,7 +55,7 @@ class Recipe:
         lora_alpha: None = twice the rank.
         lora_dropout: Of LoRA's input.
         learning_rate: None = 1e-4 for LoRA, 2e-5 for full fine-tuning; for imitation 4e-4 for LoRA, and for full
-            fine-tuning 0.4 / hidden_size, since rates of Adam scale with 1 / width (arXiv 2203.03466).
+            fine-tuning 0.2 / hidden_size, since rates of Adam scale with 1 / width (arXiv 2203.03466).
         batch_size: Examples or texts of a step, over all devices.
         accumulation: Forward passes whose gradients make a step; in-batch negatives come from one of them.
         epochs: Passes over the data.
@@ -186,7 +186,7 @@ def finetune(
     check_training(recipe, data)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
-    objective = objective_of(encoder, losses, teacher)
+    objective = objective_of(encoder, losses, teacher, bf16=recipe.bf16)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
@@ -221,7 +221,7 @@ def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
     rank = recipe.lora_rank
     if rank is None:
         rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
-    of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.4 / encoder.model.config.hidden_size)
+    of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / encoder.model.config.hidden_size)
     rate = recipe.learning_rate or (of_lora if rank else of_all)
     bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
