@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import PretrainedConfig
 
 from effir_search.benchmark import Benchmark, benchmark, format_benchmark
 from effir_search.corpus import document_text, read_corpus
@@ -17,10 +16,10 @@ from effir_search.encoder import Encoder, chosen_device
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
-from effir_search.model.checkpoint import empty_transformer, lasting_name, read_json, resolve_model
+from effir_search.model.checkpoint import lasting_name, read_json
 from effir_search.model.layers import parts_of
 from effir_search.model.save import TRAINING_FILE
-from effir_search.model.sentence_files import read_sentence_files
+from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
@@ -99,7 +98,7 @@ def with_numbers(compression: Compression) -> Compression:
     """
     if compression.prune.drop_mlp is not None:
         return compression
-    half = len(parts_of(empty_model(_config(compression.encoder)), "mlp")) // 2
+    half = len(parts_of(empty_model(prunable_config(compression.encoder)), "mlp")) // 2
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
@@ -249,13 +248,8 @@ def describe_compressed(measured: Benchmark, output: Path) -> str:
 def describe_plan(compression: Compression) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
-    settings, config = compression.prune, _config(compression.encoder)
+    settings, config = compression.prune, prunable_config(compression.encoder)
     numbers = {name: getattr(settings, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
     left = planned(config, narrow=compression.slim.narrow, **numbers)
     sizes = format_facts(facts(empty_model(config)), facts(empty_model(left)), names=("full", "compressed"))
     return f"{format_recipe(compression)}\n{sizes}"
-
-
-def _config(encoder_name: str) -> PretrainedConfig:
-    files = read_sentence_files(resolve_model(encoder_name))
-    return empty_transformer(files.transformer_folder).config

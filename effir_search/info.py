@@ -128,6 +128,8 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     files = read_sentence_files(folder)
     model = empty_transformer(files.transformer_folder)
     settings = own_config(files, model, load_tokenizer(files.transformer_folder, model))
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # no embedding depends on it
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embeddings = sum(table.weight.numel() for table in tables)
     parameters = model.num_parameters()
@@ -142,7 +144,7 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     told |= {
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
-        "weights_bytes": sum(file.stat().st_size for file in weights),
+        "bytes_on_disk": sum(file.stat().st_size for file in weights),
         "weights_sha256": weights_sha256(folder, places),
         **_settings(settings),
     }

@@ -19,6 +19,7 @@ from effir_search.job import job_folder
 from effir_search.model.arithmetic import facts, format_facts
 from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_model
 from effir_search.model.layers import mlp_widths
+from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
 from effir_search.training.data import DATA, Data, Loaded, hashes, imitated, load, objective_of, prepare, resolved
@@ -151,6 +152,7 @@ def slim_encoder(
         raise ValueError(
             f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
         )
+    prunable_config(encoder_name)
     encoder = Encoder.from_pretrained(
         encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
     )
@@ -207,7 +209,7 @@ def _scored(
     own = {name: getattr(scoring, name) for name in ("learning_rate", "penalty")} if learns else {}
     teacher = imitated(data, encoder, device)
     losses = resolved(losses, data, encoder, teacher)
-    objective = objective_of(encoder, losses, teacher)
+    objective = objective_of(encoder, losses, teacher, bf16=bool(scoring.bf16))
 
     def loss(batch: Mapping[str, object]) -> Tensor:
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):

@@ -118,6 +118,9 @@ def test_the_config_is_left_as_it_is(build):
         ({"drop_mlp": 5}, "5 MLPs cannot be dropped; there are 4"),
         ({"drop_attention": -1}, "-1 attentions"),
         ({"drop_block": 2, "drop_mlp": 3}, "3 MLPs cannot be dropped; there are 2"),
+        ({"drop_block": 4}, "only embeddings"),
+        ({"drop_mlp": 4, "drop_attention": 4}, "only embeddings"),
+        ({"drop_block": 3, "drop_mlp": 1, "drop_attention": 1}, "only embeddings"),
         ({"narrow": 1.0}, "narrow 1.0 must be"),
     ],
 )

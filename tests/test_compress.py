@@ -179,7 +179,7 @@ def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
     [
         (["--evaluate", "{tmp}"], "has no corpus.jsonl; a BEIR folder is needed"),
         (["--evaluate", "{collection}", "--evaluate", "{collection}"], "two collections to evaluate on have this name"),
-        (["--drop-mlp", 5], "--drop-mlp 5: the model has 4 MLPs"),
+        (["--drop-mlp", 5], "5 MLPs cannot be dropped; there are 4"),
         (["--dev", "{tmp}"], "--dev takes a BEIR folder"),
         (["--reranker", "x"], "--reranker scores the candidates of --train examples"),
         (["--recipe", "{tmp}/missing.toml"], "missing.toml: No such file"),

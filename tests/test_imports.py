@@ -30,7 +30,7 @@ LEAVES = {
     "model.layers": {"model.modeling_effir"},
     "model.surgery": {"model.layers", "model.modeling_effir"},
     "model.arithmetic": {"model.layers", "model.modeling_effir"},
-    "model.sentence_files": {"model.checkpoint"},
+    "model.sentence_files": {"model.checkpoint", "model.modeling_effir"},
     "model.save": {"files", "model.arithmetic", "model.checkpoint", "model.modeling_effir", "model.sentence_files"},
     "demo_collection.standard_library": {"corpus"},
 }

@@ -58,6 +58,15 @@ def test_plans_of_mistral_7b_need_its_config_alone(mistral, plan, billions):
     assert facts["full"]["flops_per_text"] == 256 * (2 * 32 * (41_943_040 + 176_160_768) + 4 * 256 * 4096 * 32)
 
 
+def test_a_pooler_does_not_count_whether_or_not_the_model_was_pruned(tmp_path, bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    assert encoder.model.pooler is not None
+    encoder.model = prune(encoder.model, mlp=[1])
+    encoder.save(tmp_path / "pruned")
+    before, after = (json.loads(info(folder, "--format", "json")) for folder in (bert_folder, tmp_path / "pruned"))
+    assert before["parameters"] == after["full"]["parameters"]
+
+
 def test_a_plan_as_text_shows_both_sizes_and_the_share(mistral):
     lines = info("--config", mistral, "--drop-mlp", 16, "--narrow", 0.3, "--length", 100).splitlines()
     (mlp,) = (line.split() for line in lines if line.startswith("mlp parameters"))

@@ -464,6 +464,7 @@ def test_a_language_model_is_an_error_that_names_its_class():
         ({"units": {2: mask_of(47)}}, r"layer 2: the mask must be bool of shape \(48,\)"),
         ({"units": {2: torch.ones(48)}}, "must be bool"),
         ({"units": {2: torch.zeros(48, dtype=torch.bool)}}, "leaves no unit"),
+        ({"mlp": [0, 2], "attention": [0, 1]}, "only embeddings"),
     ],
 )
 def test_a_part_that_is_not_there_is_an_error_and_nothing_is_changed(what, message):

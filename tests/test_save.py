@@ -17,7 +17,7 @@ from transformers import AutoModel, LlamaConfig
 
 from effir_search.encoder import Encoder
 from effir_search.info import describe_model
-from effir_search.model.checkpoint import hub_revision
+from effir_search.model.checkpoint import hub_revision, lasting_name
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.model.surgery import prune
 from effir_search.pruning.prune import prune_encoder
@@ -257,3 +257,11 @@ def test_a_pruned_model_takes_as_much_less_memory_as_was_dropped(large_folder):
 def test_the_revision_is_that_of_the_cache(tmp_path):
     assert hub_revision(tmp_path / "models--org--name" / "snapshots" / "abc123") == "abc123"
     assert hub_revision(tmp_path / "abc123") is None
+
+
+def test_the_name_of_a_folder_says_nothing_of_where_it_lay_and_is_that_of_a_model(tmp_path):
+    places = {"models/small": "small", "package/model": "package/model", "models--org--name/snapshots/a1": "org/name"}
+    for place, name in places.items():
+        (tmp_path / place).mkdir(parents=True)
+        assert lasting_name(str(tmp_path / place)) == name
+    assert lasting_name("org/name") == "org/name"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from effir_search.model.layers import Kind, layers_of, parts_of
+from effir_search.model.layers import NOTHING_LEFT, Kind, layers_of, parts_of
 from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of, has_part
 
 # Tokens of the text whose FLOPs are told where nobody says how long it is.
@@ -180,6 +180,8 @@ def planned(
     attentions = [i for i in attentions if i not in blocks]
     no_mlp = {*blocks, *_last(mlps, drop_mlp, "MLPs")}
     no_attention = {*full.dropped_attention, *blocks, *_last(attentions, drop_attention, "attentions")}
+    if len(no_mlp | {i for i, width in enumerate(full.mlp_widths) if not width}) == num_layers == len(no_attention):
+        raise ValueError(NOTHING_LEFT)
     widths = [0 if i in no_mlp else round(width * (1 - narrow)) for i, width in enumerate(full.mlp_widths)]
     return EffirConfig(
         full.base_config,

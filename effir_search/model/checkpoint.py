@@ -209,8 +209,16 @@ def hub_revision(folder: Path) -> str | None:
 
 
 def lasting_name(name: str) -> str:
-    """Return a hub name, or of a folder its last part: where it lay on this machine has no place in a model."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """Return a name that holds on other machines: a hub name, or the last part of a folder's path.
+
+    Of a folder in the Hugging Face cache it is the hub name, of one that is just called "model" the last two parts.
+    """
+    path = Path(name).resolve()
+    if not path.exists():
+        return name
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
 
 
 def read_json(path: Path) -> dict:

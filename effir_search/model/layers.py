@@ -16,6 +16,8 @@ from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, fami
 
 Kind = Literal["attention", "mlp", "block"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
+# Said of a plan that drops every attention and every MLP.
+NOTHING_LEFT = "no attention and no MLP would be left, only embeddings; drop fewer"
 
 
 class Part(NamedTuple):

@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from effir_search.model.checkpoint import read_json, weight_files
+from effir_search.model.checkpoint import read_config_file, read_json, resolve_model, weight_files
+from effir_search.model.modeling_effir import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,21 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         max_length=transformer.get("max_seq_length"),
         lower_case=bool(transformer.get("do_lower_case")),
     )
+
+
+def prunable_config(name: str) -> PretrainedConfig:
+    """Return the config of an encoder's transformer; its weights need not be there.
+
+    Args:
+        name: Model folder or hub name.
+
+    Raises:
+        ValueError: No such config, or of a family that cannot be pruned.
+        OSError: Neither a folder nor a hub model that can be had.
+    """
+    config = read_config_file(read_sentence_files(resolve_model(name)).transformer_folder / "config.json")
+    family_of(config)
+    return config
 
 
 def write_sentence_files(output: Path, files: SentenceFiles, *, hidden_size: int) -> None:

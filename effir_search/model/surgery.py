@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from effir_search.model.layers import layers_of, mlp_output
+from effir_search.model.layers import NOTHING_LEFT, layers_of, mlp_output
 from effir_search.model.modeling_effir import EffirConfig, EffirModel, drop_parts, family_of, has_part, narrow_mlp
 
 
@@ -40,7 +40,7 @@ def prune(
 
     Raises:
         ValueError: A family or a class that cannot be pruned, a layer that does not exist or lacks the part already, a
-            mask of another length, or one that leaves no unit. The model is unchanged then.
+            mask of another length, or one that leaves no unit, or no part would be left. The model is unchanged then.
     """
     family = family_of(model.config)
     if not isinstance(model, EffirModel) and model.base_model is not model:
@@ -124,6 +124,9 @@ def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], bloc
     for layer_idx in block:
         if not (has_part(layers[layer_idx], "mlp") or has_part(layers[layer_idx], "attention")):
             raise ValueError(f"of layer {layer_idx} nothing is left")
+    dropped = {"mlp": {*mlp, *block}, "attention": {*attention, *block}}
+    if not any(has_part(layer, kind) and i not in dropped[kind] for kind in dropped for i, layer in enumerate(layers)):
+        raise ValueError(NOTHING_LEFT)
     for layer_idx, mask in units.items():
         width = mlp_output(model, layer_idx).in_features
         if mask.dtype != torch.bool or mask.shape != (width,):

@@ -14,7 +14,8 @@ from effir_search.encoder import Encoder, Tokens
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
 from effir_search.model.checkpoint import dtype_name
-from effir_search.model.layers import KINDS, Kind, layers_of, left_out
+from effir_search.model.layers import KINDS, Kind, left_out
+from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
 from effir_search.pruning.figures import FIGURES
 from effir_search.pruning.importance import CRITERIA, Dropped, drift
@@ -76,10 +77,10 @@ def analyze(
         OSError: The folder exists, or a file cannot be read or written.
     """
     refuse_existing(output, replaces=())
+    num_layers = prunable_config(encoder_name).num_hidden_layers
     calibration = sample_texts(sources, size=size, seed=seed)
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, **({"dtype": "saved"} | given))
-    num_layers = len(layers_of(encoder.model))  # a family that cannot be pruned is an error before anything is measured
     tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
     order = {name: CRITERIA[name](encoder, tokens, KINDS, None) for name in dict.fromkeys(criteria)}
     analysis = Analysis(
@@ -192,8 +193,8 @@ EXPLAINED = {
     "EffiR's criterion (arXiv 2512.20612).",
     "embedding": "1 - cos between the final embedding with this one part left out and the model's own; mean over the\n"
     "texts.",
-    "greedy": "As embedding, but each part is chosen with those before it left out: the score is the drift with all\n"
-    "of them left out.",
+    "greedy": "Parts are left out one after the other, each time the one without which the final embedding is nearest\n"
+    "to the model's own; the score is 1 - cos to that with this part and all before it left out, mean over the texts.",
 }
 
 
@@ -214,18 +215,22 @@ counted from 0, as in the base model.
 
 ![Importance by layer](importance.png)
 
+Each panel has its own scale: criteria measure different things, so only their orders can be compared.
+
 {f"{chr(10)}{chr(10)}".join(tables)}
 
 ## Order of dropping
 
 ![Order of dropping](order.png)
 
+Read from below: with N parts dropped, row N, the filled layers lack theirs. The longer a bar, the earlier it goes.
+
 ## Size against drift of the embedding
 
 ![Size against drift](curves.png)
 
 Drift is 1 - cos between the embeddings of a pruned model, not fine-tuned, and the model's own, mean over the texts.
-Size is the share of the parameters outside the embeddings that is left. The numbers are in `curves.csv`,
+Dropped is the share of the parameters outside the embeddings. The numbers are in `curves.csv`,
 `importance.csv` and `analysis.json`.
 
 ## Next

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 # Told apart also by those who see no colours (Okabe and Ito).
 COLORS = {"attention": "#0072b2", "mlp": "#d55e00", "block": "#555555"}
+# What a criterion's score is.
+SCORES = {
+    "cosine": "1 - cos of input and output",
+    "embedding": "drift without this part",
+    "greedy": "drift without all so far",
+}
 MARKERS = {"attention": "o", "mlp": "s", "block": "^"}
 
 
@@ -27,9 +33,9 @@ def importance_figure(analysis: Analysis) -> Figure:
             panel.plot(x, y, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
         panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")
         panel.set_xlabel("layer")
+        panel.set_ylabel(SCORES[name])
         panel.set_ylim(bottom=0)
         _tidy(panel)
-    panels[0].set_ylabel("importance")
     panels[0].legend(frameon=False)
     return figure
 
@@ -51,25 +57,25 @@ def order_figure(analysis: Analysis) -> Figure:
             panel.yaxis.set_major_locator(MaxNLocator(integer=True))
             _tidy(panel)
     figure.supxlabel("layer", fontsize="medium")
-    figure.supylabel("number dropped; filled: dropped", fontsize="medium")
+    figure.supylabel("number of parts dropped (longest bar = first to go)", fontsize="medium")
     return figure
 
 
 def curves_figure(analysis: Analysis) -> Figure:
-    """Return a panel for each criterion: drift of the embedding against the share of parameters left, by kind."""
+    """Return a panel for each criterion: drift of the embedding against the share of parameters dropped, by kind."""
     figure = Figure(figsize=(max(4.5 * len(analysis.curves), 5.5), 4), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(analysis.curves), squeeze=False, sharex=True, sharey=True)[0]
     for panel, (name, of_kinds) in zip(panels, analysis.curves.items(), strict=True):
         for kind, curve in of_kinds.items():
             _numbers, shares, drifts = np.array(curve).T
-            panel.plot(100 * shares, drifts, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
+            panel.plot(100 * (1 - shares), drifts, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
         panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_xlim(102, -2)  # the smaller the model, the further to the right
+    panels[0].set_xlim(-2, 102)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("drift of the embedding, 1 - cos")
-    figure.supxlabel("parameters left outside the embeddings (%)", fontsize="medium")
+    figure.supxlabel("parameters outside the embeddings that are dropped (%)", fontsize="medium")
     # Above the panels, since a line may be anywhere in them.
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure

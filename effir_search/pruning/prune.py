@@ -9,9 +9,10 @@ import numpy as np
 
 from effir_search.encoder import Encoder
 from effir_search.files import refuse_existing
-from effir_search.model.arithmetic import facts, format_facts
+from effir_search.model.arithmetic import facts, format_facts, planned
 from effir_search.model.checkpoint import hub_revision, lasting_name
-from effir_search.model.layers import Kind, parts_of
+from effir_search.model.layers import Kind
+from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
 from effir_search.pruning.importance import CRITERIA, Dropped, drift
@@ -78,6 +79,7 @@ def prune_encoder(
         raise ValueError("nothing to drop: give --drop-mlp N or --drop-mlp-layers 3,5, or the same for other parts")
     if any(numbers.values()) and not sources:
         raise ValueError("--texts is needed to find the parts that matter least; --drop-mlp-layers needs none")
+    prunable_config(encoder_name)
     calibration = sample_texts(sources, size=size, seed=seed) if sources else None
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, dtype="saved", **given)
@@ -97,6 +99,7 @@ def prune_encoder(
     if any(layers.values()):
         prune(encoder.model, **layers, record=record)
         dropped |= {kind: [Dropped(i, np.nan) for i in sorted(set(of_kind))] for kind, of_kind in layers.items()}
+    planned(encoder.model.config, **{f"drop_{kind}": number for kind, number in numbers.items()})  # raises if it cannot
     record |= {"criterion": criterion}
     for kind in NAMES:
         if number := numbers.get(kind, 0):
@@ -113,8 +116,6 @@ def _least_important(
     encoder: Encoder, tokens: object, kind: Kind, number: int, criterion: str
 ) -> tuple[list[Dropped], dict[str, float]]:
     """Return the parts to drop, and the scores that were measured, by layer."""
-    if number > (left := len(parts_of(encoder.model, kind))):
-        raise ValueError(f"--drop-{kind} {number}: the model has {left} {NAMES[kind]}")
     order = CRITERIA[criterion](encoder, tokens, [kind], number if criterion == "greedy" else None)[kind]
     return order[:number], {str(layer_idx): score for layer_idx, score in sorted(order)}
 
@@ -125,7 +126,7 @@ def describe_pruned(pruned: Pruned, output: Path) -> str:
     for kind, parts in pruned.dropped.items():
         told = ", ".join(str(i) if np.isnan(score) else f"{i} ({score:.4f})" for i, score in parts)
         lines.append(f"{NAMES[kind]} dropped: {told}")
-    lines += ["", format_facts(pruned.before, pruned.after), ""]
+    lines += ["", format_facts(pruned.before, pruned.after, names=("before", "after")), ""]
     if pruned.cosine is not None:
         lines.append(f"mean cosine of the embeddings to those before: {pruned.cosine:.4f}")
     return "\n".join([*lines, f"-> {output}"])
