@@ -68,9 +68,11 @@ def test_what_is_no_candidate_does_not_count_and_gets_no_gradient():
 def test_the_losses_of_imitation_by_hand():
     student = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     teacher = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-    assert embedding_loss(student, teacher).item() == pytest.approx((0.4 + 0) / 2)  # cosines 0.6 and 1
-    # The student's cosines are 1, 0.6, 0.6, 1, the teacher's 1, 1, 1, 1.
-    assert score_matrix_loss(student, student, teacher, teacher).item() == pytest.approx(2 * 0.16 / 4)
+    assert embedding_loss(student, teacher).item() == pytest.approx(((4 + 16) / 2 + 1 / 2) / 2)
+    # The student's products are 25, 3, 3, 1, the teacher's 1, 2, 2, 4.
+    assert score_matrix_loss(student, student, teacher, teacher).item() == pytest.approx((24**2 + 1 + 1 + 3**2) / 4)
+    unit = student / torch.tensor([[5.0], [1.0]]), teacher / torch.tensor([[1.0], [2.0]])
+    assert embedding_loss(*unit).item() == pytest.approx((0.4 + 0) / 2)  # cosines 0.6 and 1
 
 
 def test_a_teacher_gets_no_gradient():

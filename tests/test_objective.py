@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effir_search.encoder import Encoder
+from effir_search.training.dev import likeness
 from effir_search.training.examples import Example, document_key
 from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
+from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
@@ -190,6 +193,23 @@ def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_fol
     unit = F.normalize(torch.from_numpy(teacher.encode_documents(TEXTS[:4])), dim=-1)
     expected = 2 * ((vectors @ vectors.T - unit @ unit.T) ** 2).mean()
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("of_teacher", ["dot", "cosine"])
+def test_lengths_of_embeddings_count_where_a_search_goes_by_them(tmp_path, of_teacher):
+    student, teacher = (load(save_model(tmp_path / name, name)) for name in ("bert", "roberta"))
+    teacher.config = replace(teacher.config, similarity=of_teacher)
+    assert student.config.similarity == "dot"
+    terms = ImitationObjective(student, SETTINGS, teacher)(TEXTS[:4], [False] * 4)
+    a, b = (torch.from_numpy(encoder.encode_documents(TEXTS[:4])).double() for encoder in (student, teacher))
+    assert a.norm(dim=1).std() > 0.01
+    if of_teacher == "cosine":
+        b = F.normalize(b, dim=-1)
+    mean_square = (b**2).sum(dim=1).mean()
+    assert terms["embedding"].item() == pytest.approx(float(((a - b) ** 2).sum(1).mean() / 2 / mean_square), rel=1e-4)
+    expected = ((a @ a.T - b @ b.T) ** 2).mean() / mean_square**2
+    assert terms["scores"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert likeness([PlainText(text, False) for text in TEXTS], teacher)[1](teacher) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from effir_search.corpus import Document, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
+from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
 
@@ -95,17 +97,14 @@ def likeness(texts: list[PlainText], teacher: Encoder) -> Measure:
     """
     plain, queries = [text.text for text in texts], [text.query for text in texts]
     upper = np.triu_indices(len(texts), k=1)
-    expected = _cosines(encode_texts(teacher, plain, queries))[upper]
+    of_teacher = encode_texts(teacher, plain, queries)
 
     def measure(encoder: Encoder) -> float:
-        found = _cosines(encode_texts(encoder, plain, queries))[upper]
-        return float(np.corrcoef(found, expected)[0, 1])
+        config = (
+            replace(teacher.config, similarity="cosine") if compares_directions(teacher, encoder) else teacher.config
+        )
+        vectors = scale(of_teacher, config), scale(encode_texts(encoder, plain, queries), encoder.config)
+        expected, found = (of_one @ of_one.T for of_one in vectors)
+        return float(np.corrcoef(found[upper], expected[upper])[0, 1])
 
     return "likeness", measure
-
-
-def _cosines(embeddings: np.ndarray) -> np.ndarray:
-    # Not torch's, which would be bfloat16 while an encoder is measured in training.
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit = embeddings / np.where(lengths == 0, 1, lengths)
-    return unit @ unit.T

@@ -55,8 +55,11 @@ def distillation_loss(
 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - cosine of each text's two embeddings, mean over texts; both are ``(texts, dimension)``."""
-    return (1 - F.cosine_similarity(student, teacher.detach(), dim=-1)).mean()
+    """Return half the squared distance of each text's two embeddings, mean over texts.
+
+    Of embeddings of length 1 that is 1 - cosine. Both are ``(texts, dimension)``; no gradient flows into the teacher's.
+    """
+    return (student - teacher.detach()).square().sum(dim=-1).mean() / 2
 
 
 def token_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ def token_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> Tens
 
 
 def score_matrix_loss(student: Tensor, student_all: Tensor, teacher: Tensor, teacher_all: Tensor) -> Tensor:
-    """Return the mean squared difference of two models' cosines between texts.
+    """Return the mean squared difference of two models' inner products between texts.
 
     Args:
         student: ``(texts, dimension)``.
@@ -82,9 +85,4 @@ def score_matrix_loss(student: Tensor, student_all: Tensor, teacher: Tensor, tea
         teacher: ``(texts, teacher_dimension)``; no gradient flows into it.
         teacher_all: ``(all, teacher_dimension)``.
     """
-    return F.mse_loss(cosines(student, student_all), cosines(teacher, teacher_all).detach())
-
-
-def cosines(queries: Tensor, documents: Tensor) -> Tensor:
-    """Return the ``(queries, documents)`` cosines of two sets of embeddings."""
-    return F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
+    return F.mse_loss(student @ student_all.T, (teacher @ teacher_all.T).detach())

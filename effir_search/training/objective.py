@@ -1,5 +1,6 @@
 """From a batch of texts to a loss: the encoder's own forward pass with gradients, chunk by chunk, on every device."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -164,8 +165,10 @@ class RetrievalObjective(Objective):
 class ImitationObjective(Objective):
     """Match a teacher's embeddings of any texts and its score matrix over the batch; no labels are needed.
 
-    A teacher with embeddings of another length is matched in its score matrix alone. One that reads the same tokens
-    (``read_differently``) runs on the encoder's own batches, and can be matched token by token, too.
+    Embeddings are compared as a search does: by direction where the similarity is the cosine, else with their lengths,
+    in units of the root mean square of the teacher's. A teacher with embeddings of another length is matched in its
+    score matrix alone. One that reads the same tokens (``read_differently``) runs on the encoder's own batches, and can
+    be matched token by token, too.
 
     Args:
         encoder: The student.
@@ -226,11 +229,18 @@ class ImitationObjective(Objective):
     def _loss(self, student: Tensor, teacher: Tensor, away: Tensor | None = None) -> dict[str, Tensor]:
         sizes = _sizes(len(student))
         student_all, teacher_all = _gathered(student, sizes), _gathered(teacher, sizes)
+        if compares_directions(self.teacher, self.encoder):
+            teacher, teacher_all = F.normalize(teacher, dim=-1), F.normalize(teacher_all, dim=-1)
+        unit = teacher_all.square().sum(dim=-1).mean().sqrt()
+        teacher, teacher_all = teacher / unit, teacher_all / unit
+        if self.encoder.config.similarity == "dot":
+            student, student_all = student / unit, student_all / unit
         terms: dict[str, list[Tensor]] = {"embedding": [], "scores": []}
-        for size in self.settings.dimensions or (student.shape[1],):
-            part, part_all = student[:, :size], student_all[:, :size]
-            if teacher.shape[1] == student.shape[1]:
-                terms["embedding"].append(embedding_loss(part, teacher[:, :size]))
+        same_size = teacher.shape[1] == student.shape[1]
+        targets = self.leading(teacher) if same_size else itertools.repeat(None)
+        for part, part_all, target in zip(self.leading(student), self.leading(student_all), targets, strict=same_size):
+            if target is not None:
+                terms["embedding"].append(embedding_loss(part, target))
             terms["scores"].append(score_matrix_loss(part, part_all, teacher, teacher_all))
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
         loss = means.get("embedding", 0) + self.settings.score_weight * means["scores"]
@@ -238,6 +248,11 @@ class ImitationObjective(Objective):
             means["tokens"] = away.mean()
             loss = loss + self.settings.token_weight * means["tokens"]
         return {"loss": loss, **means}
+
+
+def compares_directions(teacher: Encoder, encoder: Encoder) -> bool:
+    """Return whether only the directions of a teacher's embeddings count for an encoder that imitates it."""
+    return "cosine" in (teacher.config.similarity, encoder.config.similarity)
 
 
 def read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
