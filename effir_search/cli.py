@@ -74,7 +74,7 @@ def text_options(command: Callable) -> Callable:
         click.option("--pooling", type=choice(POOLINGS), help="Token states to one vector.  [default: the model's]"),
         click.option("--query-prompt", help="Text before every query.  [default: the model's]"),
         click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
-        click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
+        click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]"),
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
     ]  # fmt: skip
     return with_options(command, options)
@@ -320,7 +320,7 @@ def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
             ),
             click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many texts to take."),
             click.option("--seed", type=click.IntRange(0), default=0, help="Seed of their sample."),
-            click.option("--max-length", type=int, help="Tokens of a text that are read.  [default: the model's]"),
+            click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]"),
             click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
         ]
@@ -438,7 +438,7 @@ def loss_options(command: Callable) -> Callable:
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
 @loss_options
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of order, samples and random scores.")
-@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text that are read.  [default: the model's]")
+@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard the data that a stopped job has prepared.")
@@ -500,15 +500,11 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."
 )
-@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read in training.  [default: the model's]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
-@click.option("--pooling", type=click.Choice(POOLINGS), help="Token states to one vector.  [default: the model's]")
-@click.option("--query-prompt", help="Text before every query.  [default: the model's]")
-@click.option("--document-prompt", help="Text before every document.  [default: the model's]")
-@click.option("--append-eos", is_flag=True, help="End every text with the EOS token, for models without it.")
+@text_options
 @click.option("--normalize", is_flag=True, help="Vectors of length 1, compared by the cosine.  [default: the model's]")
 def finetune(encoder: str, output: Path, full: bool, **options: object) -> None:
     """Fine-tune an encoder for retrieval, or let it imitate a teacher; after a stop, the same command continues."""

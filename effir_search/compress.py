@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -16,16 +15,15 @@ from effir_search.encoder import Encoder, chosen_device
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
-from effir_search.model.checkpoint import lasting_name, read_json
+from effir_search.model.checkpoint import lasting_name, read_json, resolve_model, weights_sha256
 from effir_search.model.layers import parts_of
 from effir_search.model.save import TRAINING_FILE
-from effir_search.model.sentence_files import prunable_config
+from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
 from effir_search.slim import slim_encoder
-from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare
-from effir_search.training.examples import Example
+from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
 from effir_search.training.finetune import check_training, finetune
 
 logger = logging.getLogger(__name__)
@@ -70,8 +68,9 @@ def compress(
     folder = output.with_name(f"{output.name}.stages")
     machine = {"device": device, "batch_tokens": batch_tokens}
     data, main = compression.data, process.is_main_process
-    files = hashes(data)
+    files, model = hashes(data), read_sentence_files(resolve_model(compression.encoder))
     settings = asdict(compression) | {"files": files | dev_hashes(data)}
+    settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
         if main:
             prepare(folder, data, compression.seed, device, files=files, restart=restart)
@@ -119,14 +118,11 @@ def _write_calibration(loaded: Loaded, path: Path, compression: Compression) -> 
     """Write a sample of what is learned from as a corpus; of examples, queries and their positives."""
     if path.is_file():
         return
-    texts: list[str] = []
     number = compression.prune.num_texts
-    for row in random.Random(compression.seed).sample(range(len(loaded.dataset)), min(number, len(loaded.dataset))):
-        item = loaded.dataset[row]
-        texts += [item.query, item.positive] if isinstance(item, Example) else [item.text]
+    texts = sampled_texts(loaded, number, compression.seed)[:number]
     with whole_file(path) as file:
-        for doc_id, text in enumerate(texts[:number], start=1):
-            file.write(json.dumps({"_id": str(doc_id), "text": text}, ensure_ascii=False) + "\n")
+        for doc_id, text in enumerate(texts, start=1):
+            file.write(json.dumps({"_id": str(doc_id), "text": text.text}, ensure_ascii=False) + "\n")
 
 
 def _current(compression: Compression, folder: Path) -> str:

@@ -211,8 +211,7 @@ class Encoder:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights; see ``model.checkpoint.weights_sha256``."""
-        dense = [place for kind, place in self.files.head if kind == "Dense"]
-        return weights_sha256(self.files.folder, [self.files.transformer_folder, *dense])
+        return weights_sha256(self.files.folder, self.files.weight_folders)
 
     def pack(self) -> "Encoder":
         """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved."""

@@ -134,8 +134,7 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     embeddings = sum(table.weight.numel() for table in tables)
     parameters = model.num_parameters()
     config = model.config
-    places = [files.transformer_folder, *(place for kind, place in files.head if kind == "Dense")]
-    weights = [file for place in places for file in weight_files(place)]
+    weights = [file for place in files.weight_folders for file in weight_files(place)]
     for file in weights:
         check_whole(file)
     told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
@@ -145,7 +144,7 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
-        "weights_sha256": weights_sha256(folder, places),
+        "weights_sha256": weights_sha256(folder, files.weight_folders),
         **_settings(settings),
     }
     if config.model_type in FAMILIES:

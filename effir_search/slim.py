@@ -1,6 +1,5 @@
 """A model whose MLPs have fewer units, those that a retrieval loss needs least cut out for good: ``effir slim``."""
 
-import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -8,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,9 +20,21 @@ from effir_search.model.layers import mlp_widths
 from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
-from effir_search.training.data import DATA, Data, Loaded, hashes, imitated, load, objective_of, prepare, resolved
-from effir_search.training.examples import Example
+from effir_search.training.data import (
+    DATA,
+    Data,
+    Loaded,
+    Shuffled,
+    hashes,
+    imitated,
+    load,
+    objective_of,
+    prepare,
+    resolved,
+    sampled_texts,
+)
 from effir_search.training.objective import LossSettings
+from effir_search.training.unlabelled import PlainText, encode_texts
 
 # Criteria that run nothing and so need no texts.
 WITHOUT_TEXTS = ("magnitude", "random")
@@ -76,26 +86,20 @@ class Slimmed(NamedTuple):
 class Batches:
     """Batches of prepared data, read when they are due; the same for the same seed, each time they are gone through.
 
-    Pass after pass is made over the data, each in an order of its own. What does not fill the last batch of a pass is
-    left out of that pass; data that do not fill one batch are a batch.
+    They run through ``Shuffled`` data. Data that do not fill one batch are a batch.
     """
 
     def __init__(self, loaded: Loaded, *, size: int, number: int, seed: int) -> None:
-        self.loaded, self.number, self.seed = loaded, number, seed
-        self.size = min(size, len(loaded.dataset))
+        self.collate, self.number, self.size = loaded.collate, number, min(size, len(loaded.dataset))
+        self.items = Shuffled(loaded.dataset, self.number * self.size, seed)
 
     def __len__(self) -> int:
         return self.number
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         """Yield what the objective takes."""
-        generator, dataset = random.Random(self.seed), self.loaded.dataset
-        left: list[int] = []
-        for _ in range(self.number):
-            if len(left) < self.size:
-                left = generator.sample(range(len(dataset)), len(dataset))
-            rows, left = left[: self.size], left[self.size :]
-            yield self.loaded.collate([dataset[row] for row in rows])
+        for start in range(0, len(self.items), self.size):
+            yield self.collate([self.items[row] for row in range(start, start + self.size)])
 
 
 def slim_encoder(
@@ -177,7 +181,7 @@ def slim_encoder(
         if data is not None:
             prepare(prepared or folder, data, seed, device, files=hashes(data), restart=restart)
             loaded = load(prepared or folder, data, seed)
-            sample = _sample(loaded, seed)
+            sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)
         scores, settings = _scored(encoder, loaded, data, scoring, losses, device)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
@@ -260,25 +264,10 @@ def _convert(encoder: Encoder, dtype: torch.dtype) -> None:
     encoder.dtype = dtype
 
 
-def _sample(loaded: Loaded, seed: int) -> tuple[list[str], list[str]]:
-    """Return queries and documents whose embeddings are compared; an example gives its query and its positive."""
-    number = len(loaded.dataset)
-    queries, documents = [], []
-    for row in sorted(random.Random(seed).sample(range(number), min(SAMPLE, number))):
-        item = loaded.dataset[row]
-        if isinstance(item, Example):
-            queries.append(item.query)
-            documents.append(item.positive)
-        else:
-            (queries if item.query else documents).append(item.text)
-    return queries, documents
-
-
-def _embeddings(encoder: Encoder, sample: tuple[list[str], list[str]]) -> Tensor:
+def _embeddings(encoder: Encoder, sample: list[PlainText]) -> Tensor:
     """Return ``(texts, dimension)`` float64 on the CPU."""
-    queries, documents = sample
-    vectors = np.concatenate([encoder.encode_queries(queries), encoder.encode_documents(documents)])
-    return torch.from_numpy(vectors).double()
+    texts, queries = zip(*sample, strict=True)
+    return torch.from_numpy(encode_texts(encoder, texts, queries)).double()
 
 
 def _widths(encoder: Encoder) -> dict[int, int]:

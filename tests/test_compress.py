@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import QRELS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
 from ir_measures import nDCG
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
 from effir_search.encoder import Encoder
@@ -141,13 +142,18 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
 
 
 def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp_path, models, texts, recipe):
-    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    folder = shutil.copytree(models["bert"], tmp_path / "model")
+    options = ["--recipe", recipe, "--encoder", folder, "--texts", texts, *OPTIONS]
     process = in_a_process(*options, "--output", tmp_path / "small")
     kill_when_there(process, tmp_path / "small.stages" / "2-dropped" / "config.json")
     other = [*options, "--output", tmp_path / "small", "--narrow", 0.5]
     refused = run(*other)
     assert refused.exit_code == 1
     assert "is of another job: slim was {'narrow': 0.25} there and is {'narrow': 0.5} now" in refused.output
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    changed = run(*options, "--output", tmp_path / "small")
+    assert changed.exit_code == 1 and "is of another job: " in changed.output
     again = run(*other, "--restart")
     assert again.exit_code == 0, again.output
     assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2

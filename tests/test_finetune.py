@@ -30,12 +30,13 @@ from effir_search.cli import cli as command
 from effir_search.encoder import Encoder
 from effir_search.model.layers import lora_targets
 from effir_search.model.surgery import prune
+from effir_search.training.data import Shuffled
 from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.examples import Examples
 from effir_search.training.finetune import Data, Recipe, finetune
 from effir_search.training.objective import LossSettings
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
-from effir_search.training.trainer import Shuffled, last_whole_checkpoint
+from effir_search.training.trainer import last_whole_checkpoint
 from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
@@ -518,7 +519,7 @@ def test_the_card_names_every_source(tmp_path, bert_folder, pruned, texts):
     finetune(str(pruned), tmp_path / "tuned", data, recipe=Recipe(batch_size=16, max_steps=1), **QUICK)
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "| Texts | texts.txt, more.txt |" in card and f"| Teacher | {bert_folder.name} |" in card
-    assert f"| Trained from | {pruned.name} |" in card and str(tmp_path) not in card
+    assert f"| Trained from | {pruned.parent.name}/model |" in card and str(tmp_path) not in card
 
 
 def test_vectors_cut_to_a_dimension_are_searched_by_cosine(tmp_path, bert_folder, collection):

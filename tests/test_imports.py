@@ -73,14 +73,14 @@ ALLOWED = LEAVES | {
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
     "training.finetune": TRAINING,
-    "slim": PRUNING | {"pruning.width", "training.data", "training.examples", "training.objective"},
+    "slim": PRUNING | {"pruning.width", "training.data", "training.objective", "training.unlabelled"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "benchmark": SEARCH | {"search", "evaluate"},
     "recipe": {"files", "slim", "training.data", "training.finetune", "training.objective"},
     "compress": SEARCH
     | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
-    | {f"training.{name}" for name in ("data", "examples", "finetune")},
+    | {f"training.{name}" for name in ("data", "finetune")},
     "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe"},
     "cli": SEARCH
     | {"compress", "recipe"}

@@ -260,7 +260,12 @@ def test_the_revision_is_that_of_the_cache(tmp_path):
 
 
 def test_the_name_of_a_folder_says_nothing_of_where_it_lay_and_is_that_of_a_model(tmp_path):
-    places = {"models/small": "small", "package/model": "package/model", "models--org--name/snapshots/a1": "org/name"}
+    places = {
+        "models/small": "small",
+        "package/model": "package/model",
+        "scifact/corpus.jsonl.gz": "scifact/corpus.jsonl.gz",
+        "models--org--name/snapshots/a1": "org/name",
+    }
     for place, name in places.items():
         (tmp_path / place).mkdir(parents=True)
         assert lasting_name(str(tmp_path / place)) == name

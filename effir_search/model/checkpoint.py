@@ -32,6 +32,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "s
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
+# What files and folders are called that have a name of their own only together with the folder they are in.
+COMMON = ("model", "corpus", "queries", "train")
 # What transformers, safetensors and torch raise about a folder or a file that is damaged or is something else.
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, EOFError, struct.error, SafetensorError,
@@ -209,16 +211,16 @@ def hub_revision(folder: Path) -> str | None:
 
 
 def lasting_name(name: str) -> str:
-    """Return a name that holds on other machines: a hub name, or the last part of a folder's path.
+    """Return a name that holds on other machines: a hub name, or the last part of a path; the last two of ``COMMON``.
 
-    Of a folder in the Hugging Face cache it is the hub name, of one that is just called "model" the last two parts.
+    Of a folder in the Hugging Face cache it is the hub name.
     """
     path = Path(name).resolve()
     if not path.exists():
         return name
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
+    return f"{path.parent.name}/{path.name}" if path.name.split(".")[0] in COMMON else path.name
 
 
 def read_json(path: Path) -> dict:

@@ -58,6 +58,11 @@ class SentenceFiles(NamedTuple):
     max_length: int | None
     lower_case: bool
 
+    @property
+    def weight_folders(self) -> list[Path]:
+        """The folders with weights: that of the transformer and those of Dense modules."""
+        return [self.transformer_folder, *(place for kind, place in self.head if kind == "Dense")]
+
 
 def read_sentence_files(folder: Path) -> SentenceFiles:
     """Return what the sentence-transformers files of a model folder say, if it has any.

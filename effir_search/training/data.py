@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import Subset
 
 from effir_search.encoder import Encoder
@@ -93,6 +94,35 @@ class Loaded(NamedTuple):
     held_out: list[PlainText]
 
 
+class Shuffled:
+    """A dataset in a seeded order, pass after pass, as one long sequence.
+
+    transformers then sees a single pass to the end: a continued job skips what was seen, whatever the number of
+    processes, and every batch is full, since one pass runs into the next.
+
+    Args:
+        dataset: At least one item.
+        length: Items of the sequence.
+        seed: Of the order, which differs from pass to pass.
+    """
+
+    def __init__(self, dataset: Sequence, length: int, seed: int) -> None:
+        self.dataset, self.length, self.seed = dataset, length, seed
+        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> object:
+        if not 0 <= number < self.length:
+            raise IndexError(number)
+        of_pass, place = divmod(number, len(self.dataset))
+        if of_pass != self._pass:
+            self._pass = of_pass
+            self._order = np.random.default_rng([self.seed, of_pass]).permutation(len(self.dataset))
+        return self.dataset[int(self._order[place])]
+
+
 def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str, str], restart: bool = False) -> None:
     """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
@@ -135,6 +165,18 @@ def load(folder: Path, data: Data, seed: int) -> Loaded:
     held_out = random.Random(seed).sample(range(len(texts)), min(HELD_OUT, len(texts) // 10))
     dataset = Subset(texts, sorted(set(range(len(texts))) - set(held_out)))
     return Loaded(dataset, as_batch, [texts[number] for number in held_out])
+
+
+def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
+    """Return a seeded sample of what is learned from; an example gives its query and its positive."""
+    texts: list[PlainText] = []
+    for row in random.Random(seed).sample(range(len(loaded.dataset)), min(size, len(loaded.dataset))):
+        item = loaded.dataset[row]
+        if isinstance(item, Example):
+            texts += [PlainText(item.query, query=True), PlainText(item.positive, query=False)]
+        else:
+            texts.append(item)
+    return texts
 
 
 def imitated(data: Data, encoder: Encoder, device: str) -> Encoder | None:

@@ -30,6 +30,7 @@ from effir_search.training.data import (
     DATA,
     Data,
     Loaded,
+    Shuffled,
     dev_hashes,
     hashes,
     imitated,
@@ -40,7 +41,7 @@ from effir_search.training.data import (
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.objective import LossSettings, Objective
-from effir_search.training.trainer import ObjectiveTrainer, Shuffled, last_whole_checkpoint, load_trained, plain_log
+from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint, load_trained, plain_log
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,9 @@ def finetune(
     refuse_existing(output, replaces=())
     if device.startswith("cuda:"):
         raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
+    given = {name: value for name, value in text_options.items() if value is not None}
     encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **given
     )
     # The others wait while one process prepares the data, which may take hours.
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))

@@ -2,10 +2,9 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -24,35 +23,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 LOG_FILE = "log.jsonl"
-
-
-class Shuffled:
-    """A dataset in a seeded order, pass after pass, as one long sequence.
-
-    transformers then sees a single pass to the end: a continued job skips what was seen, whatever the number of
-    processes, and every batch is full, since one pass runs into the next.
-
-    Args:
-        dataset: At least one item.
-        length: Items of the sequence.
-        seed: Of the order, which differs from pass to pass.
-    """
-
-    def __init__(self, dataset: Sequence, length: int, seed: int) -> None:
-        self.dataset, self.length, self.seed = dataset, length, seed
-        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, number: int) -> object:
-        if not 0 <= number < self.length:
-            raise IndexError(number)
-        of_pass, place = divmod(number, len(self.dataset))
-        if of_pass != self._pass:
-            self._pass = of_pass
-            self._order = np.random.default_rng([self.seed, of_pass]).permutation(len(self.dataset))
-        return self.dataset[int(self._order[place])]
 
 
 class ObjectiveTrainer(Trainer):
