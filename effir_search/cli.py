@@ -128,7 +128,8 @@ def cli(debug: bool) -> None:
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out bad lines and list them, instead of stopping at the first.")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
-@click.option("--keep-embeddings", is_flag=True, help="Keep OUTPUT.parts, the vectors part by part.")
+@click.option("--repair", is_flag=True, help="Encode again what is damaged or missing in OUTPUT.parts.")
+@click.option("--keep-embeddings", is_flag=True, help="Keep OUTPUT.parts, the vectors; later jobs keep them too.")
 @click.option("--num-shards", type=click.IntRange(1), help="Jobs that share the work.  [default: the launcher's, or 1]")
 @click.option(
     "--shard-id", type=click.IntRange(0), help="Which of them this is, from 0.  [default: the launcher's, or 0]"

@@ -231,7 +231,7 @@ def draw_figure(comparison: Comparison, path: Path) -> None:
     measure = comparison.rows[0].measure
     rows = [row for row in comparison.rows if row.measure == measure and row.difference is not None]
     num_queries = len(comparison.query_ids)
-    figure = Figure(figsize=(8, 1 + 2.2 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1 + 2.4 * len(rows)), dpi=150, layout="constrained")
     panels = figure.subplots(len(rows), sharex=True, sharey=True, squeeze=False)[:, 0]
     # Bars and the gaps between them as one shape a colour: a shape for each query takes seconds for thousands.
     edges = (np.arange(num_queries)[:, None] + [0.55, 1.45]).ravel()
@@ -242,9 +242,11 @@ def draw_figure(comparison: Comparison, path: Path) -> None:
         panel.stairs(heights.clip(max=0), edges, fill=True, color=LOSS)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axhline(row.difference, color="black", linewidth=0.8, linestyle="dashed")
-        panel.set_title(_fitting(row.run), parse_math=False, loc="left", fontsize="medium", fontweight="bold")
+        # Above the bars, which may be anywhere in the panel.
+        title = {"parse_math": False, "loc": "left", "fontsize": "medium", "fontweight": "bold"}
+        panel.set_title(_fitting(row.run), pad=18, **title)
         counts = f"{row.wins} wins, {row.ties} ties, {row.losses} losses; mean {row.difference:+.4f} (dashed)"
-        panel.text(1, 1, counts, transform=panel.transAxes, ha="right", va="top")
+        panel.text(0, 1.03, counts, transform=panel.transAxes, fontsize="small", va="bottom")
         panel.set_xlim(0, num_queries + 1)
         panel.margins(y=0.15)
         panel.spines[["top", "right"]].set_visible(False)

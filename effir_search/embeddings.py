@@ -5,6 +5,7 @@ A store is the folder ``NAME.parts`` beside the index ``NAME``::
     manifest.json         what the vectors depend on, and a record with the hashes of every finished part
     part-00012.npy        (documents, dimension) float32
     part-00012.ids        one document id a line
+    kept                  if there: the store stays when the index is written
     *.lock                held (flock) by the jobs at work; a lock vanishes with its process
 
 A part is a fixed number of consecutive documents, encoded by themselves: a continued job repeats the very same
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,7 +42,10 @@ from effir_search.model.checkpoint import dtype_name, read_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, MANIFEST_LOCK = "manifest.json", "manifest.lock"
+MANIFEST, MANIFEST_LOCK, KEPT = "manifest.json", "manifest.lock", "kept"
+# The files of a store, and the hidden ones that are written first or that a file system makes.
+OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids)")
+REMEDY = "--repair encodes such parts again, --restart all"
 # Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
 ARITHMETIC = ("torch", "transformers", "tokenizers")
@@ -193,7 +198,7 @@ class Store:
             ours, theirs = differing(ours[name], theirs[name])
             raise ValueError(
                 f"{self.path}: its embeddings are of another job: {name} is {theirs} there and {ours} now; "
-                "--restart discards them"
+                "another --output leaves them, --restart discards them"
             )
 
     def write(self, number: int, embeddings: np.ndarray, documents: list[Document], part: Part) -> None:
@@ -229,10 +234,10 @@ class Store:
         for suffix, sha256 in (("npy", part.npy_sha256), ("ids", part.ids_sha256)):
             path = self._file(number, suffix)
             if not path.is_file():
-                raise ValueError(f"{path}: missing, though the manifest lists it; --restart encodes all anew")
+                raise ValueError(f"{path}: missing, though the manifest lists it; {REMEDY}")
             contents.append(path.read_bytes())
             if hashlib.sha256(contents[-1]).hexdigest() != sha256:
-                raise ValueError(f"{path}: damaged, its SHA-256 is not the manifest's; --restart encodes all anew")
+                raise ValueError(f"{path}: damaged, its SHA-256 is not the manifest's; {REMEDY}")
         embeddings = np.lib.format.read_array(io.BytesIO(contents[0]), allow_pickle=False)
         return embeddings, contents[1].decode("utf-8").split("\n")[:-1]
 
@@ -241,9 +246,30 @@ class Store:
         for number, part in sorted(self.parts().items()):
             yield self.read(number, part)
 
+    def forget_damaged(self) -> None:
+        """Forget every part that cannot be read as it was written, with a warning for each."""
+        for number, part in self.parts().items():
+            try:
+                self.read(number, part)
+            except ValueError as error:
+                logger.warning("%s: part %d is encoded again", str(error).removesuffix(f"; {REMEDY}"), number)
+                with _lock(self.path / MANIFEST_LOCK):
+                    settings, parts = self._manifest()
+                    parts.pop(number, None)
+                    self._write_manifest(settings, parts)
+
+    def keep(self) -> None:
+        """Mark the store as one that stays when an index is built from it, until ``clear``."""
+        (self.path / KEPT).touch()
+
+    def is_kept(self) -> bool:
+        """Whether ``keep`` has marked it."""
+        return (self.path / KEPT).is_file()
+
     def clear(self) -> None:
         """Forget the parts and settings; the locks stay."""
         (self.path / MANIFEST).unlink(missing_ok=True)
+        (self.path / KEPT).unlink(missing_ok=True)
         for file in self.path.glob("part-*"):
             file.unlink()
 
@@ -259,9 +285,15 @@ class Store:
         """Hold the locks of a job on one shard; the folder is made if it is missing.
 
         Raises:
-            OSError: Another job works on this shard, or on another number of shards.
+            OSError: Another job works on this shard, or on another number of shards, or a file in the folder is none
+                of a store's.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if foreign := sorted(file.name for file in self.path.iterdir() if not OWN_FILE.fullmatch(file.name)):
+            raise FileExistsError(
+                f"{self.path}: {foreign[0]} in it is no file of this program, which needs the folder to itself and "
+                "deletes it in the end; move it, or choose another --output"
+            )
         with ExitStack() as stack:
             shards = stack.enter_context(open(self.path / "shards.lock", "a+", encoding="utf-8"))
             with _lock(self.path / MANIFEST_LOCK):

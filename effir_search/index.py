@@ -107,7 +107,7 @@ def build_index(
         train_size: Vectors that a kind is trained on; None = see ``kinds.training_size``.
         shard: The share of the documents that this call encodes; the call that completes the store writes the index.
         restart: Discard what an earlier call left in the store.
-        keep_embeddings: Keep the store.
+        keep_embeddings: Keep the store, now and whenever an index is built from it.
         overwrite: Replace an existing index, once the new one is complete.
         num_documents: How many there are: for the time left in the progress bar, and needed for shards.
         num_skipped: Bad lines that ``documents`` leaves out, for the record.
@@ -168,7 +168,9 @@ def build_index(
             if num_documents is None:
                 _announce(kind, info.dimension, info.num_documents, train_size)
             _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
-            if not keep_embeddings:
+            if keep_embeddings:
+                store.keep()
+            elif not store.is_kept():
                 store.remove()
     return info.num_documents
 
@@ -194,7 +196,7 @@ def describe_store(store: Store) -> str:
     info = read_index_info(index_dir) if index_dir != store.path else None
     if info is not None and info.num_documents == num_documents:
         return f"the embeddings that were kept of the index {index_dir.name} beside it"
-    done = f"{num_documents:,} documents in {len(parts):,} parts are encoded"
+    done = f"{num_documents:,} documents in {len(parts):,} parts are encoded, as its manifest says"
     return f"the store of an index job that is not finished: {done}; the same effir index command continues it"
 
 
@@ -343,6 +345,7 @@ def index_corpus(
     skip_bad: bool = False,
     threads: int | None = None,
     restart: bool = False,
+    repair: bool = False,
     overwrite: bool = False,
     kind: str = "Flat",
     train_size: int | None = None,
@@ -363,6 +366,7 @@ def index_corpus(
         skip_bad: Leave out bad lines, with a warning for each.
         threads: Of torch, in each process; None = those of the job that is continued, or all cores, shared.
         restart: Discard what an earlier call left in the store.
+        repair: Encode again what is damaged or missing in the store, instead of raising.
         overwrite: Replace an existing index, once the new one is complete.
         kind: See ``build_index``.
         train_size: See ``build_index``.
@@ -385,6 +389,8 @@ def index_corpus(
     summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     if restart:
         _discard(store, shard)
+    elif repair:
+        store.forget_damaged()
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
     given = {name: value for name, value in options.items() if value is not None}
@@ -527,6 +533,10 @@ def require_index(index_dir: Path) -> None:
     """Raise FileNotFoundError unless the folder holds an index in Pyserini's layout, ValueError if it is a store."""
     if (store := Store(index_dir)).is_there():
         raise ValueError(f"{index_dir}: is no index but {describe_store(store)}")
+    if not index_dir.exists():
+        store = store_of(index_dir)
+        beside = f"; {store.path.name} beside it is {describe_store(store)}" if store.is_there() else ""
+        raise FileNotFoundError(f"{index_dir}: no such folder{beside}")
     for name in (INDEX_FILE, DOCID_FILE):
         if not (index_dir / name).is_file():
             raise FileNotFoundError(f"{index_dir}: no file {name!r} in it, so it is not a FAISS index folder")

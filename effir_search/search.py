@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def search(
     if k < 1:
         raise ValueError(f"--hits {k}: must be at least 1")
     folders = _folders(index_dir)
+    _check_alike(folders)
     searchers = [faiss_searcher(folder, encoder) for folder in folders]
     for folder, searcher in zip(folders, searchers, strict=True):
         try:
@@ -73,6 +75,18 @@ def search(
 
 def _folders(index_dir: Path | Sequence[Path]) -> list[Path]:
     return [index_dir] if isinstance(index_dir, Path) else list(index_dir)
+
+
+def _check_alike(folders: Sequence[Path]) -> None:
+    """Raise ValueError if indexes were built with different settings: no query has one vector for all of them."""
+    infos = [(folder, info) for folder in folders if (info := read_index_info(folder)) is not None]
+    for folder, info in infos[1:]:
+        ours, theirs = (asdict(of.encoder) | {"model_sha256": of.model_sha256[:12]} for of in (infos[0][1], info))
+        if changed := [name for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(
+                f"{infos[0][0]} and {folder} cannot be searched together: {changed[0]} is {ours[changed[0]]!r} in one "
+                f"and {theirs[changed[0]]!r} in the other"
+            )
 
 
 def _check_disjoint(folders: Sequence[Path], doc_ids: Sequence[Sequence[str]]) -> None:

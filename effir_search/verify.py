@@ -66,7 +66,13 @@ def verify_index(
         )
 
     rows = np.sort(np.random.default_rng(seed).choice(len(doc_ids), min(num_sampled, len(doc_ids)), replace=False))
-    documents = _rows_of_corpus(source, info, rows, doc_ids)
+    try:
+        documents = _rows_of_corpus(source, info, rows, doc_ids)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{index_dir}: counts and hashes are right, but no document could be encoded again: {error}; give the "
+            "corpus that the index was built from as --corpus"
+        ) from error
     encoded = encoder.encode([document_text(d) for d in documents], prompt=encoder.config.document_prompt)
     again = scale(encoded.embeddings, encoder.config)
     lists = faiss.try_extract_index_ivf(index)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -226,11 +227,14 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_f
     return index_dir
 
 
-def kill_when_there(process: subprocess.Popen, file: Path) -> None:
+def kill_when_there(process: subprocess.Popen, file: Path, *, with_children: bool = False) -> None:
     """Kill a process at work with SIGKILL as soon as it has written a file."""
     while not file.is_file():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
+    # The workers of torchrun outlive it, and are groups of their own.
+    for child in psutil.Process(process.pid).children(recursive=True) if with_children else ():
+        child.kill()
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

@@ -354,7 +354,9 @@ def test_topics_of_which_none_is_judged_are_one_line(folder, error_of):
 def test_an_index_that_is_none_is_one_line(folder, error_of, name):
     for how in (["--query", "cat"], ["--topics", folder / "topics.jsonl", "--output", folder / "out.txt"]):
         error = error_of("search", "--index", folder / name, *how)
-        assert error == f"{folder / name}: no file 'index' in it, so it is not a FAISS index folder"
+        no_index = "no file 'index' in it, so it is not a FAISS index folder"
+        complaint = "no such folder" if name == "missing" else no_index
+        assert error == f"{folder / name}: {complaint}"
     assert error_of("verify", folder / name) == error
 
 

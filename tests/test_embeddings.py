@@ -230,7 +230,7 @@ def test_a_part_the_manifest_does_not_list_is_encoded_again(stopped, corpus, enc
 )
 def test_a_store_of_another_job_is_an_error_that_names_the_difference(stopped, corpus, bert_folder, options, message):
     other = Encoder.from_pretrained(bert_folder, **{"dtype": "fp32", **options})
-    with pytest.raises(ValueError, match=f"index.parts: its embeddings are of another job: {message}; --restart"):
+    with pytest.raises(ValueError, match=f"index.parts: its embeddings are of another job: {message}; another"):
         go_on(corpus, other, stopped)
     assert store_of(stopped).parts().keys() == {0, 1, 2}
     assert go_on(corpus, other, stopped, restart=True) == NUM_DOCUMENTS
@@ -294,6 +294,40 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(stopped, corpus, encoder
     with pytest.raises(ValueError, match=f"{name}: damaged"):
         go_on(corpus, encoder, stopped)
     assert not stopped.exists()
+
+
+def test_repairing_encodes_the_damaged_and_missing_parts_alone(tmp_path, stopped, corpus, encoder, bert_folder, caplog):
+    folder = store_of(stopped).path
+    (folder / "part-00001.ids").unlink()
+    (folder / "part-00002.npy").write_bytes(b"half a file")
+    before = (folder / "part-00000.npy").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="part-00001.ids: missing, .*; --repair encodes such parts again"):
+        index_corpus(str(corpus), str(bert_folder), stopped)
+    index_corpus(str(corpus), str(bert_folder), stopped, repair=True, keep_embeddings=True)
+    assert (folder / "part-00000.npy").stat().st_mtime_ns == before
+    warnings = [record.getMessage() for record in caplog.records if "is encoded again" in record.getMessage()]
+    assert [warning.rpartition(": ")[2] for warning in warnings] == [f"part {n} is encoded again" for n in (1, 2)]
+    go_on(corpus, encoder, tmp_path / "undisturbed")
+    assert files_of(stopped) == files_of(tmp_path / "undisturbed")
+
+
+def test_kept_embeddings_stay_when_their_index_is_replaced_until_they_are_discarded(stopped, corpus, encoder):
+    store = store_of(stopped)
+    go_on(corpus, encoder, stopped, keep_embeddings=True)
+    go_on(corpus, encoder, stopped, kind="SQ8", overwrite=True)
+    assert sum(part.num_documents for part in store.parts().values()) == NUM_DOCUMENTS
+    go_on(corpus, encoder, stopped, restart=True, overwrite=True)
+    assert not store.path.exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_with_files_of_others_is_no_store_and_nothing_in_it_is_deleted(tmp_path, corpus, encoder, restart):
+    folder = store_of(tmp_path / "index").path
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="index.parts: mine.txt in it is no file of this program"):
+        go_on(corpus, encoder, tmp_path / "index", restart=restart)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
 def test_a_missing_part_is_an_error_that_names_the_file(stopped, corpus, encoder):

@@ -388,7 +388,7 @@ def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warm
     assert rates[0] < 1e-3 and rates[-1] == 1e-3
 
 
-def test_two_processes_train_to_the_weights_of_one(tmp_path, pruned, examples):
+def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path, pruned, examples):
     options = [
         "--batch-size",
         "4",
@@ -405,9 +405,12 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path, pruned, examples):
     one = in_a_process([*common, "--output", str(tmp_path / "one")])
     assert one.wait() == 0, one.stderr.read()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    killed = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
+    kill_when_there(killed, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json", with_children=True)
+    assert not (tmp_path / "two").exists()
     two = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
     _, told = two.communicate()
-    assert two.returncode == 0, told
+    assert two.returncode == 0 and "continuing from" in told, told
     found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     # A key's bias shifts all products of a query alike, which softmax does not see: its gradient is rounding alone, of
     # which Adam makes steps as large as any other.

@@ -198,7 +198,7 @@ def test_verify_notices_vectors_of_another_model(tmp_path, collection, index_cop
 def test_verify_notices_another_corpus(tmp_path, toy_index, encoder):
     changed = [{"_id": i, "title": t, "text": x + "x" * (i == "005")} for i, (t, x) in DOCUMENTS.items()]
     write_jsonl(tmp_path / "text.jsonl", changed)
-    with pytest.raises(ValueError, match="SHA-256 differs"):
+    with pytest.raises(ValueError, match="counts and hashes are right, .*SHA-256 differs.*; give .* --corpus"):
         verify_index(toy_index, encoder, corpus=tmp_path / "text.jsonl")
     write_jsonl(tmp_path / "order.jsonl", [{"_id": i, "text": ""} for i in sorted(DOCUMENTS, reverse=True)])
     with pytest.raises(ValueError, match='document 1, "012"'):
