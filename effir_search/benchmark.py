@@ -176,7 +176,7 @@ def read_benchmark(path: Path) -> Benchmark:
 
 def format_benchmark(measured: Benchmark) -> str:
     """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
-    rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes)]
+    rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes, round(measured.tokens))]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
     for name, (of_full, of_other) in measured.ndcg.items():
         rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", f"{of_other / of_full:.1%}"))
@@ -184,7 +184,7 @@ def format_benchmark(measured: Benchmark) -> str:
         of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
         rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
     lines = [aligned(rows)]
-    lines += ["", f"FLOPs of a text of {measured.tokens:.0f} tokens; speed is the median of {ROUNDS} rounds in turns."]
+    lines += ["", f"Speed is the median of {ROUNDS} rounds in turns."]
     lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
     if measured.kept:
         share, low, high = measured.kept

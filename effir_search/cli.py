@@ -307,8 +307,8 @@ def depth_options(command: Callable) -> Callable:
     return command
 
 
-def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
-    """Return what adds the options that say which texts a model is measured on."""
+def texts_options(*, required: bool, length: str) -> Callable[[Callable], Callable]:
+    """Return what adds the options that say which texts a model is measured on; ``length`` is what takes their own."""
 
     def add(command: Callable) -> Callable:
         options = [
@@ -321,7 +321,12 @@ def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
             ),
             click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many texts to take."),
             click.option("--seed", type=click.IntRange(0), default=0, help="Seed of their sample."),
-            click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]"),
+            click.option(
+                "--max-length",
+                length,
+                type=click.IntRange(1),
+                help="Tokens of a text that is measured on.  [default: as many as the model reads]",
+            ),
             click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
         ]
@@ -342,7 +347,7 @@ def texts_options(*, required: bool) -> Callable[[Callable], Callable]:
     help="What tells which parts matter least; may be repeated.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: that of the weights]")
-@texts_options(required=True)
+@texts_options(required=True, length="max_length")
 def analyze(encoder: str, output: Path, **options: object) -> None:
     """Measure how much each MLP, attention and block of a model matters; write tables and figures."""
     from effir_search.pruning.analyze import analyze, format_analysis
@@ -356,7 +361,7 @@ def analyze(encoder: str, output: Path, **options: object) -> None:
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @depth_options
 @click.option("--criterion", type=click.Choice(CRITERIA), default="cosine", help="What tells which parts matter least.")
-@texts_options(required=False)
+@texts_options(required=False, length="calibration_length")
 def prune(encoder: str, output: Path, **options: object) -> None:
     """Drop the MLPs, attentions or blocks of a model that matter least, and save what is left."""
     from effir_search.pruning.prune import NAMES, describe_pruned, prune_encoder

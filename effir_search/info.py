@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -51,7 +52,9 @@ def describe(
         ValueError: A folder that is none of these, a plan that cannot be, or a family that cannot be pruned and a plan.
         OSError: A file cannot be read.
     """
-    if (model_or_index is None) == (config_file is None):
+    if model_or_index is not None and config_file is not None:
+        raise ValueError(f"give either {model_or_index} or --config {config_file}, not both")
+    if model_or_index is None and config_file is None:
         raise ValueError("give a model, an index, or --config with a model's config.json")
     path = Path(model_or_index or "")
     if config_file is not None:
@@ -74,25 +77,26 @@ def describe(
     full, pruned = told.pop(FULL, None), told.pop(PRUNED, None)
     width = max(map(len, told))
     lines = [f"{name.replace('_', ' '):{width}}  {_plain(value)}" for name, value in told.items()]
-    return "\n".join(lines + (["", format_facts(full, pruned)] if full else []))
+    return "\n".join(lines + (["", format_facts(full, pruned, length=length)] if full else []))
 
 
 def compare_sizes(config: PretrainedConfig, plan: dict[str, float], *, length: int, dtype: str | None) -> Facts:
-    """Return what a model has lost, or would lose by a plan, and its sizes beside those of the base model."""
+    """Return what a model has lost and would lose by a plan, and its sizes then beside those of the base model."""
     left = planned(config, **plan)
     base, width = left.base_config, left.base_config.intermediate_size
     sizes = {"length": length, "dtype": DTYPES[dtype] if dtype else base.dtype}
-    steps = [step for step in left.plan if "criterion" in step]
-    lost: Facts = {
-        "base_model": left.base_model,
-        "mlps_dropped": [i for i, units in enumerate(left.mlp_widths) if units == 0],
-        "attentions_dropped": left.dropped_attention,
-        "mlps_narrowed": {f"layer {i}": units for i, units in enumerate(left.mlp_widths) if 0 < units < width},
-        "criteria": [step["criterion"] for step in steps],
-        "text_length": length,
-    }
+    lost: Facts = {}
+    if isinstance(config, EffirConfig):
+        lost = {
+            "base_model": config.base_model,
+            "mlps_dropped": [i for i, units in enumerate(config.mlp_widths) if units == 0],
+            "attentions_dropped": config.dropped_attention,
+            "mlps_narrowed": {f"layer {i}": units for i, units in enumerate(config.mlp_widths) if 0 < units < width},
+            "criteria": list(dict.fromkeys(step["criterion"] for step in config.plan if "criterion" in step)),
+        }
     if plan:  # which layers it would be is not known yet
-        lost = {"plan": {name.replace("_", " "): number for name, number in plan.items()}, "text_length": length}
+        lost |= {"plan": ("besides, " if lost else "") + _plain(plan).replace("_", " ")}
+    lost |= {"text_length": length}
     return lost | {FULL: facts(empty_model(base), **sizes), PRUNED: facts(empty_model(left), **sizes)}
 
 
@@ -137,6 +141,8 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     weights = [file for place in files.weight_folders for file in weight_files(place)]
     for file in weights:
         check_whole(file)
+    if isinstance(config, EffirConfig):
+        _check_tensors(files.transformer_folder, config)
     told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         told[size] = getattr(config, size, None)
@@ -150,6 +156,16 @@ def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig
     if config.model_type in FAMILIES:
         told |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
     return config, told
+
+
+def _check_tensors(folder: Path, config: EffirConfig) -> None:
+    """Raise ValueError if the weights of a pruned model lack a tensor."""
+    there: set[str] = set()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            there.update(tensors.keys())
+    if missing := sorted(empty_model(config).state_dict().keys() - there):
+        raise ValueError(f"{folder}: the weights do not fit config.json: no tensor {missing[0]}")
 
 
 def _settings(config: EncoderConfig) -> Facts:

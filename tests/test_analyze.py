@@ -61,12 +61,14 @@ def test_curves_are_the_sizes_and_drifts_of_really_pruned_models(report, llama_f
     rows = rows_of(folder / "curves.csv")
     assert len(rows) == 3 * 3 * 5
     # A model of embeddings alone, the end of the curve of blocks, cannot be pruned to.
-    for row in [row for row in rows if (row["kind"], row["dropped"]) != ("block", "4")]:
-        layers = [part.layer_idx for part in analysis.order[row["criterion"]][row["kind"]][: int(row["dropped"])]]
+    for row in [row for row in rows if (row["kind"], row["number_dropped"]) != ("block", "4")]:
+        layers = [
+            part.layer_idx for part in analysis.order[row["criterion"]][row["kind"]][: int(row["number_dropped"])]
+        ]
         encoder = Encoder.from_pretrained(llama_folder, dtype="fp32")
         encoder.model = prune(encoder.model, **{row["kind"]: layers})
         left = count(encoder.model).without_embeddings - final_norm
-        assert float(row["share"]) == pytest.approx(left / whole, abs=1e-9)
+        assert float(row["share_left"]) == pytest.approx(left / whole, abs=1e-9)
         assert float(row["drift"]) == pytest.approx(drift(encoder, tokens, reference), abs=2e-6)
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from conftest import save_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from effir_search.cli import cli
@@ -90,6 +91,18 @@ def test_a_pruned_model_says_what_it_lost(tmp_path, llama_folder):
 
     more = json.loads(info(tmp_path / "pruned", "--drop-mlp", 1, "--format", "json"))
     assert more["pruned"]["mlp_parameters"] == 2 / 4 * facts["full"]["mlp_parameters"]
+    assert more["mlps_dropped"] == [1] and more["plan"] == "besides, drop mlp 1"
+
+
+def test_a_pruned_model_that_lacks_a_tensor_is_one_line(tmp_path, bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    encoder.model = prune(encoder.model, mlp=[1])
+    encoder.save(tmp_path / "pruned")
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors")
+    name = "model.encoder.layer.3.attention.output.LayerNorm.bias"
+    del tensors[name]
+    save_file(tensors, tmp_path / "pruned" / "model.safetensors", {"format": "pt"})
+    assert error_of(tmp_path / "pruned").endswith(f"the weights do not fit config.json: no tensor {name}")
 
 
 @pytest.mark.parametrize(("left", "complaint"), [(-1, "bytes and its header says"), (100, "header"), (5, "header")])
@@ -124,7 +137,7 @@ def test_a_model_that_cannot_be_pruned_is_described_all_the_same(tmp_path):
 
 def test_wrong_questions_are_one_line(tmp_path, mistral, toy_index, bert_folder):
     assert "give a model, an index, or --config" in error_of()
-    assert "give a model, an index, or --config" in error_of(bert_folder, "--config", mistral)
+    assert error_of(bert_folder, "--config", mistral).endswith(f"--config {mistral}, not both")
     assert "is an index; a plan is for a model" in error_of(toy_index, "--drop-mlp", 1)
     assert "40 MLPs cannot be dropped; there are 32" in error_of("--config", mistral, "--drop-mlp", 40)
     assert "nowhere.json: No such file" in error_of("--config", tmp_path / "nowhere.json")

@@ -68,11 +68,20 @@ def test_the_least_important_are_dropped_and_the_plan_says_why(tmp_path, bert_fo
             "model_sha256": file_sha256(bert_folder / "model.safetensors"),
             "criterion": criterion,
             "scores": {str(layer_idx): score for layer_idx, score in sorted(scored)},
-            "calibration": calibration.record(),
+            "calibration": calibration.record(encoder.config.max_length),
         }
     ]
     assert config["base_model"] == bert_folder.name
     assert str(bert_folder) not in (tmp_path / "pruned" / "config.json").read_text()
+
+
+def test_the_length_that_is_measured_on_is_recorded_and_not_that_of_the_model(tmp_path, bert_folder, sources):
+    own = Encoder.from_pretrained(bert_folder).config.max_length
+    arguments = ["prune", "--encoder", bert_folder, "--drop-mlp", 1, "--texts", sources[0], "--max-length", 4]
+    result = CliRunner().invoke(cli, [str(a) for a in (*arguments, "--output", tmp_path / "small")])
+    assert result.exit_code == 0, result.output
+    assert config_of(tmp_path / "small")["plan"][0]["calibration"]["max_length"] == 4 < own
+    assert Encoder.from_pretrained(tmp_path / "small").config.max_length == own
 
 
 def test_the_cosine_told_is_that_of_the_saved_model_s_embeddings(tmp_path, bert_folder, sources):

@@ -128,15 +128,22 @@ def facts(model: EffirModel, *, length: int = LENGTH, dtype: torch.dtype | None 
     }
 
 
-def format_facts(before: dict[str, int], after: dict[str, int], *, names: tuple[str, str] = ("full", "pruned")) -> str:
+def format_facts(
+    before: dict[str, int],
+    after: dict[str, int],
+    *,
+    names: tuple[str, str] = ("full", "pruned"),
+    length: int = LENGTH,
+) -> str:
     """Return the ``facts`` of two models side by side, with the share that the second one has of the first."""
-    return aligned([("", *names, ""), *facts_rows(before, after)])
+    return aligned([("", *names, ""), *facts_rows(before, after, length)])
 
 
-def facts_rows(before: dict[str, int], after: dict[str, int]) -> list[tuple[str, ...]]:
+def facts_rows(before: dict[str, int], after: dict[str, int], length: int = LENGTH) -> list[tuple[str, ...]]:
     """Return a row for each of the ``facts`` of two models: its name, both numbers, the share."""
+    names = {name: name.replace("_", " ") for name in before} | {"flops_per_text": f"flops, text of {length} tokens"}
     return [
-        (name.replace("_", " "), f"{number:,}", f"{after[name]:,}", f"{after[name] / number:.1%}" if number else "")
+        (names[name], f"{number:,}", f"{after[name]:,}", f"{after[name] / number:.1%}" if number else "")
         for name, number in before.items()
     ]
 

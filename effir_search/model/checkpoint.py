@@ -76,6 +76,8 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.d
         ValueError: No model folder, an unknown architecture, or a weight that is missing, damaged or of another shape.
     """
     config = _read_config(folder)
+    for file in weight_files(folder):
+        check_whole(file)
     with named_errors(folder):
         model, report = _auto_class(config).from_pretrained(
             folder,

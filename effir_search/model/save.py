@@ -25,8 +25,8 @@ tags:
 ---
 """
 CODE = """`modeling_effir.py` beside the weights is the code of the model, which `trust_remote_code=True` lets run.
-Where effir_search is installed, `import effir_search.model` does instead, for sentence-transformers and for
-`AutoModel.from_pretrained`, and the folder is an encoder for its commands.
+`SentenceTransformer`, `AutoModel` and `AutoTokenizer` each need it. Where effir_search is installed, `import
+effir_search.model` does instead, and the folder is an encoder for its commands.
 """
 
 

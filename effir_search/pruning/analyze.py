@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
 from effir_search.pruning.figures import FIGURES
 from effir_search.pruning.importance import CRITERIA, Dropped, drift
+
+logger = logging.getLogger(__name__)
 
 # Points of a curve of drift, at most: each takes a forward pass.
 POINTS = 8
@@ -82,13 +85,14 @@ def analyze(
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, **({"dtype": "saved"} | given))
     tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
+    logger.info("measuring by %s on %d texts", ", ".join(dict.fromkeys(criteria)), len(calibration.texts))
     order = {name: CRITERIA[name](encoder, tokens, KINDS, None) for name in dict.fromkeys(criteria)}
     analysis = Analysis(
         model=encoder_name,
         model_sha256=encoder.weights_sha256,
         dtype=dtype_name(encoder.dtype),
         num_hidden_layers=num_layers,
-        calibration=calibration.record() | {"tokens": sum(map(len, tokens.input_ids))},
+        calibration=calibration.record(encoder.config.max_length) | {"tokens": sum(map(len, tokens.input_ids))},
         order=order,
         curves=_curves(encoder, tokens, order),
     )
@@ -96,7 +100,8 @@ def analyze(
         text = json.dumps(asdict(analysis), indent=1, ensure_ascii=False)
         (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
         _write_csv(folder / "importance.csv", ("criterion", "kind", "rank", "layer", "score"), _order_rows(analysis))
-        _write_csv(folder / "curves.csv", ("criterion", "kind", "dropped", "share", "drift"), _curve_rows(analysis))
+        columns = ("criterion", "kind", "number_dropped", "share_left", "drift")
+        _write_csv(folder / "curves.csv", columns, _curve_rows(analysis))
         for name, draw in FIGURES.items():
             draw(analysis).savefig(folder / name, format="png")
         (folder / "README.md").write_text(_page(analysis), encoding="utf-8")
@@ -200,6 +205,7 @@ EXPLAINED = {
 
 def _page(analysis: Analysis) -> str:
     calibration = analysis.calibration
+    first = ",".join(str(part.layer_idx) for part in next(iter(analysis.order.values()))["mlp"][:2])
     tables = []
     for name, rows in _tables(analysis).items():
         header, *body = (f"| {' | '.join(row)} |" for row in rows)
@@ -215,7 +221,8 @@ counted from 0, as in the base model.
 
 ![Importance by layer](importance.png)
 
-Each panel has its own scale: criteria measure different things, so only their orders can be compared.
+Each panel has its own scale. Drift is 1 - cos of the final embedding to the model's own. Scores of greedy grow in the
+order of dropping, as each is the drift without all parts so far: they tell when a part goes, not how much it matters.
 
 {f"{chr(10)}{chr(10)}".join(tables)}
 
@@ -229,13 +236,15 @@ Read from below: with N parts dropped, row N, the filled layers lack theirs. The
 
 ![Size against drift](curves.png)
 
-Drift is 1 - cos between the embeddings of a pruned model, not fine-tuned, and the model's own, mean over the texts.
-Dropped is the share of the parameters outside the embeddings. The numbers are in `curves.csv`,
-`importance.csv` and `analysis.json`.
+Parts are dropped in the order of the tables. Drift is 1 - cos between the embeddings of a pruned model, not fine-tuned,
+and the model's own, mean over the texts. In `curves.csv`, `number_dropped` counts parts, and `share_left` is the share
+of the parameters outside the embeddings that is left. Scores are in `importance.csv`, all numbers in `analysis.json`.
 
 ## Next
 
 ```
-effir prune --encoder MODEL --drop-mlp N --texts TEXTS --output models/small
+effir prune --encoder {analysis.model} --drop-mlp-layers {first} --output models/small
 ```
+
+drops the MLPs that {next(iter(analysis.order))} puts first; `effir finetune` then wins back what that cost.
 """

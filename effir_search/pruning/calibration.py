@@ -25,9 +25,10 @@ class Calibration(NamedTuple):
     seed: int
     sha256: str
 
-    def record(self) -> dict:
-        """Return what is written down, in JSON types."""
-        return {"texts": len(self.texts), "sources": self.sources, "seed": self.seed, "sha256": self.sha256}
+    def record(self, max_length: int) -> dict:
+        """Return what is written down, in JSON types, of texts of which ``max_length`` tokens were read."""
+        told = {"texts": len(self.texts), "sources": self.sources, "seed": self.seed, "sha256": self.sha256}
+        return told | {"max_length": max_length}
 
 
 def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0) -> Calibration:

@@ -30,7 +30,8 @@ def importance_figure(analysis: Analysis) -> Figure:
     for panel, (name, of_kinds) in zip(panels, analysis.order.items(), strict=True):
         for kind, parts in of_kinds.items():
             x, y = zip(*sorted(parts), strict=True) if parts else ((), ())
-            panel.plot(x, y, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
+            line = "none" if name == "greedy" else "solid"  # whose scores grow in another order than that of layers
+            panel.plot(x, y, color=COLORS[kind], marker=MARKERS[kind], markersize=4, linestyle=line, label=kind)
         panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")
         panel.set_xlabel("layer")
         panel.set_ylabel(SCORES[name])

@@ -1,5 +1,6 @@
 """A model without its least important attentions, MLPs or blocks: ``effir prune``."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
 from effir_search.pruning.importance import CRITERIA, Dropped, drift
+
+logger = logging.getLogger(__name__)
 
 # What parts of a kind are called, in the order in which kinds are dropped: the largest first.
 NAMES: dict[Kind, str] = {"block": "blocks", "mlp": "MLPs", "attention": "attentions"}
@@ -59,7 +62,8 @@ def prune_encoder(
         encoder_name: Model folder or hub name.
         output: The new folder.
         numbers: How many parts of each kind to drop, the least important first. Blocks go first, then MLPs, then
-            attentions, and the importance of each kind is measured on what the one before has left.
+            attentions, and the importance of each kind is measured on what the one before has left, drifts against
+            the embeddings of that.
         layers: Layers whose parts to drop, 0-based in the base model, for kinds that are not in ``numbers``.
         criterion: A key of ``importance.CRITERIA``.
         sources: Texts to measure importance on, see ``calibration.read_texts``; needed for ``numbers``.
@@ -89,7 +93,9 @@ def prune_encoder(
     reference = tokens = None
     if calibration is not None:
         own = encoder.config
-        encoder.config = replace(own, max_length=calibration_length or own.max_length)
+        length = calibration_length or own.max_length
+        encoder.config = replace(own, max_length=length)
+        logger.info("measuring by %s on %d texts", criterion, len(calibration.texts))
         tokens = encoder.tokenize(calibration.texts, prompt=own.document_prompt)
         encoder.config = own
         reference = encoder.encode_tokens(tokens).embeddings
@@ -104,7 +110,7 @@ def prune_encoder(
     for kind in NAMES:
         if number := numbers.get(kind, 0):
             chosen, scores = _least_important(encoder, tokens, kind, number, criterion)
-            measured = {"scores": scores, "calibration": calibration.record()}
+            measured = {"scores": scores, "calibration": calibration.record(length)}
             prune(encoder.model, **{kind: [part.layer_idx for part in chosen]}, record=record | measured)
             dropped[kind] = chosen
     cosine = 1 - drift(encoder, tokens, reference) if reference is not None else None
