@@ -501,7 +501,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
     help="With --texts: of each token's state.  [default: 1 if the teacher has the same tokens and pools their mean]",
 )
 @click.option("--eval-steps", type=click.IntRange(1), help="Steps between checkpoints.  [default: a twentieth of all]")
-@click.option("--patience", type=click.IntRange(1), help="End after so many checkpoints without a better one.")
+@click.option("--patience", type=click.IntRange(1), help="End after so many checkpoints no better than one before.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of order, sample, dropout and LoRA.")
 @click.option(
     "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."

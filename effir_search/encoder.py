@@ -38,6 +38,10 @@ DTYPES = {
 WINDOW = 4096
 
 
+class NotFiniteError(ValueError):
+    """A vector with a NaN or an infinity."""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """How a text becomes a vector, beyond the weights: what an index and its searches must agree on.
@@ -265,7 +269,8 @@ class Encoder:
         """Return one vector per text, in order, and how many texts were cut at ``max_length``.
 
         Raises:
-            ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
+            NotFiniteError: A vector with a NaN or an infinity.
+            ValueError: Not enough GPU memory for one batch.
         """
         windows = (texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW))
         encoded = [self.encode_tokens(self.tokenize(window, prompt=prompt)) for window in windows]
@@ -303,7 +308,8 @@ class Encoder:
             done: Called after each forward pass with the number of its rows, for a progress bar.
 
         Raises:
-            ValueError: A vector with a NaN or an infinity, or not enough GPU memory for one batch.
+            NotFiniteError: A vector with a NaN or an infinity.
+            ValueError: Not enough GPU memory for one batch.
         """
         embeddings = np.zeros((len(tokens.texts), self.dimension), dtype=np.float32)
         for rows, batch in self.batches(tokens):
@@ -318,7 +324,8 @@ class Encoder:
         if not finite.all():
             row = int(finite.argmin())
             text = f"text {row + 1} of {len(finite)} ({tokens.texts[row][:40]!r})"
-            raise ValueError(f"{text}: not finite in {self.dtype}; --dtype fp32 or bf16 has the range that fp16 lacks")
+            advice = "; --dtype fp32 or bf16 has the range that fp16 lacks" if self.dtype == torch.float16 else ""
+            raise NotFiniteError(f"{text}: its vector is not finite in {self.dtype}{advice}")
         return Encoded(embeddings, tokens.num_truncated)
 
     def batches(self, tokens: "Tokens") -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:

@@ -48,7 +48,12 @@ def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Colle
             raise ValueError(
                 f"{path}: is of another job: {changed[0]} was {theirs} there and is {ours} now; --restart discards it"
             )
-        yield
+        try:
+            yield
+        except BaseException:
+            if all(child.name in (LOCK, SETTINGS) for child in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)  # nothing was begun
+            raise
 
 
 def read_settings(path: Path) -> dict | None:

@@ -457,6 +457,51 @@ def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path, bert_folder, pruned, texts):
+    data = Data(texts=(texts,), teacher=str(bert_folder))
+    recipe = Recipe(batch_size=8, max_steps=4, learning_rate=1e30, eval_steps=2, bf16=False)
+    with pytest.raises(ValueError, match=r"step 2: .* not finite any more.*lower --learning-rate"):
+        finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "losses", "message"),
+    [
+        (Recipe(lora_alpha=4), LossSettings(), "--lora-alpha and --lora-dropout go with LoRA"),
+        (Recipe(), LossSettings(token_weight=1.0), "--token-weight 1 goes with --texts"),
+        (Recipe(patience=1), LossSettings(), "--patience needs something that is measured"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_and_leaves_nothing(
+    tmp_path, bert_folder, examples, recipe, losses, message
+):
+    with pytest.raises(ValueError, match=message):
+        finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=recipe, losses=losses, device="cpu")
+    assert not (tmp_path / "tuned").exists()
+    if recipe.patience is None:
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("refused", ["no positives", "no file"])
+def test_refused_examples_leave_no_folder(tmp_path, bert_folder, refused):
+    if refused == "no positives":
+        write_jsonl(tmp_path / "train.jsonl", [{"query": "soup", "positives": []}])
+    with pytest.raises((ValueError, OSError)):
+        finetune(
+            str(bert_folder), tmp_path / "tuned", Data(train=str(tmp_path / "train.jsonl")), recipe=Recipe(), **QUICK
+        )
+    assert not (tmp_path / "tuned.training").exists()
+
+
+@pytest.mark.parametrize(("scores", "warned"), [([0.9, -0.2], True), ([9.0, -2.0], False)])
+def test_scores_that_look_like_cosines_are_warned_of(tmp_path, bert_folder, caplog, scores, warned):
+    train = write_jsonl(
+        tmp_path / "t.jsonl", [{"query": "soup", "positives": ["a"], "negatives": ["b"], "scores": scores}]
+    )
+    finetune(str(bert_folder), tmp_path / "tuned", Data(train=str(train)), recipe=Recipe(max_steps=1), **QUICK)
+    assert any("give --teacher-temperature 0.1" in record.getMessage() for record in caplog.records) == warned
+
+
 def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples):
     recipe = Recipe(log_to=("wandb",))
     with pytest.raises(ValueError, match="--log-to wandb: is not installed"):

@@ -69,7 +69,7 @@ ALLOWED = LEAVES | {
     "training.objective": ENCODER | {"encoder"} | {f"training.{name}" for name in ("losses", "examples", "unlabelled")},
     "training.unlabelled": ENCODER | {"encoder", "training.lines"},
     "training.dev": BRIDGE | {"evaluate", "training.objective", "training.unlabelled"},
-    "training.trainer": {"files", "model.checkpoint", "training.dev", "training.objective"},
+    "training.trainer": {"files", "encoder", "model.checkpoint", "training.dev", "training.objective"},
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
     "training.finetune": TRAINING,

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -270,3 +271,10 @@ def test_the_name_of_a_folder_says_nothing_of_where_it_lay_and_is_that_of_a_mode
         (tmp_path / place).mkdir(parents=True)
         assert lasting_name(str(tmp_path / place)) == name
     assert lasting_name("org/name") == "org/name"
+
+
+def test_others_may_read_every_file_of_a_model_as_the_umask_says(tmp_path, bert_folder):
+    Encoder.from_pretrained(bert_folder, dtype="saved").save(tmp_path / "saved")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    os.umask(umask := os.umask(0))
+    assert modes == {0o666 & ~umask}

@@ -137,7 +137,10 @@ def _trained(training: dict) -> str:
         "Teacher": _names(data["teacher"], data["reranker"]),
         "Tokens of a text read": training["encoder"]["max_length"],
     }
-    rows |= {name.replace("_", " "): value for name, value in (recipe | training["losses"]).items()}
+    unused = {"score_weight", "token_weight"} if data["train"] else {"distillation_weight", "teacher_temperature"}
+    unused |= set() if recipe["lora_rank"] else {"lora_rank", "lora_alpha", "lora_dropout"}
+    settings = {name: value for name, value in (recipe | training["losses"]).items() if name not in unused}
+    rows |= {name.replace("_", " "): value for name, value in settings.items()}
     rows |= {"steps": f"{result['steps']:,} with {result['num_examples']:,} examples"}
     if result["measure"]:
         split = f"{_names(data['dev'])}, split {data['dev_split']}" if data["dev"] else "held-out texts"

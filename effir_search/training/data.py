@@ -210,6 +210,8 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encode
     of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
     of_tokens = losses.token_weight
     if teacher is None:
+        if of_tokens:
+            raise ValueError(f"--token-weight {of_tokens:g} goes with --texts and a teacher that is imitated")
         of_tokens = 0.0
     elif of_tokens is None:
         of_tokens = float(encoder.config.pooling == "mean" and read_differently(teacher, encoder) is None)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -40,6 +41,7 @@ from effir_search.training.data import (
     resolved,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
+from effir_search.training.examples import Example
 from effir_search.training.objective import LossSettings, Objective
 from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint, load_trained, plain_log
 
@@ -195,6 +197,8 @@ def finetune(
             prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart)
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
+        if data.train and not (data.teacher or data.reranker) and process.is_main_process:
+            _warn_of_cosines(loaded.dataset, losses)
         if measure is None and len(loaded.held_out) > 2:
             measure = likeness(loaded.held_out, teacher)
         if recipe.patience and measure is None:
@@ -223,10 +227,24 @@ def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
     rank = recipe.lora_rank
     if rank is None:
         rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
+    if not rank and (recipe.lora_alpha or recipe.lora_dropout):
+        raise ValueError("--lora-alpha and --lora-dropout go with LoRA, and all weights are trained: give --lora-rank")
     of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / encoder.model.config.hidden_size)
     rate = recipe.learning_rate or (of_lora if rank else of_all)
     bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
+
+
+def _warn_of_cosines(examples: Sequence[Example], losses: LossSettings) -> None:
+    """Warn of scores that look like cosines where they are taken as a reranker's."""
+    some = [examples[row].scores or [] for row in range(min(1000, len(examples)))]
+    largest = max((abs(score) for scores in some for score in scores), default=2.0)
+    if largest <= 1 and losses.teacher_temperature == 1 != losses.temperature:
+        logger.warning(
+            "the examples' scores lie in [-1, 1]: if they are cosines, give --teacher-temperature %g, or they tell "
+            "candidates hardly apart",
+            losses.temperature,
+        )
 
 
 def check_training(recipe: Recipe, data: Data) -> None:

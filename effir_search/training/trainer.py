@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from effir_search.encoder import NotFiniteError
 from effir_search.files import whole_file
 from effir_search.model.checkpoint import read_json
 from effir_search.training.dev import Measure
@@ -80,8 +81,12 @@ class ObjectiveTrainer(Trainer):
         found = [None]
         if self.is_world_process_zero():
             self.model.eval()
-            with self.accelerator.autocast():
-                found = [measure(self.objective.encoder)]
+            try:
+                with self.accelerator.autocast():
+                    found = [measure(self.objective.encoder)]
+            except NotFiniteError as error:
+                step = self.state.global_step
+                raise ValueError(f"step {step}: embeddings are not finite any more; {self._advice()}") from error
         metrics = {"eval_measure": broadcast_object_list(found)[0]}
         self.log(metrics)
         logger.info("step %d: %s %.4f", self.state.global_step, name, metrics["eval_measure"])
@@ -164,7 +169,8 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             read_json(checkpoint / STATE_FILE)
             read_weights(checkpoint)
         except (OSError, ValueError) as error:
-            logger.warning("%s is not whole and is passed over (%s)", checkpoint, error)
+            logger.warning("%s is not whole, as of a job stopped while it wrote it, and is passed over", checkpoint)
+            logger.debug("%s", error)
             continue
         return checkpoint
     return None
