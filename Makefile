@@ -16,8 +16,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/effir demo
 
+# A process for each core, up to 4, each with one thread; the tests of a file stay together.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

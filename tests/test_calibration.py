@@ -53,11 +53,12 @@ def test_several_sources_have_the_same_share(tmp_path, numbered):
 def test_of_few_texts_all_are_taken_but_empty_ones(collection):
     sample = sample_texts([str(collection / "corpus.jsonl")])
     assert len(sample.texts) == 11  # document 010 is empty
-    assert sample.record() == {
+    assert sample.record(128) == {
         "texts": 11,
         "sources": ["corpus.jsonl"],
         "seed": 0,
         "sha256": hashlib.sha256("".join(f"{text}\n" for text in sample.texts).encode()).hexdigest(),
+        "max_length": 128,
     }
 
 

@@ -555,8 +555,8 @@ def test_the_figure_is_a_png_with_a_panel_for_each_run(tmp_path, runs):
     draw_figure(comparison, tmp_path / "new" / "figure.PNG")
     with Image.open(tmp_path / "new" / "figure.PNG") as image:
         assert image.format == "PNG"
-        # 8 inches by 1 and 2.2 for each panel, at 150 dots an inch.
-        assert image.size == (1200, 150 + 330 * runs)
+        # 8 inches by 1 and 2.4 for each panel, at 150 dots an inch.
+        assert image.size == (1200, 150 + 360 * runs)
         colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 20)}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours
 

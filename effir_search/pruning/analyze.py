@@ -14,7 +14,7 @@ from tqdm import tqdm
 from effir_search.encoder import Encoder, Tokens
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
-from effir_search.model.checkpoint import dtype_name
+from effir_search.model.checkpoint import dtype_name, lasting_name
 from effir_search.model.layers import KINDS, Kind, left_out
 from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
@@ -213,7 +213,7 @@ def _page(analysis: Analysis) -> str:
     measured = (
         f"{calibration['texts']:,} texts ({calibration['tokens']:,} tokens) of {', '.join(calibration['sources'])}"
     )
-    return f"""# What {Path(analysis.model).name} can do without
+    return f"""# What {lasting_name(analysis.model)} can do without
 
 {analysis.num_hidden_layers} layers, {analysis.dtype}; measured on {measured},
 seed {calibration["seed"]}. Low = redundant; in brackets the place in the order of dropping, 1 = first. Layers are
@@ -221,8 +221,9 @@ counted from 0, as in the base model.
 
 ![Importance by layer](importance.png)
 
-Each panel has its own scale. Drift is 1 - cos of the final embedding to the model's own. Scores of greedy grow in the
-order of dropping, as each is the drift without all parts so far: they tell when a part goes, not how much it matters.
+Each panel has its own scale. Drift is 1 - cos of the final embedding to the model's own. Scores of greedy tend to grow
+in the order of dropping, as each is the drift without all parts so far: they tell when a part goes, not how much it
+matters.
 
 {f"{chr(10)}{chr(10)}".join(tables)}
 
