@@ -13,7 +13,7 @@ from effir_search.benchmark import RESAMPLES, resampled_means
 from effir_search.corpus import read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
-from effir_search.model.arithmetic import count
+from effir_search.model.arithmetic import count, empty_model
 from effir_search.training.dev import search_exactly
 from effir_search.trec import read_qrels, read_topics
 
@@ -42,7 +42,7 @@ def main(folder: Path, models: tuple[str, ...], only: str, dtype: str, results: 
     names, sizes, hashes = only.split(","), [], []
     for model in models:
         encoder = Encoder.from_pretrained(model, dtype=dtype)
-        sizes.append(count(encoder.model).without_embeddings)
+        sizes.append(count(empty_model(encoder.model.config)).without_embeddings)
         hashes.append(f"{encoder.weights_sha256} {encoder.dtype}")
         of_model = known.setdefault(hashes[-1], {})
         encoder.pack()
