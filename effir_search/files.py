@@ -118,9 +118,10 @@ def whole_folder(path: Path, *, replaces: Collection[str] = ()) -> Iterator[Path
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
+        mode = 0o666 & ~_umask()
         for file in temporary.rglob("*"):
             if file.is_file():  # some libraries let nobody else read what they write
-                os.chmod(file, 0o666 & ~_umask())
+                os.chmod(file, mode)
         for file in temporary.iterdir():
             _sync(file)
         os.chmod(temporary, 0o777 & ~_umask())

@@ -76,11 +76,14 @@ def pack(model: nn.Module) -> None:
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
+    packed = False
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.is_cpu:
                 setattr(parent, name, PackedLinear(child))
-                use_short_attention(parent)
+                packed = True
+    if packed:
+        use_short_attention(model)
 
 
 def use_short_attention(model: nn.Module) -> None:
