@@ -23,7 +23,7 @@ from effir_search.model.arithmetic import empty_model, flops
 from effir_search.model.checkpoint import read_config_file, resolve_model
 
 # Texts that a model encodes before it is the next one's turn.
-TURN = 256
+TURN = 1024
 
 
 def mean_length(model: str, texts: list[str]) -> float:

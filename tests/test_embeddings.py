@@ -36,7 +36,8 @@ NUM_DOCUMENTS = 12 * PART_SIZE + 100
 
 @pytest.fixture(scope="module")
 def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
+    """Packed, as jobs encode; without that vectors differ by rounding."""
+    return Encoder.from_pretrained(bert_folder, dtype="fp32").pack()
 
 
 @pytest.fixture(scope="module")

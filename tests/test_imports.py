@@ -26,7 +26,7 @@ LEAVES = {
     "kinds": set(),
     "model.checkpoint": {"files"},
     "model.modeling_effir": set(),
-    "model.packed": set(),
+    "model.packed": {"model.layers", "model.modeling_effir"},
     "model.layers": {"model.modeling_effir"},
     "model.surgery": {"model.layers", "model.modeling_effir"},
     "model.arithmetic": {"model.layers", "model.modeling_effir"},

@@ -3,12 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, FAMILIES, save_model
+from conftest import DOCUMENTS, FAMILIES, PRUNABLE, save_model
 from torch import nn
 from torch.nn import functional as F
 
 from effir_search.encoder import Encoder
-from effir_search.model.packed import SHORT, SHORT_ATTENTION, PackedLinear, pack, short_attention
+from effir_search.model.layers import mlp_widths
+from effir_search.model.packed import SHORT, SHORT_ATTENTION, PackedLinear, align_units, short_attention
+from effir_search.model.surgery import prune
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
@@ -85,10 +87,23 @@ def test_a_packed_bert_runs_short_attention(bert_folder):
     assert encoder.model.config._attn_implementation == SHORT_ATTENTION
 
 
-def test_other_dtypes_are_left_as_they_are():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16))
-    pack(model)
-    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+def test_matrices_in_float32_are_left_as_they_are(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="fp32").pack()
+    assert not any(isinstance(module, PackedLinear) for module in encoder.model.modules())
+
+
+@pytest.mark.parametrize("family", PRUNABLE)
+def test_units_that_are_added_to_narrowed_mlps_change_nothing(tmp_path, family):
+    folder = save_model(tmp_path / family, family)
+    narrowed, aligned = (Encoder.from_pretrained(folder, device="cpu", dtype="fp32") for _ in range(2))
+    kept = torch.arange(mlp_widths(narrowed.model)[0]) % 5 > 0
+    for encoder in (narrowed, aligned):
+        encoder.model = prune(encoder.model, units={0: kept}, mlp=[1])
+    align_units(aligned.model)
+    widths = mlp_widths(aligned.model)
+    assert widths[0] > int(kept.sum()) and not any(width % 16 for width in widths)
+    texts = [text for _, text in DOCUMENTS.values() if text]
+    np.testing.assert_allclose(aligned.encode_documents(texts), narrowed.encode_documents(texts), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not list the processor's features")
