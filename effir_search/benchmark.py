@@ -37,7 +37,7 @@ class Benchmark:
         ndcg: By collection nDCG@10, the mean over judged queries with a relevant document.
         queries: By collection, how many these are.
         kept: The share of the full model's mean over collections that the other keeps, with the ends of its 95 %
-            interval; None without collections.
+            interval; None without collections, or where the full model finds nothing.
     """
 
     sizes: tuple[dict[str, int], dict[str, int]]
@@ -98,8 +98,9 @@ def benchmark(
     kept = None
     if figures:
         means = resampled_means(figures, seed=seed)
-        shares = means[:, 1] / means[:, 0]
-        kept = (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
+        if means[:, 0].all():
+            shares = means[:, 1] / means[:, 0]
+            kept = (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
     return Benchmark(
         sizes=(sizes[0], sizes[1]),
         tokens=length,
@@ -179,7 +180,8 @@ def format_benchmark(measured: Benchmark) -> str:
     rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes, round(measured.tokens))]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
     for name, (of_full, of_other) in measured.ndcg.items():
-        rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", f"{of_other / of_full:.1%}"))
+        share = f"{of_other / of_full:.1%}" if of_full else "-"
+        rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", share))
     if measured.kept:
         of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
         rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))

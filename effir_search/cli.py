@@ -438,7 +438,8 @@ def loss_options(command: Callable) -> Callable:
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples or texts a batch.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.01, help="Of the gates.")
-@click.option("--penalty", type=click.FloatRange(0), default=1e-8, help="Of open gates beside the loss.")
+@click.option("--penalty", type=click.FloatRange(0), default=1e-8, help="Of open gates, the paper's lambda.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory a layer, for a second forward pass.")
 @click.option("--floor", type=click.FloatRange(0, 1), default=0.05, help="Share of each layer's units that stays.")
 @click.option("--multiple", type=click.IntRange(1), default=1, help="Let widths be multiples of it.")
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
@@ -597,7 +598,7 @@ def compress(
     """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; after a stop, the same command continues.
 
     All but --encoder, --output and --train (or --texts) has defaults: the paper's, or without labels those for small
-    encoders. A recipe has these options and all others of prune, slim and finetune.
+    encoders. A recipe has these options and what else the loss, slim and finetune depend on (docs/formats.md).
     """
     from effir_search.compress import compress, describe_compressed, describe_plan
     from effir_search.recipe import as_compression, merged, read_recipe

@@ -16,15 +16,15 @@ from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
 from effir_search.model.checkpoint import lasting_name, read_json, resolve_model, weights_sha256
-from effir_search.model.layers import parts_of
+from effir_search.model.layers import mlp_widths, parts_of
 from effir_search.model.save import TRAINING_FILE
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
-from effir_search.slim import slim_encoder
+from effir_search.slim import check_cut, slim_encoder
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
-from effir_search.training.finetune import check_training, finetune
+from effir_search.training.finetune import check_batch, check_training, finetune, resolved_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,15 @@ def compress(
     """
     refuse_existing(output, replaces=())
     compression = with_numbers(compression)
-    _check(compression)
+    _check(compression, device)
+    # Whoever asks first says what the processes are: the others wait while one does all stages but fine-tuning.
     process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
-    folder = output.with_name(f"{output.name}.stages")
+    check_batch(compression.finetune, process.num_processes)
+    folder = stages_of(output)
     machine = {"device": device, "batch_tokens": batch_tokens}
     data, main = compression.data, process.is_main_process
-    files, model = hashes(data), read_sentence_files(resolve_model(compression.encoder))
-    settings = asdict(compression) | {"files": files | dev_hashes(data)}
-    settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
+    settings = job_settings(compression)
+    files = hashes(data)
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
         if main:
             prepare(folder, data, compression.seed, device, files=files, restart=restart)
@@ -88,6 +89,19 @@ def compress(
     return measured
 
 
+def stages_of(output: Path) -> Path:
+    """Return the folder of a job's stages."""
+    return output.with_name(f"{output.name}.stages")
+
+
+def job_settings(compression: Compression) -> dict[str, object]:
+    """Return all that a job's stages depend on, in JSON types: the recipe with its numbers, and hashes of files."""
+    model = read_sentence_files(resolve_model(compression.encoder))
+    settings = asdict(compression) | {"files": hashes(compression.data) | dev_hashes(compression.data)}
+    settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
+    return json.loads(json.dumps(settings))
+
+
 def with_numbers(compression: Compression) -> Compression:
     """Return the recipe with the number of MLPs to drop: where it says none, half of those that the encoder has.
 
@@ -101,9 +115,22 @@ def with_numbers(compression: Compression) -> Compression:
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
-def _check(compression: Compression) -> None:
+def _check(compression: Compression, device: str) -> None:
     """Raise now what would otherwise end the job after hours."""
-    check_training(compression.finetune, compression.data)
+    data, slim = compression.data, compression.slim
+    check_training(compression.finetune, data, device)
+    drops = _drops(compression)
+    left = empty_model(planned(prunable_config(compression.encoder), **drops))
+    resolved_recipe(compression.finetune, data, left, chosen_device(device))
+    if slim.narrow:
+        widths = {layer_idx: width for layer_idx, width in enumerate(mlp_widths(left)) if width}
+        check_cut(widths, slim.narrow, floor=slim.floor, multiple=slim.multiple)
+        own = not data.train and resolve_model(data.teacher).resolve() == resolve_model(compression.encoder).resolve()
+        if slim.criterion == "taylor" and own and not any(drops.values()):
+            raise ValueError(
+                "--unit-criterion taylor: nothing is dropped, so the model is at no distance from itself and no unit "
+                "matters to that; activation or magnitude tell units apart without labels"
+            )
     evaluated, names = compression.evaluate, set()
     for collection in map(Path, evaluated.collections):
         if collection.name in names:
@@ -112,6 +139,10 @@ def _check(compression: Compression) -> None:
         for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{evaluated.split}.tsv"):
             if not (collection / file).is_file():
                 raise FileNotFoundError(f"{collection}: has no {file}; a BEIR folder is needed to evaluate on")
+
+
+def _drops(compression: Compression) -> dict[str, int]:
+    return {name: getattr(compression.prune, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
 
 
 def _write_calibration(loaded: Loaded, path: Path, compression: Compression) -> None:
@@ -136,6 +167,11 @@ def _text_options(compression: Compression, model: str) -> dict[str, object]:
     if model != compression.encoder:
         return {}
     return {name: value for name, value in asdict(compression.text).items() if value not in (None, False)}
+
+
+def _teacher_options(compression: Compression) -> dict[str, object]:
+    """Return how a text becomes a vector for the teacher: the model itself as it was reads as the recipe says."""
+    return _text_options(compression, compression.data.teacher)
 
 
 def _begins(folder: Path, name: str, what: str) -> bool:
@@ -187,6 +223,7 @@ def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
             multiple=settings.multiple,
             max_length=compression.max_length,
             prepared=folder,
+            teacher_options=_teacher_options(compression),
             **_text_options(compression, model),
             **machine,
         )
@@ -203,6 +240,7 @@ def _fine_tune(compression: Compression, folder: Path, machine: dict) -> None:
             losses=compression.loss,
             max_length=compression.max_length,
             prepared=folder,
+            teacher_options=_teacher_options(compression),
             **_text_options(compression, model),
             **machine,
         )
@@ -244,8 +282,7 @@ def describe_compressed(measured: Benchmark, output: Path) -> str:
 def describe_plan(compression: Compression) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
-    settings, config = compression.prune, prunable_config(compression.encoder)
-    numbers = {name: getattr(settings, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
-    left = planned(config, narrow=compression.slim.narrow, **numbers)
+    config = prunable_config(compression.encoder)
+    left = planned(config, narrow=compression.slim.narrow, **_drops(compression))
     sizes = format_facts(facts(empty_model(config)), facts(empty_model(left)), names=("full", "compressed"))
     return f"{format_recipe(compression)}\n{sizes}"

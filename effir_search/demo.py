@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from effir_search.benchmark import format_benchmark, read_benchmark
-from effir_search.compress import BENCHMARK_FILE, compress
+from effir_search.compress import BENCHMARK_FILE, compress, job_settings, stages_of, with_numbers
 from effir_search.corpus import CorpusHasher, Document
 from effir_search.demo_collection.standard_library import standard_library_documents
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.files import whole_file, whole_folder
 from effir_search.index import index_corpus, read_index_info
+from effir_search.job import read_settings
 from effir_search.model.checkpoint import file_sha256, read_json
 from effir_search.model.save import TRAINING_FILE
 from effir_search.pyserini_bridge import build_bm25, search_bm25
@@ -142,7 +143,9 @@ def _compressed(model: Path, folder: Path) -> str:
             "evaluate": {"collections": [str(folder)]},
         }
     )
-    measured = compress(compression, output, restart=True)
+    compression, stages = with_numbers(compression), stages_of(output)
+    other = stages.is_dir() and read_settings(stages) != job_settings(compression)
+    measured = compress(compression, output, restart=other)
     minutes = (time.perf_counter() - start) / 60
     return f"{told} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"
 

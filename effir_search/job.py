@@ -32,13 +32,12 @@ def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Colle
     with open(path / LOCK, "w", encoding="utf-8") as lock:
         if not try_lock(lock, fcntl.LOCK_EX):
             raise OSError(f"{path}: another job is at work in it; wait for it, or stop it")
+        for child in path.glob(".*"):  # what a job that was killed was writing
+            _remove(child)
         left = [child for child in path.iterdir() if child.name not in (LOCK, SETTINGS, *keep)]
         if restart:
             for child in left:
-                if child.is_dir():
-                    shutil.rmtree(child)
-                else:
-                    child.unlink()
+                _remove(child)
         settings, found = json.loads(json.dumps(settings)), read_settings(path)
         if restart or not left or found is None:
             with whole_file(path / SETTINGS) as file:
@@ -64,6 +63,13 @@ def read_settings(path: Path) -> dict | None:
     """
     file = path / SETTINGS
     return parse_json_object(decode(file.read_bytes(), str(file)), str(file)) if file.is_file() else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def try_lock(file: IO[str], kind: int) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from effir_search.files import decode
+from effir_search.ranges import NonNegative, PartialShare, Positive, Share
 from effir_search.slim import Scoring
 from effir_search.training.data import Data
 from effir_search.training.finetune import Recipe
@@ -20,8 +21,6 @@ from effir_search.training.objective import LossSettings
 RECIPE_FILE = "recipe.toml"
 # What sections share, and is given once for all of them.
 SHARED = "seed"
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ class Depth:
         num_texts: Texts that importance is measured on, of those that are learned from.
     """
 
-    drop_mlp: Count | None = None
-    drop_attention: Count = 0
-    drop_block: Count = 0
+    drop_mlp: NonNegative | None = None
+    drop_attention: NonNegative = 0
+    drop_block: NonNegative = 0
     criterion: Literal["cosine", "embedding", "greedy"] = "cosine"
-    num_texts: Annotated[int, Field(ge=1)] = 256
+    num_texts: Positive = 256
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ class Width(Scoring):
         multiple: Of which widths are to be multiples.
     """
 
-    narrow: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.05
-    multiple: Annotated[int, Field(ge=1)] = 1
+    narrow: PartialShare = 0.3
+    floor: Share = 0.05
+    multiple: Positive = 1
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ class Compression:
 
     encoder: str
     data: Data
-    max_length: int | None = None
-    seed: int = 0
+    max_length: Positive | None = None
+    seed: NonNegative = 0
     text: Text = Text()
     prune: Depth = Depth()
     slim: Width = Width()
@@ -134,6 +133,8 @@ WITHOUT_LABELS = {
     "slim": {"criterion": "taylor", "steps": 30},
     "finetune": {"max_steps": 2000, "epochs": 20.0},
 }
+# A model that nothing was dropped from is at no distance from itself, so its loss says nothing of its units.
+OF_WHOLE_MODELS = {"slim": {"criterion": "activation"}}
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -183,10 +184,13 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
     if not (data.get("train") or data.get("texts") or data.get("queries")):
         raise ValueError(f"{where}: there is nothing to learn from; give train, or texts (or queries), in [data]")
     if not data.get("train") and (data.get("texts") or data.get("queries")):
-        given = merged(WITHOUT_LABELS, {"data": {"teacher": given["encoder"]}}, given)
+        dropped = [given.get("prune", {}).get(name) for name in ("drop_mlp", "drop_attention", "drop_block")]
+        whole = dropped[0] == 0 and not any(dropped) and data.get("teacher") in (None, given["encoder"])
+        own = {"data": {"teacher": given["encoder"]}} | (OF_WHOLE_MODELS if whole else {})
+        given = merged(WITHOUT_LABELS, own, given)
     given = merged({section: {SHARED: given.get(SHARED, 0)} for section in ("slim", "finetune")}, given)
     try:
-        return TypeAdapter(Compression).validate_json(json.dumps(given), strict=True)
+        return TypeAdapter(Compression).validate_json(json.dumps(given, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

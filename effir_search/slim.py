@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,16 +16,18 @@ from effir_search.encoder import Encoder, computes_in_bf16, own_config
 from effir_search.files import refuse_existing
 from effir_search.job import job_folder
 from effir_search.model.arithmetic import facts, format_facts
-from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_model
+from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_model, weights_sha256
 from effir_search.model.layers import mlp_widths
-from effir_search.model.sentence_files import prunable_config
+from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.model.surgery import prune
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
+from effir_search.ranges import NonNegative, NonNegativeReal, Positive, PositiveReal
 from effir_search.training.data import (
     DATA,
     Data,
     Loaded,
     Shuffled,
+    checkpoint_activations,
     hashes,
     imitated,
     load,
@@ -53,16 +56,18 @@ class Scoring:
         learning_rate: Of the gates.
         penalty: Of open gates, the paper's lambda.
         bf16: Compute the loss in bfloat16 beside float32 weights; None = where the processor does by itself.
+        gradient_checkpointing: Keep only the layers' inputs for the backward pass.
         seed: Of samples, order and random scores.
     """
 
     criterion: Literal["gates", "activation", "taylor", "magnitude", "random"] = "gates"
-    steps: int = 500
-    batch_size: int = 64
-    learning_rate: float = 0.01
-    penalty: float = 1e-8
+    steps: Positive = 500
+    batch_size: Positive = 64
+    learning_rate: PositiveReal = 0.01
+    penalty: NonNegativeReal = 1e-8
     bf16: bool | None = None
-    seed: int = 0
+    gradient_checkpointing: bool = False
+    seed: NonNegative = 0
 
 
 class Slimmed(NamedTuple):
@@ -117,6 +122,7 @@ def slim_encoder(
     batch_tokens: int | None = None,
     restart: bool = False,
     prepared: Path | None = None,
+    teacher_options: Mapping[str, object] = MappingProxyType({}),
     **text_options: object,
 ) -> Slimmed:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
@@ -142,6 +148,7 @@ def slim_encoder(
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.slimming``.
+        teacher_options: As text_options, of a teacher that is imitated.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -168,7 +175,7 @@ def slim_encoder(
     base = {"base_model": lasting_name(encoder_name), "base_revision": hub_revision(encoder.files.transformer_folder)}
     encoder.model = prune(encoder.model, **base)  # nothing is cut yet
     before, widths = facts(encoder.model), _widths(encoder)
-    _refuse_what_cannot_be_cut(widths, narrow, floor, multiple)
+    check_cut(widths, narrow, floor=floor, multiple=multiple)
 
     bf16 = computes_in_bf16(encoder.device) if scoring.bf16 is None else scoring.bf16
     scoring, saved = replace(scoring, bf16=bf16), encoder.dtype
@@ -183,7 +190,11 @@ def slim_encoder(
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)
-        scores, settings = _scored(encoder, loaded, data, scoring, losses, device)
+        teacher = None
+        if data is not None and criterion not in WITHOUT_TEXTS:
+            teacher = imitated(data, encoder, device, **teacher_options)
+            losses = resolved(losses, data, encoder, teacher)
+        scores, settings = _scored(encoder, loaded, teacher, scoring, losses)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
         record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
         record |= {"narrow": narrow, "floor": floor, "multiple": multiple, "widths_before": _keyed(widths)}
@@ -200,9 +211,9 @@ def slim_encoder(
 
 
 def _scored(
-    encoder: Encoder, loaded: Loaded | None, data: Data | None, scoring: Scoring, losses: LossSettings, device: str
+    encoder: Encoder, loaded: Loaded | None, teacher: Encoder | None, scoring: Scoring, losses: LossSettings
 ) -> tuple[dict[int, Tensor], dict[str, object]]:
-    """Return the scores of all units by layer, and the settings that they depend on."""
+    """Return the scores of all units by layer, and the settings that they depend on; losses are resolved."""
     criterion = UNIT_CRITERIA[scoring.criterion]
     if scoring.criterion in WITHOUT_TEXTS:
         settings = {"seed": scoring.seed} if scoring.criterion == "random" else {}
@@ -211,16 +222,25 @@ def _scored(
     one_pass = max(1, len(loaded.dataset) // scoring.batch_size)
     number = scoring.steps if learns else min(scoring.steps, one_pass)
     own = {name: getattr(scoring, name) for name in ("learning_rate", "penalty")} if learns else {}
-    teacher = imitated(data, encoder, device)
-    losses = resolved(losses, data, encoder, teacher)
-    objective = objective_of(encoder, losses, teacher, bf16=bool(scoring.bf16))
+    objective = objective_of(encoder, losses, teacher, bf16=bool(scoring.bf16), alone=True)
 
     def loss(batch: Mapping[str, object]) -> Tensor:
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):
             return objective(**batch)["loss"]
 
     batches = Batches(loaded, size=scoring.batch_size, number=number, seed=scoring.seed)
-    scores = criterion(encoder.model, batches, loss, **own, **({"steps": number} if learns else {}))
+    if scoring.gradient_checkpointing:
+        checkpoint_activations(encoder.model)
+    try:
+        scores = criterion(encoder.model, batches, loss, **own, **({"steps": number} if learns else {}))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "out of GPU memory while units are scored; give --grad-cache and a lower --batch-tokens, and for large "
+            "models --gradient-checkpointing ([slim] of a recipe)"
+        ) from error
+    finally:
+        if scoring.gradient_checkpointing:
+            encoder.model.eval().activation_checkpointing_disable()
     every = torch.cat(list(scores.values()))
     if len(every) > 1 and every.min() == every.max():
         raise ValueError(
@@ -245,8 +265,18 @@ def describe_slimmed(slimmed: Slimmed, output: Path) -> str:
     return "\n".join([*lines, f"-> {output}"])
 
 
-def _refuse_what_cannot_be_cut(widths: Mapping[int, int], narrow: float, floor: float, multiple: int) -> None:
-    """Raise before any scoring what would be wrong after it."""
+def check_cut(widths: Mapping[int, int], narrow: float, *, floor: float, multiple: int) -> None:
+    """Raise before any scoring what would be wrong after it.
+
+    Args:
+        widths: Units by layer.
+        narrow: See ``width.choose_units``.
+        floor: Likewise.
+        multiple: Likewise.
+
+    Raises:
+        ValueError: Nothing would be cut, or the floors leave less to cut.
+    """
     choose_units(
         {layer_idx: torch.zeros(width) for layer_idx, width in widths.items()}, narrow, floor=floor, multiple=multiple
     )
@@ -256,7 +286,10 @@ def _refuse_what_cannot_be_cut(widths: Mapping[int, int], narrow: float, floor: 
 
 
 def _is_its_own_teacher(encoder: Encoder, data: Data) -> bool:
-    return not data.train and resolve_model(data.teacher).resolve() == encoder.files.folder.resolve()
+    if data.train:
+        return False
+    teacher = read_sentence_files(resolve_model(data.teacher))
+    return weights_sha256(teacher.folder, teacher.weight_folders) == encoder.weights_sha256
 
 
 def _convert(encoder: Encoder, dtype: torch.dtype) -> None:

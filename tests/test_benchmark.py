@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from effir_search.benchmark import RESAMPLES, resampled_means
+from effir_search.benchmark import RESAMPLES, Benchmark, format_benchmark, resampled_means
 
 
 @pytest.fixture
@@ -36,3 +36,10 @@ def test_the_samples_spread_as_the_mean_of_such_queries_does(figures):
 def test_the_seed_is_that_of_the_draws(figures):
     assert np.array_equal(resampled_means(figures, seed=3), resampled_means(figures, seed=3))
     assert not np.array_equal(resampled_means(figures, seed=3)[1:], resampled_means(figures, seed=4)[1:])
+
+
+def test_a_model_that_finds_nothing_has_no_share_to_be_kept():
+    sizes = dict.fromkeys(("parameters", "flops"), 10)
+    measured = Benchmark((sizes, sizes), 7.0, (1.0, 2.0), 2.0, 0.5, {"a": (0.0, 0.25)}, {"a": 3}, None)
+    row = next(line for line in format_benchmark(measured).splitlines() if line.startswith("nDCG@10 a"))
+    assert row.split() == ["nDCG@10", "a", "0.0000", "0.2500", "-"]

@@ -13,8 +13,9 @@ from ir_measures import nDCG
 from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
+from effir_search.compress import compress
 from effir_search.encoder import Encoder
-from effir_search.recipe import as_compression, read_recipe
+from effir_search.recipe import as_compression, merged, read_recipe
 
 UNITS = 2 * 48  # of the two MLPs that half of four dropped leaves
 OPTIONS = ["--narrow", 0.25, "--max-steps", 4, "--batch-size", 8, "--device", "cpu"]
@@ -109,12 +110,13 @@ MARKS = {
     "narrow": "2-dropped/config.json",
     "fine-tune": "4-tuned.training/checkpoint-2/trainer_state.json",
     "evaluation": "4-tuned/config.json",
+    "second evaluation": "5-evaluation/{collection}-full.trec",
 }
 
 
-def in_a_process(*arguments):
+def in_a_process(*arguments, launcher=()):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "effir_search", "compress", *map(str, arguments)]
+    line = [sys.executable, *launcher, "-m", "effir_search", "compress", *map(str, arguments)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -122,15 +124,15 @@ def in_a_process(*arguments):
     "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "llama", "qwen2"))]
 )
 def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undisturbed_one(
-    tmp_path, models, texts, recipe, family
+    tmp_path, models, texts, recipe, collection, family
 ):
-    options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, *OPTIONS]
+    options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, "--evaluate", collection, *OPTIONS]
     whole = in_a_process(*options, "--output", tmp_path / "whole")
     assert whole.wait() == 0, whole.communicate()
     stages = tmp_path / "stopped.stages"
     for stage, mark in MARKS.items():
         process = in_a_process(*options, "--output", tmp_path / "stopped")
-        kill_when_there(process, stages / mark)
+        kill_when_there(process, stages / mark.format(collection=collection.name))
         assert not (tmp_path / "stopped").exists(), stage
     last = in_a_process(*options, "--output", tmp_path / "stopped")
     answer, told = last.communicate()
@@ -163,10 +165,35 @@ def test_depth_alone_and_width_alone(tmp_path, models, texts, recipe):
     given = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
     assert run(*given, "--narrow", 0, "--output", tmp_path / "deep").exit_code == 0
     assert not (tmp_path / "deep.stages" / "3-slimmed").exists()
-    result = run(*given, "--drop-mlp", 0, "--unit-criterion", "activation", "--output", tmp_path / "wide")
+    result = run(*given, "--drop-mlp", 0, "--output", tmp_path / "wide")
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "wide.stages" / "2-dropped").exists()
     assert sum(read_json(tmp_path / "wide" / "config.json")["mlp_widths"]) == 4 * 48 * 3 // 4
+
+
+def test_processes_of_a_launcher_share_the_training_and_nothing_else(tmp_path, models, texts, recipe):
+    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    two = in_a_process(*options, "--output", tmp_path / "two", launcher=launcher)
+    answer, told = two.communicate(timeout=300)
+    assert two.returncode == 0, told
+    assert answer.count("-> ") == 1 and told.count("1 of 5: ") == 1
+    assert read_json(tmp_path / "two" / "training.json")["processes"] == 2
+    one = in_a_process(*options, "--output", tmp_path / "one")
+    assert one.wait() == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name in (name for name in theirs if not name.endswith("key.bias")):  # see test_finetune.py
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_model_that_is_imitated_reads_texts_as_the_recipe_says(tmp_path, models, texts, recipe):
+    given = read_recipe(recipe)
+    text = {"pooling": "mean", "append_eos": True, "normalize": True, "query_prompt": "hot "}
+    given |= {"encoder": str(models["llama"]), "data": {"texts": [str(texts)]}, "text": text, "slim": {"narrow": 0.0}}
+    given["finetune"] |= {"max_steps": 1}
+    compress(as_compression(merged(given, {"prune": {"drop_mlp": 1}})), tmp_path / "small", device="cpu")
+    # Only of a teacher that reads the same tokens and pools their mean are tokens' states matched.
+    assert read_json(tmp_path / "small" / "training.json")["losses"]["token_weight"] == 1
 
 
 def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
@@ -186,13 +213,19 @@ def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
         (["--evaluate", "{tmp}"], "has no corpus.jsonl; a BEIR folder is needed"),
         (["--evaluate", "{collection}", "--evaluate", "{collection}"], "two collections to evaluate on have this name"),
         (["--drop-mlp", 5], "5 MLPs cannot be dropped; there are 4"),
+        (["--narrow", 0.97], "lower the share or the floor"),
+        (["--drop-mlp", 0, "--unit-criterion", "taylor"], "--unit-criterion taylor: nothing is dropped"),
+        (["--recipe", "{tmp}/lora.toml"], "--lora-alpha and --lora-dropout go with LoRA"),
+        (["--device", "cuda:1"], "give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES=1"),
         (["--dev", "{tmp}"], "--dev takes a BEIR folder"),
         (["--reranker", "x"], "--reranker scores the candidates of --train examples"),
         (["--recipe", "{tmp}/missing.toml"], "missing.toml: No such file"),
     ],
 )
 def test_bad_options_end_in_one_line(tmp_path, models, texts, collection, options, message):
+    (tmp_path / "lora.toml").write_text("[finetune]\nlora_alpha = 16\n")
     given = [str(option).format(tmp=tmp_path, collection=collection) for option in options]
     result = run("--encoder", models["bert"], "--texts", texts, "--output", tmp_path / "small", *given)
     assert result.exit_code == 1
     assert message in result.output and len(result.output.strip().splitlines()[-1]) < 310
+    assert not (tmp_path / "small.stages").exists()

@@ -360,6 +360,30 @@ def test_scores_that_are_there_are_replaced_in_the_same_file(examples):
     assert Examples(examples.lines.path)[3].scores == [2.0] * 4
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"query": "q'])
+def test_scoring_that_was_stopped_goes_on_after_the_batches_it_had_done(tmp_path, examples, torn):
+    seen = []
+
+    def score(pairs):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(pairs)
+        return [float(len(seen))] * len(pairs)
+
+    output, whole = tmp_path / "scored.jsonl", tmp_path / "whole.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        with_scores(examples.lines.path, output, score, batch_size=8)
+    assert not output.exists()
+    with open(tmp_path / "scored.jsonl.part", "ab") as part:
+        part.write(torn)
+    again = []
+    with_scores(examples.lines.path, output, lambda pairs: again.append(pairs) or [9.0] * len(pairs), batch_size=8)
+    with_scores(examples.lines.path, whole, lambda pairs: seen.append(pairs) or [0.0] * len(pairs), batch_size=8)
+    assert seen[:3] + again == seen[3:]
+    assert [example.scores[0] for example in Examples(output)] == [1.0] * 8 + [2.0] * 8 + [3.0] * 8 + [9.0] * 26
+    assert sorted(path.name for path in tmp_path.glob("*scored*")) == ["scored.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("score", "message"),
     [

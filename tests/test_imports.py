@@ -24,6 +24,7 @@ LEAVES = {
     "job": {"files", "corpus"},
     "texts": {"files", "corpus", "trec"},
     "kinds": set(),
+    "ranges": set(),
     "model.checkpoint": {"files"},
     "model.modeling_effir": set(),
     "model.packed": {"model.layers", "model.modeling_effir"},
@@ -77,7 +78,7 @@ ALLOWED = LEAVES | {
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "benchmark": SEARCH | {"search", "evaluate"},
-    "recipe": {"files", "slim", "training.data", "training.finetune", "training.objective"},
+    "recipe": {"files", "ranges", "slim", "training.data", "training.finetune", "training.objective"},
     "compress": SEARCH
     | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
     | {f"training.{name}" for name in ("data", "finetune")},

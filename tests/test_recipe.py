@@ -1,3 +1,4 @@
+import datetime
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_without_labels_the_encoder_is_its_own_teacher_and_what_is_given_comes_b
     assert compression.finetune.max_steps == 7
 
 
+def test_units_of_a_whole_model_that_imitates_itself_are_told_apart_by_what_they_write():
+    whole = merged(TEXTS, {"prune": {"drop_mlp": 0}})
+    assert as_compression(whole).slim.criterion == "activation"
+    for given in ({"prune": {"drop_mlp": 0, "drop_attention": 1}}, {"data": {"teacher": "other"}}):
+        assert as_compression(merged(whole, given)).slim.criterion == "taylor"
+    assert as_compression(merged(whole, {"slim": {"criterion": "random"}})).slim.criterion == "random"
+
+
 def test_a_seed_is_that_of_every_section():
     compression = as_compression(merged(LABELS, {"seed": 5}))
     assert {compression.seed, compression.slim.seed, compression.finetune.seed} == {5}
@@ -62,6 +71,13 @@ def test_later_settings_win_field_by_field():
         ({"slim": 0.3}, r"slim must be a section, \[slim\]"),
         ({"prune": {"drop_mlp": -1}}, "prune.drop_mlp: .*greater than or equal to 0, found -1"),
         ({"finetune": {"schedule": "step"}}, "finetune.schedule: .* found 'step'"),
+        ({"slim": {"batch_size": 0}}, "slim.batch_size: .*greater than or equal to 1, found 0"),
+        ({"slim": {"penalty": float("nan")}}, "slim.penalty: .*finite"),
+        ({"finetune": {"learning_rate": -1.0}}, "finetune.learning_rate: .*greater than 0, found -1"),
+        ({"finetune": {"warmup": 7.0}}, "finetune.warmup: .*less than or equal to 1, found 7"),
+        ({"loss": {"temperature": 0.0}}, "loss.temperature: .*greater than 0, found 0"),
+        ({"data": {"num_texts": 0}}, "data.num_texts: .*greater than or equal to 1, found 0"),
+        ({"max_length": datetime.date(2024, 1, 1)}, "max_length: Input should be a valid integer, found '2024-01-01'"),
         ({"data": {"texts": ["x"]}}, "data: give either --train"),
         ({"data": {"train": ["x"]}}, "data.train: Input should be a valid string"),
     ],

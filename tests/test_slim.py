@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from effir_search.pruning.gates import gated, learn_gates
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
 from effir_search.slim import WITHOUT_TEXTS, Batches, Scoring, slim_encoder
 from effir_search.texts import read_texts, sampled
-from effir_search.training.data import Data, Loaded
+from effir_search.training.data import Data, Loaded, checkpoint_activations
 from effir_search.training.objective import LossSettings
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
@@ -248,7 +249,9 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
     answer, told = again.communicate()
     assert again.returncode == 0, told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
-    assert sum(config_of(tmp_path / "slim")["mlp_widths"]) == UNITS - round(0.3 * UNITS)
+    undisturbed = in_a_process(*command_line(bert_folder, tmp_path / "whole", *options))
+    assert undisturbed.wait() == 0
+    assert config_of(tmp_path / "slim")["plan"] == config_of(tmp_path / "whole")["plan"]
 
 
 def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(tmp_path, bert_folder, data, texts):
@@ -265,6 +268,7 @@ def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(
 
 def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
     common = ["--encoder", bert_folder, "--output", tmp_path / "slim", "--device", "cpu"]
+    copy = shutil.copytree(bert_folder, tmp_path / "copy")
     weights = ["--criterion", "magnitude"]
     teacher = ["--teacher", data["texts"].teacher]
     for options, status, message in (
@@ -281,6 +285,8 @@ def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
         (["--narrow", 0.3, *weights, "--steps", 3], 2, "--steps goes with criteria that score on texts"),
         (["--narrow", 0.3, *weights, "--penalty", 3], 2, "--penalty goes with --criterion gates"),
         (["--narrow", 0.3, "--criterion", "taylor", "--texts", texts, "--teacher", bert_folder], 1, "is the encoder"),
+        (["--narrow", 0.3, "--criterion", "taylor", "--texts", texts, "--teacher", copy], 1, "is the encoder"),
+        (["--narrow", 0.5, "--multiple", 32, *weights], 1, "lower the share, the multiple or the floor"),
     ):
         result = run(*common, *options)
         assert result.exit_code == status and message in result.output.splitlines()[-1], (options, result.output)
@@ -289,6 +295,20 @@ def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
     (tmp_path / "slim").mkdir()
     (tmp_path / "slim" / "mine").touch()
     assert "exists already" in run(*common, "--narrow", 0.3, *weights).output
+
+
+def test_checkpointing_repeats_the_layers_of_a_model_in_eval_mode_and_changes_no_unit(tmp_path, mistral_folder, data):
+    model = Encoder.from_pretrained(mistral_folder, device="cpu", dtype="fp32").model.requires_grad_(True)
+    calls = []
+    mlp_output(model, 0).register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint_activations(model)
+    model(torch.tensor([[1, 2, 3]])).last_hidden_state.sum().backward()
+    assert len(calls) == 2 and not model.training
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        slim(mistral_folder, tmp_path / name, data=data["labels"], gradient_checkpointing=checkpointing)
+    plain, checkpointed = (config_of(tmp_path / name) for name in ("plain", "checkpointed"))
+    assert plain["mlp_widths"] == checkpointed["mlp_widths"]
+    assert plain["plan"][-1]["units"] == checkpointed["plan"][-1]["units"]
 
 
 def test_a_model_without_mlps_is_an_error(tmp_path, bert_folder):
@@ -317,7 +337,8 @@ def test_the_commands_defaults_are_the_librarys():
         }
 
     library = defaults(slim_encoder)
-    assert library.pop("prepared") is None  # what compress gives, which prepares data for all its stages
+    # What compress gives, which prepares data for all its stages and has a teacher that reads as its recipe says.
+    assert library.pop("prepared") is None and library.pop("teacher_options") == {}
     assert library == {name: options[name] for name in library}
     assert {name: library[name] for name in ("floor", "multiple")} == defaults(choose_units)
     of_gates = defaults(learn_gates)

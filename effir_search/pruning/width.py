@@ -171,7 +171,7 @@ def choose_units(
     if left < 0:
         raise ValueError(
             f"share {share} leaves {wanted} of {total} units, but the layers' floors ({floor:g} of a layer, at least "
-            f"{multiple}) keep {sum(floors.values())}; lower the share or the floor"
+            f"{multiple}) keep {sum(floors.values())}; lower the share{', the multiple' * (multiple > 1)} or the floor"
         )
 
     # All groups that may go, in the order of layers, of a layer the worst one first: sorted by the scores of their

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
+from transformers import PreTrainedModel
 
 from effir_search.encoder import Encoder
 from effir_search.job import job_folder, read_settings
 from effir_search.model.checkpoint import file_sha256
+from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
+from effir_search.ranges import NonNegative, Positive
 from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.lines import Lines
 from effir_search.training.objective import (
@@ -56,17 +59,17 @@ class Data:
     train: str | None = None
     texts: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
-    num_texts: int | None = None
+    num_texts: Positive | None = None
     corpus: str | None = None
     topics: str | None = None
     split: str = "train"
-    negatives: int = 7
+    negatives: NonNegative = 7
     teacher: str | None = None
     reranker: str | None = None
     dev: str | None = None
     dev_split: str = "dev"
-    dev_queries: int = 200
-    dev_documents: int = 2000
+    dev_queries: Positive = 200
+    dev_documents: Positive = 2000
 
     def __post_init__(self) -> None:
         imitates = bool(self.texts or self.queries)
@@ -179,8 +182,14 @@ def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
     return texts
 
 
-def imitated(data: Data, encoder: Encoder, device: str) -> Encoder | None:
+def imitated(data: Data, encoder: Encoder, device: str, **text_options: object) -> Encoder | None:
     """Return the teacher that is imitated, which reads no more of a text than the encoder does; None with labels.
+
+    Args:
+        data: What is learned from.
+        encoder: What learns.
+        device: As ``Encoder.from_pretrained`` takes it.
+        text_options: Of the teacher, likewise.
 
     Raises:
         ValueError: The folder is no model.
@@ -188,7 +197,7 @@ def imitated(data: Data, encoder: Encoder, device: str) -> Encoder | None:
     """
     if data.train:
         return None
-    teacher = Encoder.from_pretrained(data.teacher, device=device, batch_tokens=encoder.batch_tokens)
+    teacher = Encoder.from_pretrained(data.teacher, device=device, batch_tokens=encoder.batch_tokens, **text_options)
     shorter = min(teacher.config.max_length, encoder.config.max_length)
     teacher.config = replace(teacher.config, max_length=shorter)
     return teacher.pack()
@@ -220,7 +229,9 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encode
     return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)
 
 
-def objective_of(encoder: Encoder, losses: LossSettings, teacher: Encoder | None, *, bf16: bool) -> Objective:
+def objective_of(
+    encoder: Encoder, losses: LossSettings, teacher: Encoder | None, *, bf16: bool, alone: bool = False
+) -> Objective:
     """Return the loss of an encoder that imitates a teacher, or with None learns from labels.
 
     Args:
@@ -228,10 +239,26 @@ def objective_of(encoder: Encoder, losses: LossSettings, teacher: Encoder | None
         losses: See ``resolved``.
         teacher: See ``imitated``.
         bf16: Whether it will run in bfloat16.
+        alone: See ``Objective``.
     """
     if bf16 and encoder.device.type == "cpu":
         use_short_attention(encoder.model)
-    return RetrievalObjective(encoder, losses) if teacher is None else ImitationObjective(encoder, losses, teacher)
+    if teacher is None:
+        return RetrievalObjective(encoder, losses, alone=alone)
+    return ImitationObjective(encoder, losses, teacher, alone=alone)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model keep only its layers' inputs for the backward pass, in eval mode as well.
+
+    Raises:
+        ValueError: One that cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
+    model.activation_checkpointing_enable()
+    for layer in layers_of(model):
+        layer.training = True  # what a layer looks at; its parts stay in the mode they are in
 
 
 def hashes(data: Data) -> dict[str, str]:

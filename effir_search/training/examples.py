@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,9 +185,11 @@ class Examples:
 def with_scores(examples_file: Path, output: Path, score: Scorer, *, batch_size: int = 256) -> int:
     """Write prepared examples again, with a teacher's scores of the positive and each negative; return their number.
 
+    What a call that was stopped has scored is in ``OUTPUT.part``, and the next one goes on after it.
+
     Args:
         examples_file: From ``prepare_examples``; scores that are there already are replaced.
-        output: New file, which may have the same name; it appears whole or not at all.
+        output: New file; it appears whole or not at all.
         score: Gives one score for each ``(query, document)``.
         batch_size: Examples whose pairs are scored together.
 
@@ -194,17 +197,38 @@ def with_scores(examples_file: Path, output: Path, score: Scorer, *, batch_size:
         ValueError: Not prepared examples, or scores of another number or not finite.
         OSError: A file cannot be read or written.
     """
-    examples = Examples(examples_file)
-    with whole_file(output) as file, tqdm(total=len(examples), unit="example", disable=None) as progress:
-        for start in range(0, len(examples), batch_size):
+    examples, part = Examples(examples_file), output.with_name(f"{output.name}.part")
+    done = _whole_lines(part, batch_size)  # so that batches, and the bits of scores, are those of an undisturbed call
+    with (
+        open(part, "a", encoding="utf-8") as file,
+        tqdm(total=len(examples), initial=done, unit="example", disable=None) as progress,
+    ):
+        for start in range(done, len(examples), batch_size):
             batch = [examples[number] for number in range(start, min(start + batch_size, len(examples)))]
             pairs = [(example.query, text) for example in batch for text in (example.positive, *example.negatives)]
             scores = iter(checked_scores(score(pairs), len(pairs)))
             for example in batch:
                 own = list(itertools.islice(scores, 1 + len(example.negatives)))
                 file.write(_line(example._replace(scores=own)))
+            file.flush()
             progress.update(len(batch))
+        os.fsync(file.fileno())
+    os.replace(part, output)
     return len(examples)
+
+
+def _whole_lines(path: Path, multiple: int) -> int:
+    """Return the number of lines of a file that a stopped job wrote, once those beyond a multiple are taken away."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb+") as file:
+        number = end = at = 0
+        for count, line in enumerate(file, start=1):
+            at += len(line)
+            if count % multiple == 0 and line.endswith(b"\n"):
+                number, end = count, at
+        file.truncate(end)
+    return number
 
 
 def checked_scores(scores: Sequence[float], number: int) -> Sequence[float]:

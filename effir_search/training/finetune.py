@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,18 +21,20 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from effir_search.encoder import Encoder, computes_in_bf16, own_config
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
 from effir_search.model.layers import lora_targets
+from effir_search.ranges import NonNegative, NonNegativeReal, PartialShare, Positive, PositiveReal, Share
 from effir_search.training.data import (
     DATA,
     Data,
     Loaded,
     Shuffled,
+    checkpoint_activations,
     dev_hashes,
     hashes,
     imitated,
@@ -76,24 +79,24 @@ class Recipe:
         log_to: Where transformers reports besides the JSON log: "tensorboard", "wandb".
     """
 
-    lora_rank: int | None = None
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.0
-    learning_rate: float | None = None
-    batch_size: int = 64
-    accumulation: int = 1
-    epochs: float = 1
-    max_steps: int | None = None
-    warmup: float = 0.1
+    lora_rank: NonNegative | None = None
+    lora_alpha: Positive | None = None
+    lora_dropout: PartialShare = 0.0
+    learning_rate: PositiveReal | None = None
+    batch_size: Positive = 64
+    accumulation: Positive = 1
+    epochs: PositiveReal = 1
+    max_steps: Positive | None = None
+    warmup: Share = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: NonNegativeReal = 0.0
+    max_grad_norm: PositiveReal = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     dropout: bool = False
-    eval_steps: int | None = None
-    patience: int | None = None
-    seed: int = 0
+    eval_steps: Positive | None = None
+    patience: Positive | None = None
+    seed: NonNegative = 0
     log_to: tuple[str, ...] = ()
 
 
@@ -132,6 +135,7 @@ def finetune(
     restart: bool = False,
     keep_checkpoints: bool = False,
     prepared: Path | None = None,
+    teacher_options: Mapping[str, object] = MappingProxyType({}),
     **text_options: object,
 ) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
@@ -150,6 +154,7 @@ def finetune(
         restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
+        teacher_options: As text_options, of a teacher that is imitated.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -162,8 +167,7 @@ def finetune(
     """
     start = time.monotonic()
     refuse_existing(output, replaces=())
-    if device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
+    check_training(recipe, data, device)
     given = {name: value for name, value in text_options.items() if value is not None}
     encoder = Encoder.from_pretrained(
         encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **given
@@ -172,8 +176,9 @@ def finetune(
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
-    teacher = imitated(data, encoder, device)
-    recipe, losses = _resolved(recipe, data, encoder), resolved(losses, data, encoder, teacher)
+    teacher = imitated(data, encoder, device, **teacher_options)
+    recipe = resolved_recipe(recipe, data, encoder.model, encoder.device)
+    losses = resolved(losses, data, encoder, teacher)
     files = hashes(data)
     settings = {
         "model": lasting_name(encoder_name),
@@ -187,7 +192,7 @@ def finetune(
     }
     dtype = encoder.dtype
     # What can be wrong is found before hours go into teachers' scores.
-    check_training(recipe, data)
+    check_batch(recipe, process.num_processes)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
     objective = objective_of(encoder, losses, teacher, bf16=recipe.bf16)
@@ -222,16 +227,26 @@ def finetune(
     return done
 
 
-def _resolved(recipe: Recipe, data: Data, encoder: Encoder) -> Recipe:
-    """Return the recipe with a value for every None that stands for one."""
+def resolved_recipe(recipe: Recipe, data: Data, model: PreTrainedModel, device: torch.device) -> Recipe:
+    """Return the recipe with a value for every None that stands for one.
+
+    Args:
+        recipe: As it was given.
+        data: What is learned from.
+        model: What learns; it may be on the meta device.
+        device: Where it will learn.
+
+    Raises:
+        ValueError: Settings of LoRA for a model of which all weights are trained.
+    """
     rank = recipe.lora_rank
     if rank is None:
-        rank = 32 if encoder.model.num_parameters() >= 1e9 else 0
+        rank = 32 if model.num_parameters() >= 1e9 else 0
     if not rank and (recipe.lora_alpha or recipe.lora_dropout):
         raise ValueError("--lora-alpha and --lora-dropout go with LoRA, and all weights are trained: give --lora-rank")
-    of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / encoder.model.config.hidden_size)
+    of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / model.config.hidden_size)
     rate = recipe.learning_rate or (of_lora if rank else of_all)
-    bf16 = computes_in_bf16(encoder.device) if recipe.bf16 is None else recipe.bf16
+    bf16 = computes_in_bf16(device) if recipe.bf16 is None else recipe.bf16
     return replace(recipe, lora_rank=rank, lora_alpha=recipe.lora_alpha or 2 * rank, learning_rate=rate, bf16=bf16)
 
 
@@ -247,17 +262,25 @@ def _warn_of_cosines(examples: Sequence[Example], losses: LossSettings) -> None:
         )
 
 
-def check_training(recipe: Recipe, data: Data) -> None:
+def check_training(recipe: Recipe, data: Data, device: str) -> None:
     """Raise ValueError or OSError for what does not fit this machine or this data."""
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
     for package in recipe.log_to:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
-    if recipe.batch_size % (processes := PartialState().num_processes):
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
+    if recipe.patience and data.train and not data.dev:
+        raise ValueError("--patience needs something that is measured: give --dev")
     if not data.train and (ignored := [name for name in ("corpus", "topics", "reranker") if getattr(data, name)]):
         raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
     if data.dev and not (qrels := Path(data.dev) / "qrels" / f"{data.dev_split}.tsv").is_file():
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
+
+
+def check_batch(recipe: Recipe, processes: int) -> None:
+    """Raise ValueError if a batch cannot be divided among processes."""
+    if recipe.batch_size % processes:
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
 
 
 def _dev_measure(data: Data) -> Measure | None:
@@ -327,9 +350,7 @@ def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
     if recipe.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     if not recipe.lora_rank:
         model.float()
         for name, parameter in model.named_parameters():

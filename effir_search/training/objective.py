@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from effir_search.encoder import Encoder, embed, vectors
+from effir_search.ranges import NonNegativeReal, Positive, PositiveReal
 from effir_search.training.examples import Example, document_key
 from effir_search.training.losses import (
     contrastive_loss,
@@ -41,12 +42,12 @@ class LossSettings:
             then needs the memory of one chunk, for the time of one more forward pass.
     """
 
-    temperature: float | None = None
-    teacher_temperature: float | None = None
-    distillation_weight: float = 1.0
-    score_weight: float = 10.0
-    token_weight: float | None = None
-    dimensions: tuple[int, ...] = ()
+    temperature: PositiveReal | None = None
+    teacher_temperature: PositiveReal | None = None
+    distillation_weight: NonNegativeReal = 1.0
+    score_weight: NonNegativeReal = 10.0
+    token_weight: NonNegativeReal | None = None
+    dimensions: tuple[Positive, ...] = ()
     cached: bool = False
 
 
@@ -58,12 +59,13 @@ class Objective(nn.Module):
     """An encoder with its loss. What is trained is the encoder's transformer, here under the name ``model``.
 
     On several devices each is given its own part of the batch. Embeddings are exchanged with their gradients, so that
-    the mean of the devices' losses and gradients is that of the whole batch on one.
+    the mean of the devices' losses and gradients is that of the whole batch on one. With ``alone`` the other devices
+    take no part, as where one computes a loss that all others wait for.
     """
 
-    def __init__(self, encoder: Encoder, settings: LossSettings) -> None:
+    def __init__(self, encoder: Encoder, settings: LossSettings, *, alone: bool = False) -> None:
         super().__init__()
-        self.encoder, self.settings = encoder, settings
+        self.encoder, self.settings, self.alone = encoder, settings, alone
         self.model = encoder.model
         if too_many := [size for size in settings.dimensions if not 0 < size <= encoder.dimension]:
             raise ValueError(f"--matryoshka {too_many[0]}: embeddings have {encoder.dimension} components")
@@ -107,6 +109,14 @@ class Objective(nn.Module):
         cosine = self.encoder.config.similarity == "cosine"
         return [F.normalize(part, dim=-1) for part in parts] if cosine else parts
 
+    def _sizes(self, rows: int) -> list[int]:
+        """Return the numbers of rows of all processes that take part, this one's ``rows`` among them."""
+        if self.alone or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return [rows]
+        sizes: list[int | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(sizes, rows)
+        return sizes
+
 
 class RetrievalObjective(Objective):
     """InfoNCE over positives and negatives of the batch, and KL from a teacher's scores where examples have them."""
@@ -132,9 +142,9 @@ class RetrievalObjective(Objective):
         """Return the loss of embeddings; ``column`` tells which row of ``documents`` a text is."""
         device, texts = documents.device, list(column)
         keys = torch.tensor([document_key(text) for text in texts], device=device)
-        sizes = _sizes(len(texts))
+        sizes = self._sizes(len(texts))
         all_documents, all_keys = _gathered(documents, sizes), _gathered(keys, sizes)
-        start = sum(sizes[: _rank()])
+        start = sum(sizes[: _rank()]) if len(sizes) > 1 else 0
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
         known = [torch.tensor(example.known, device=device) for example in examples]
         left_out = torch.stack([torch.isin(all_keys, of_query) for of_query in known]) | _repeated(all_keys)
@@ -174,10 +184,11 @@ class ImitationObjective(Objective):
         encoder: The student.
         settings: See ``LossSettings``.
         teacher: What is imitated.
+        alone: See ``Objective``.
     """
 
-    def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder) -> None:
-        super().__init__(encoder, settings)
+    def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder, *, alone: bool = False) -> None:
+        super().__init__(encoder, settings, alone=alone)
         self.teacher = teacher
         self.same_tokens = read_differently(teacher, encoder) is None
 
@@ -227,7 +238,7 @@ class ImitationObjective(Objective):
             return {"teacher_states": self.teacher.model(**batch).last_hidden_state.float()}
 
     def _loss(self, student: Tensor, teacher: Tensor, away: Tensor | None = None) -> dict[str, Tensor]:
-        sizes = _sizes(len(student))
+        sizes = self._sizes(len(student))
         student_all, teacher_all = _gathered(student, sizes), _gathered(teacher, sizes)
         if compares_directions(self.teacher, self.encoder):
             teacher, teacher_all = F.normalize(teacher, dim=-1), F.normalize(teacher_all, dim=-1)
@@ -261,7 +272,9 @@ def read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
         return "hidden size"
     if teacher.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
         return "vocabulary"
-    names = ("query_prompt", "document_prompt", "include_prompt", "append_eos", "max_length")
+    if teacher.tokenizer("")["input_ids"] != encoder.tokenizer("")["input_ids"]:
+        return "special tokens"
+    names = ("query_prompt", "document_prompt", "include_prompt", "max_length")
     return next((name for name in names if getattr(teacher.config, name) != getattr(encoder.config, name)), None)
 
 
@@ -299,15 +312,6 @@ def _repeated(keys: Tensor) -> Tensor:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _sizes(rows: int) -> list[int]:
-    """Return the numbers of rows of all processes, this one's ``rows`` among them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [rows]
-    sizes: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sizes, rows)
-    return sizes
 
 
 def _gathered(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
