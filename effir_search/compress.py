@@ -271,7 +271,9 @@ def _save(compression: Compression, measured: Benchmark, folder: Path, output: P
         BENCHMARK_FILE: json.dumps(asdict(measured), indent=1) + "\n",
     }
     told = f"## Beside {lasting_name(compression.encoder)}\n\n```\n{format_benchmark(measured)}\n```\n"
-    encoder.save(output, training=read_json(folder / TUNED / TRAINING_FILE), beside=beside, measured=told)
+    pruned = f"{lasting_name(compression.encoder)}, pruned as above"
+    training = read_json(folder / TUNED / TRAINING_FILE) | {"model": pruned}
+    encoder.save(output, training=training, beside=beside, measured=told)
 
 
 def describe_compressed(measured: Benchmark, output: Path) -> str:

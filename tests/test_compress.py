@@ -84,7 +84,8 @@ def test_the_whole_recipe_leaves_a_folder_of_each_stage_and_a_model_of_the_size_
         run_file = stages / "5-evaluation" / f"{collection.name}-{role}.trec"
         found = ir_measures.calc_aggregate([nDCG @ 10], judged, list(ir_measures.read_trec_run(str(run_file))))
         assert found[nDCG @ 10] == pytest.approx(ndcg)
-    assert f"-> {output}" in result.output and "Quality kept" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert f"-> {output}" in result.output and "Quality kept" in card and ", pruned as above |" in card
     # The recipe beside the model is the whole of what was done.
     kept = as_compression(read_recipe(output / "recipe.toml"))
     assert (kept.prune.drop_mlp, kept.slim.narrow, kept.finetune.max_steps) == (2, 0.25, 4)
@@ -213,7 +214,7 @@ def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
         (["--evaluate", "{tmp}"], "has no corpus.jsonl; a BEIR folder is needed"),
         (["--evaluate", "{collection}", "--evaluate", "{collection}"], "two collections to evaluate on have this name"),
         (["--drop-mlp", 5], "5 MLPs cannot be dropped; there are 4"),
-        (["--narrow", 0.97], "lower the share or the floor"),
+        (["--narrow", 0.97], "lower --narrow or --floor"),
         (["--drop-mlp", 0, "--unit-criterion", "taylor"], "--unit-criterion taylor: nothing is dropped"),
         (["--recipe", "{tmp}/lora.toml"], "--lora-alpha and --lora-dropout go with LoRA"),
         (["--device", "cuda:1"], "give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES=1"),

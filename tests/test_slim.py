@@ -275,7 +275,7 @@ def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
         (["--narrow", 0, *weights], 1, "--narrow 0 of 192 units is none, so nothing would be cut"),
         (["--narrow", 0.001, *weights], 1, "--narrow 0.001 of 192 units is none"),
         (["--narrow", 1, *weights], 2, "Invalid value for '--narrow'"),
-        (["--narrow", 0.9, "--floor", 0.5, *weights], 1, "lower the share or the floor"),
+        (["--narrow", 0.9, "--floor", 0.5, *weights], 1, "lower --narrow or --floor"),
         (["--narrow", 0.3], 1, "--criterion gates scores units on texts: give --train"),
         (["--narrow", 0.3, "--criterion", "activation"], 1, "--criterion activation scores units on texts"),
         (["--narrow", 0.3, "--texts", texts], 1, "--texts without --teacher"),
@@ -286,7 +286,7 @@ def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
         (["--narrow", 0.3, *weights, "--penalty", 3], 2, "--penalty goes with --criterion gates"),
         (["--narrow", 0.3, "--criterion", "taylor", "--texts", texts, "--teacher", bert_folder], 1, "is the encoder"),
         (["--narrow", 0.3, "--criterion", "taylor", "--texts", texts, "--teacher", copy], 1, "is the encoder"),
-        (["--narrow", 0.5, "--multiple", 32, *weights], 1, "lower the share, the multiple or the floor"),
+        (["--narrow", 0.5, "--multiple", 32, *weights], 1, "lower --narrow, --multiple or --floor"),
     ):
         result = run(*common, *options)
         assert result.exit_code == status and message in result.output.splitlines()[-1], (options, result.output)

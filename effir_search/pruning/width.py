@@ -170,8 +170,8 @@ def choose_units(
     left = wanted - sum(floors.values())
     if left < 0:
         raise ValueError(
-            f"share {share} leaves {wanted} of {total} units, but the layers' floors ({floor:g} of a layer, at least "
-            f"{multiple}) keep {sum(floors.values())}; lower the share{', the multiple' * (multiple > 1)} or the floor"
+            f"--narrow {share:g} leaves {wanted} of {total} units, but the floors ({floor:g} of a layer, at least "
+            f"{multiple}) keep {sum(floors.values())}; lower --narrow{', --multiple' * (multiple > 1)} or --floor"
         )
 
     # All groups that may go, in the order of layers, of a layer the worst one first: sorted by the scores of their
