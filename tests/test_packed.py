@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from effir_search.encoder import Encoder
 from effir_search.model.layers import mlp_widths
+from effir_search.model import packed
 from effir_search.model.packed import SHORT, SHORT_ATTENTION, PackedLinear, align_units, short_attention
 from effir_search.model.surgery import prune
 
@@ -37,10 +38,10 @@ def test_a_packed_linear_gives_the_products_of_the_linear(shape, bias):
 def test_packing_an_encoder_changes_no_vector_by_more_than_rounding(tmp_path, family):
     folder = save_model(tmp_path / family, family)
     texts = [text for _, text in DOCUMENTS.values() if text]
-    plain, packed = (Encoder.from_pretrained(folder, device="cpu", dtype="bf16") for _ in range(2))
-    packed.pack()
-    assert any(isinstance(module, PackedLinear) for module in packed.model.modules())
-    a, b = plain.encode_documents(texts), packed.encode_documents(texts)
+    plain, laid_out = (Encoder.from_pretrained(folder, device="cpu", dtype="bf16") for _ in range(2))
+    laid_out.pack()
+    assert any(isinstance(module, PackedLinear) for module in laid_out.model.modules())
+    a, b = plain.encode_documents(texts), laid_out.encode_documents(texts)
     cosines = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.999
 
@@ -64,6 +65,17 @@ def test_short_attention_is_attention(length, masked):
         *(torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (found, exact)), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_texts_that_attend_a_few_at_a_time_attend_as_all_at_once(monkeypatch, own):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(5, 2, 7, 4) for _ in range(3))
+    mask = torch.rand(5 if own else 1, 1, 7, 7) < 0.7
+    whole, _ = short_attention(nn.Module(), query, key, value, mask)
+    monkeypatch.setattr(packed, "CACHED_SCORES", 2 * 2 * 7 * 7)  # two texts
+    parts, _ = short_attention(nn.Module(), query, key, value, mask)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_a_causal_attention_without_a_mask_stays_causal():

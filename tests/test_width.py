@@ -297,7 +297,7 @@ def test_the_paper_s_share_of_the_paper_s_units_is_cut_to_the_unit():
         ({0: [1, 2]}, {"share": 0.5, "multiple": 0}, "multiple 0 must be at least 1"),
         ({}, {"share": 0.5}, "no MLP left"),
         ({0: [1, 2], 3: [1, math.nan]}, {"share": 0.5}, "layer 3: the score of unit 1 is NaN"),
-        ({0: [1, 2], 1: [1, 2]}, {"share": 0.75}, "share 0.75 leaves 1 of 4 units, .* keep 2; lower"),
+        ({0: [1, 2], 1: [1, 2]}, {"share": 0.75}, "--narrow 0.75 leaves 1 of 4 units, .* keep 2; lower"),
         ({0: [1, 2, 3, 4]}, {"share": 0.5, "floor": 0.75}, "leaves 2 of 4 units, .* keep 3"),
         ({0: [1, 2, 3, 4]}, {"share": 0.5, "multiple": 4}, "leaves 2 of 4 units, .* keep 4"),
     ],

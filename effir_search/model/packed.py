@@ -56,7 +56,7 @@ def short_attention(
         query: ``(batch, heads, seq, head_dim)``.
         key: ``(batch, key_heads, seq, head_dim)``.
         value: As ``key``.
-        attention_mask: ``(batch, 1, seq, seq)`` bool, True = seen; None = all, or all up to itself if it is causal.
+        attention_mask: ``(batch or 1, 1, seq, seq)`` bool, True = seen; None = all, or all up to itself if it is causal.
         scaling: Of the products; None = 1 / sqrt(head_dim).
         **options: Handed on to "sdpa".
 
@@ -76,7 +76,7 @@ def short_attention(
         texts = slice(start, start + num_texts)
         scores = torch.matmul(query[texts] * scaling, key[texts].transpose(2, 3)).float()  # (texts, heads, seq, seq)
         if attention_mask is not None:
-            hidden = ~attention_mask[texts]
+            hidden = ~attention_mask.expand(batch, -1, -1, -1)[texts]
             # The lowest number, not minus infinity: a row of padding that sees nothing stays finite.
             scores += torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
         attended.append(torch.matmul(scores.softmax(dim=-1).to(value.dtype), value[texts]).transpose(1, 2))
