@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from effir_search.encoder import Encoder
-from effir_search.model.layers import mlp_widths
 from effir_search.model import packed
+from effir_search.model.layers import mlp_widths
 from effir_search.model.packed import SHORT, SHORT_ATTENTION, PackedLinear, align_units, short_attention
 from effir_search.model.surgery import prune
 

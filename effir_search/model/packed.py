@@ -56,7 +56,7 @@ def short_attention(
         query: ``(batch, heads, seq, head_dim)``.
         key: ``(batch, key_heads, seq, head_dim)``.
         value: As ``key``.
-        attention_mask: ``(batch or 1, 1, seq, seq)`` bool, True = seen; None = all, or all up to itself if it is causal.
+        attention_mask: ``(batch or 1, 1, seq, seq)`` bool, True = seen; None = all, or what is before if it is causal.
         scaling: Of the products; None = 1 / sqrt(head_dim).
         **options: Handed on to "sdpa".
 
