@@ -66,7 +66,7 @@ class Recipe:
         accumulation: Forward passes whose gradients make a step; in-batch negatives come from one of them.
         epochs: Passes over the data.
         max_steps: At most so many; None = by epochs.
-        warmup: Share of the steps in which the rate rises.
+        warmup: Share of the steps in which the rate rises from 0, rounded down.
         schedule: "linear", "cosine" or "constant" after that.
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients are scaled down to this length.
@@ -402,7 +402,7 @@ def _arguments(
         train_sampling_strategy="sequential",
         learning_rate=recipe.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule),
-        warmup_steps=math.ceil(recipe.warmup * steps),
+        warmup_steps=int(recipe.warmup * steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
