@@ -70,8 +70,8 @@ def compress(
     folder = stages_of(output)
     machine = {"device": device, "batch_tokens": batch_tokens}
     data, main = compression.data, process.is_main_process
-    settings = job_settings(compression)
     files = hashes(data)
+    settings = job_settings(compression, files)
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
         if main:
             prepare(folder, data, compression.seed, device, files=files, restart=restart)
@@ -94,10 +94,15 @@ def stages_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.stages")
 
 
-def job_settings(compression: Compression) -> dict[str, object]:
-    """Return all that a job's stages depend on, in JSON types: the recipe with its numbers, and hashes of files."""
+def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, object]:
+    """Return all that a job's stages depend on, in JSON types.
+
+    Args:
+        compression: The recipe, ``with_numbers``.
+        files: The ``hashes`` of its data.
+    """
     model = read_sentence_files(resolve_model(compression.encoder))
-    settings = asdict(compression) | {"files": hashes(compression.data) | dev_hashes(compression.data)}
+    settings = asdict(compression) | {"files": files | dev_hashes(compression.data)}
     settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
     return json.loads(json.dumps(settings))
 

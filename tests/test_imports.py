@@ -82,7 +82,8 @@ ALLOWED = LEAVES | {
     "compress": SEARCH
     | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
     | {f"training.{name}" for name in ("data", "finetune")},
-    "demo": SEARCH | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe"},
+    "demo": SEARCH
+    | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe", "training.data"},
     "cli": SEARCH
     | {"compress", "recipe"}
     | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
