@@ -19,15 +19,17 @@ needs_bf16 = pytest.mark.skipif(
 
 
 @needs_bf16
+@pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24)])
-def test_a_packed_linear_gives_the_products_of_the_linear(shape, bias):
+def test_a_packed_linear_gives_the_products_of_the_linear(shape, bias, activation):
     torch.manual_seed(0)
     linear = nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16)
     x = torch.randn(shape, dtype=torch.bfloat16)
     with torch.inference_mode():
-        found = PackedLinear(linear)(x)
+        found = PackedLinear(linear, activation)(x)
         exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        exact = F.gelu(exact) if activation == "gelu" else exact
     assert found.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits: what is nearest to the exact product is within 1 / 256 of it.
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)

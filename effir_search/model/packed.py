@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,17 +25,23 @@ SHORT_ATTENTION = "effir_short"
 
 
 class PackedLinear(nn.Module):
-    """An ``nn.Linear`` on the CPU that only infers: its weight is kept in oneDNN's own layout."""
+    """An ``nn.Linear`` on the CPU that only infers: its weight is kept in oneDNN's own layout.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Args:
+        linear: Whose products it gives.
+        activation: What they go through at once, "none" or "gelu".
+    """
+
+    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
+        self.activation = activation
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = linear.bias.detach() if linear.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., out_features)`` for ``(..., in_features)``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
 
 
 def short_attention(
@@ -102,6 +109,10 @@ def pack(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
                 setattr(parent, name, PackedLinear(child))
+        # BERT and its kin: the MLP's inner product, and what it goes through.
+        inner, activation = getattr(parent, "dense", None), getattr(parent, "intermediate_act_fn", None)
+        if isinstance(inner, PackedLinear) and isinstance(activation, GELUActivation):
+            inner.activation, parent.intermediate_act_fn = "gelu", nn.Identity()
 
 
 def use_short_attention(model: nn.Module) -> None:
