@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py CORPUS MODEL PRUNED... [--rounds 3] [--limit 1500] [--threads 2] [--dtype fp32]
 
-All encode the same texts as ``effir index`` does, in one process, in turns after every 256 texts, so that a slow moment
-of the machine meets all of them. Prints a Markdown table: medians of the rounds, the median of each round's ratio to
-the first model, the ratio of the FLOPs of a text of the mean length, and how much of this one the measured ratio is.
+All encode the same texts as ``effir index`` does, in one process, in turns after every 1,024 texts, so that a slow
+moment of the machine meets all of them. Prints a Markdown table: medians of the rounds, the median of each round's
+ratio to the first model, the ratio of the FLOPs of a text of the mean length, and how much of this one the measured
+ratio is.
 """
 
 import itertools

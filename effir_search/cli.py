@@ -23,6 +23,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
 SAMPLES = ("random", "top")
+# Packages of the extra "train".
+EXTRA = ("accelerate", "peft", "sentence_transformers")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
 
@@ -31,14 +33,19 @@ class OneLineErrors(click.Group):
     """Show what a user can put right as one line; ``--debug`` shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; ValueError and OSError become ``Error: ...`` and exit status 1."""
+        """Run a command; ValueError, OSError and missing extras become ``Error: ...`` and exit status 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
-            if ctx.params["debug"]:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if ctx.params["debug"] or (isinstance(error, ModuleNotFoundError) and error.name not in EXTRA):
                 raise
+            if isinstance(error, ModuleNotFoundError):
+                told = (
+                    f"{error.name} is not installed; pip install '.[train]' in a clone of effir_search, or make install"
+                )
+                raise click.ClickException(told) from error
             raise click.ClickException(one_line(error)) from error
 
 
@@ -507,7 +514,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
@@ -582,7 +589,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--plan", is_flag=True, help="Print the whole recipe and the sizes it leads to, and stop.")

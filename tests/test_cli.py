@@ -557,3 +557,13 @@ def test_an_error_of_the_system_names_the_file_and_leaves_out_the_number(tmp_pat
     with pytest.raises(OSError) as caught:
         open(tmp_path / "missing")
     assert one_line(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
+
+
+def test_a_missing_extra_is_named_on_one_line(tmp_path):
+    script = "import sys; sys.modules['accelerate'] = None; from effir_search.cli import cli; cli(sys.argv[1:])"
+    arguments = ["finetune", "--encoder", "x", "--train", "y", "--output", str(tmp_path / "z")]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert (
+        result.stderr.startswith("Error: accelerate is not installed; pip install ") and result.stderr.count("\n") == 1
+    )

@@ -1,6 +1,6 @@
 """Retrieval quality on test collections in the BEIR layout, beside Pyserini's BM25.
 
-    python benchmarks/collections.py FOLDER MODEL [--only scifact,cacm]
+    python benchmarks/retrieval.py FOLDER MODEL [--only scifact,cacm]
 
 FOLDER holds one folder a collection, each with corpus.jsonl, queries.jsonl and qrels/test.tsv. Prints a Markdown table
 of nDCG@10 and R@100 over the judged queries that have a relevant document, and of documents encoded a second.
