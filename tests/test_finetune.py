@@ -459,7 +459,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(
 
 def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path, bert_folder, pruned, texts):
     data = Data(texts=(texts,), teacher=str(bert_folder))
-    recipe = Recipe(batch_size=8, max_steps=4, learning_rate=1e30, eval_steps=2, bf16=False)
+    recipe = Recipe(batch_size=8, max_steps=4, learning_rate=1e30, warmup=0.5, eval_steps=2, bf16=False)
     with pytest.raises(ValueError, match=r"step 2: .* not finite any more.*lower --learning-rate"):
         finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
 
