@@ -38,14 +38,14 @@ class OneLineErrors(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            if ctx.params["debug"] or (isinstance(error, ModuleNotFoundError) and error.name not in EXTRA):
+        except ModuleNotFoundError as error:
+            if ctx.params["debug"] or error.name not in EXTRA:
                 raise
-            if isinstance(error, ModuleNotFoundError):
-                told = (
-                    f"{error.name} is not installed; pip install '.[train]' in a clone of effir_search, or make install"
-                )
-                raise click.ClickException(told) from error
+            advice = "pip install '.[train]' in a clone of effir_search, or make install"
+            raise click.ClickException(f"{error.name} is not installed; {advice}") from error
+        except (ValueError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
             raise click.ClickException(one_line(error)) from error
 
 
