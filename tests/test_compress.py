@@ -129,7 +129,8 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
 ):
     options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, "--evaluate", collection, *OPTIONS]
     whole = in_a_process(*options, "--output", tmp_path / "whole")
-    assert whole.wait() == 0, whole.communicate()
+    _, told = whole.communicate()
+    assert whole.returncode == 0, told
     stages = tmp_path / "stopped.stages"
     for stage, mark in MARKS.items():
         process = in_a_process(*options, "--output", tmp_path / "stopped")
@@ -176,12 +177,13 @@ def test_processes_of_a_launcher_share_the_training_and_nothing_else(tmp_path, m
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     two = in_a_process(*options, "--output", tmp_path / "two", launcher=launcher)
-    answer, told = two.communicate(timeout=300)
+    answer, told = two.communicate()
     assert two.returncode == 0, told
     assert answer.count("-> ") == 1 and told.count("1 of 5: ") == 1
     assert read_json(tmp_path / "two" / "training.json")["processes"] == 2
     one = in_a_process(*options, "--output", tmp_path / "one")
-    assert one.wait() == 0
+    _, told = one.communicate()
+    assert one.returncode == 0, told
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name in (name for name in theirs if not name.endswith("key.bias")):  # see test_finetune.py
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)

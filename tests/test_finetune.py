@@ -314,7 +314,8 @@ def in_a_process(arguments: list[str], *launcher: str, **options: object) -> sub
 
 def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
     whole = in_a_process(arguments(pruned, examples, tmp_path / "whole"))
-    assert whole.wait() == 0, whole.stderr.read()
+    _, told = whole.communicate()
+    assert whole.returncode == 0, told
     killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
     work = tmp_path / "killed.training"
     kill_when_there(killed, work / "checkpoint-12" / "trainer_state.json")
@@ -403,7 +404,8 @@ def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path
     ]
     common = ["finetune", "--encoder", str(pruned), "--train", examples, "--no-bf16", *options]
     one = in_a_process([*common, "--output", str(tmp_path / "one")])
-    assert one.wait() == 0, one.stderr.read()
+    _, told = one.communicate()
+    assert one.returncode == 0, told
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     killed = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
     kill_when_there(killed, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json", with_children=True)

@@ -250,7 +250,8 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
     assert again.returncode == 0, told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
     undisturbed = in_a_process(*command_line(bert_folder, tmp_path / "whole", *options))
-    assert undisturbed.wait() == 0
+    _, told = undisturbed.communicate()
+    assert undisturbed.returncode == 0, told
     assert config_of(tmp_path / "slim")["plan"] == config_of(tmp_path / "whole")["plan"]
 
 

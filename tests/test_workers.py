@@ -9,12 +9,14 @@ import pytest
 from test_embeddings import NUM_DOCUMENTS, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
 
 from effir_search.embeddings import Shard
+from effir_search.files import whole_file
 from effir_search.index import index_corpus, store_of
 from effir_search.workers import run_workers, this_shard, worker_devices
 
 
 def write_pid_and_wait(path):
-    path.write_text(str(os.getpid()))
+    with whole_file(path) as file:  # it may be killed at any moment, and who reads the number waits for it
+        file.write(str(os.getpid()))
     time.sleep(600)
 
 
@@ -33,7 +35,7 @@ def kill_itself(_job):
 
 
 def pid_of(path):
-    while not (path.exists() and path.read_text()):
+    while not path.exists():
         time.sleep(0.01)
     return int(path.read_text())
 
