@@ -30,6 +30,7 @@ from effir_search.training.data import (
     checkpoint_activations,
     hashes,
     imitated,
+    keep_activations,
     load,
     objective_of,
     prepare,
@@ -240,7 +241,7 @@ def _scored(
         ) from error
     finally:
         if scoring.gradient_checkpointing:
-            encoder.model.eval().activation_checkpointing_disable()
+            keep_activations(encoder.model.eval())
     every = torch.cat(list(scores.values()))
     if len(every) > 1 and every.min() == every.max():
         raise ValueError(

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
@@ -256,9 +256,20 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
-    model.activation_checkpointing_enable()
+    _switch_checkpointing(model, "enable")
     for layer in layers_of(model):
         layer.training = True  # what a layer looks at; its parts stay in the mode they are in
+
+
+def keep_activations(model: PreTrainedModel) -> None:
+    """Undo ``checkpoint_activations``; the mode of the layers is the caller's to set."""
+    _switch_checkpointing(model, "disable")
+
+
+def _switch_checkpointing(model: PreTrainedModel, state: Literal["enable", "disable"]) -> None:
+    """Enable or disable it, by its name in transformers 5.23 and later or by that of those before."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{state}")()
 
 
 def hashes(data: Data) -> dict[str, str]:

@@ -38,6 +38,7 @@ from effir_search.training.data import (
     dev_hashes,
     hashes,
     imitated,
+    keep_activations,
     load,
     objective_of,
     prepare,
@@ -381,7 +382,7 @@ def _make_plain(encoder: Encoder, dtype: torch.dtype) -> None:
         encoder.model = encoder.model.unload()
     encoder.model.to(dtype)
     encoder.dtype = dtype
-    encoder.model.activation_checkpointing_disable()
+    keep_activations(encoder.model)
     own = own_config(encoder.files, encoder.model, encoder.tokenizer)
     encoder.config = replace(encoder.config, max_length=own.max_length)
 
