@@ -19,8 +19,9 @@ from effir_search.search import search_topics
 from effir_search.trec import read_qrels, read_run
 
 RESAMPLES = 10_000
-# Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn.
-ROUNDS, TURN = 3, 64
+# Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn: so
+# many that those of a batch are of like lengths, as they are while a corpus is encoded.
+ROUNDS, TURN = 3, 256
 HITS = 100
 
 

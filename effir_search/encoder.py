@@ -36,6 +36,8 @@ DTYPES = {
 }
 # Texts that are tokenized and sorted by length together.
 WINDOW = 4096
+# Parameters from which on a model is large.
+LARGE = 1_000_000_000
 
 
 class NotFiniteError(ValueError):
@@ -154,7 +156,7 @@ class Encoder:
         self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
         self.name, self.files = name, files
         self.dtype, self.device = model.dtype, model.device
-        self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
+        self.batch_tokens = batch_tokens or default_batch_tokens(model)
 
     @classmethod
     def from_pretrained(
@@ -381,9 +383,14 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.
         start += size
 
 
-def default_batch_tokens(device: torch.device) -> int:
-    """Return the budget of a forward pass: what keeps the processor busy and, on a CPU, stays in its caches."""
-    return 32768 if device.type == "cuda" else 2048
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    """Return the budget of a forward pass: what keeps the processor busy and, on a CPU, stays in its caches.
+
+    The smaller it is, the less padding short texts need. A large model fills a GPU with few tokens.
+    """
+    if model.device.type != "cuda":
+        return 2048
+    return 8192 if model.num_parameters() >= LARGE else 32768
 
 
 def append_eos_token(tokenizer: PreTrainedTokenizerBase) -> None:

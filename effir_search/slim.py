@@ -20,6 +20,7 @@ from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_mo
 from effir_search.model.layers import mlp_widths
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.model.surgery import prune
+from effir_search.pruning.gates import Checkpoint
 from effir_search.pruning.width import UNIT_CRITERIA, choose_units
 from effir_search.ranges import NonNegative, NonNegativeReal, Positive, PositiveReal
 from effir_search.training.data import (
@@ -42,6 +43,8 @@ from effir_search.training.unlabelled import PlainText, encode_texts
 
 # Criteria that run nothing and so need no texts.
 WITHOUT_TEXTS = ("magnitude", "random")
+# In the folder of a job that was stopped.
+GATES_FILE = "gates.safetensors"
 # Texts, or examples, whose embeddings before and after are compared.
 SAMPLE = 256
 
@@ -131,8 +134,9 @@ def slim_encoder(
     A model that was pruned before is pruned further. No weight is changed, and weights keep their dtype; to fine-tune
     the model is the next step.
 
-    Prepared data, with the teacher's scores of examples, are in ``OUTPUT.slimming`` until the model is written. After a
-    stop the same call, or one with another criterion or share, uses them again; units are scored anew.
+    Prepared data, with the teacher's scores of examples, are in ``OUTPUT.slimming`` until the model is written, and the
+    state of gates that are learned. After a stop the same call goes on from there; one with another criterion or share
+    uses the data again.
 
     Args:
         encoder_name: Model folder or hub name, pruned or not.
@@ -183,11 +187,12 @@ def slim_encoder(
     if not (bf16 and saved == torch.bfloat16):
         _convert(encoder, torch.float32)  # no value changes, then or on the way back
     folder = output.with_name(f"{output.name}.slimming")
-    # All that is kept for a job after a stop is the data, which has settings of its own.
+    # What is kept for a job after a stop is the data and the gates, which have settings of their own.
     with job_folder(folder, {}, keep=(DATA,)) if data is not None else nullcontext():
         loaded = sample = reference = cosine = None
         if data is not None:
-            prepare(prepared or folder, data, seed, device, files=hashes(data), restart=restart)
+            files = hashes(data)
+            prepare(prepared or folder, data, seed, device, files=files, restart=restart)
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)
@@ -195,7 +200,8 @@ def slim_encoder(
         if data is not None and criterion not in WITHOUT_TEXTS:
             teacher = imitated(data, encoder, device, **teacher_options)
             losses = resolved(losses, data, encoder, teacher)
-        scores, settings = _scored(encoder, loaded, teacher, scoring, losses)
+        stopped = (folder / GATES_FILE, files) if data is not None else None
+        scores, settings = _scored(encoder, loaded, teacher, scoring, losses, stopped)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
         record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
         record |= {"narrow": narrow, "floor": floor, "multiple": multiple, "widths_before": _keyed(widths)}
@@ -212,9 +218,17 @@ def slim_encoder(
 
 
 def _scored(
-    encoder: Encoder, loaded: Loaded | None, teacher: Encoder | None, scoring: Scoring, losses: LossSettings
+    encoder: Encoder,
+    loaded: Loaded | None,
+    teacher: Encoder | None,
+    scoring: Scoring,
+    losses: LossSettings,
+    stopped: tuple[Path, dict[str, str]] | None,
 ) -> tuple[dict[int, Tensor], dict[str, object]]:
-    """Return the scores of all units by layer, and the settings that they depend on; losses are resolved."""
+    """Return the scores of all units by layer, and the settings that they depend on; losses are resolved.
+
+    ``stopped`` is the file in which gates that were begun may be, and the hashes of what they are learned from.
+    """
     criterion = UNIT_CRITERIA[scoring.criterion]
     if scoring.criterion in WITHOUT_TEXTS:
         settings = {"seed": scoring.seed} if scoring.criterion == "random" else {}
@@ -229,11 +243,18 @@ def _scored(
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):
             return objective(**batch)["loss"]
 
+    told = {"steps": number, "batch_size": scoring.batch_size, "bf16": scoring.bf16, "seed": scoring.seed}
+    settings = own | told | {"losses": asdict(losses), "max_length": encoder.config.max_length}
+    options = {}
+    if learns:
+        path, files = stopped
+        known = settings | {"model_sha256": encoder.weights_sha256, "files": files, "encoder": asdict(encoder.config)}
+        options = {"steps": number, "checkpoint": Checkpoint(path, known)}
     batches = Batches(loaded, size=scoring.batch_size, number=number, seed=scoring.seed)
     if scoring.gradient_checkpointing:
         checkpoint_activations(encoder.model)
     try:
-        scores = criterion(encoder.model, batches, loss, **own, **({"steps": number} if learns else {}))
+        scores = criterion(encoder.model, batches, loss, **own, **options)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "out of GPU memory while units are scored; give --grad-cache and a lower --batch-tokens, and for large "
@@ -248,8 +269,7 @@ def _scored(
             f"every unit has the same score, {every[0]:g}: the loss tells none from another; give negatives, more "
             "texts a batch or another teacher"
         )
-    told = {"steps": number, "batch_size": scoring.batch_size, "bf16": scoring.bf16, "seed": scoring.seed}
-    return scores, own | told | {"losses": asdict(losses), "max_length": encoder.config.max_length}
+    return scores, settings
 
 
 def describe_slimmed(slimmed: Slimmed, output: Path) -> str:

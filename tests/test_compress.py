@@ -109,6 +109,7 @@ MARKS = {
     "analysis": "calibration.jsonl",
     "drop": "1-analysis/analysis.json",
     "narrow": "2-dropped/config.json",
+    "gates": "3-slimmed.slimming/gates.safetensors",
     "fine-tune": "4-tuned.training/checkpoint-2/trainer_state.json",
     "evaluation": "4-tuned/config.json",
     "second evaluation": "5-evaluation/{collection}-full.trec",

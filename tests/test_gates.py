@@ -9,7 +9,8 @@ from transformers import AutoModel
 from effir_search.model.layers import mlp_output
 from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
-from effir_search.pruning.gates import PAPER_UNITS, gated, learn_gates, open_of_paper, open_units
+from effir_search.pruning import gates as gates_module
+from effir_search.pruning.gates import PAPER_UNITS, Checkpoint, gated, learn_gates, open_of_paper, open_units
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 
@@ -194,6 +195,65 @@ def test_checkpointing_does_not_change_the_gates():
         found.append(learn_gates(model, [batch()], distance_to_chance(model), steps=5))
     for layer_idx, z in found[0].items():
         torch.testing.assert_close(found[1][layer_idx], z, atol=1e-5, rtol=0)
+
+
+def stopped_before(step, model):
+    """A loss that ends the training, as Ctrl-C would, when it is asked for a step."""
+    loss, asked = distance_to_chance(model), []
+
+    def stopping(tokens):
+        asked.append(tokens)
+        if len(asked) == step:
+            raise KeyboardInterrupt
+        return loss(tokens)
+
+    return stopping
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4, 7])
+def test_a_training_that_was_stopped_goes_on_to_the_same_gates(tmp_path, monkeypatch, stopped_at):
+    monkeypatch.setattr(gates_module, "SECONDS", 0)
+    model, batches = prunable_model("bert"), [batch(1), batch(2), batch(3)]
+    whole = learn_gates(model, batches, distance_to_chance(model), steps=7)
+    given = {"steps": 7, "checkpoint": Checkpoint(tmp_path / "gates", {"seed": 0})}
+    with pytest.raises(KeyboardInterrupt):
+        learn_gates(model, batches, stopped_before(stopped_at, model), **given)
+    left = 7 - stopped_at + 1
+    with pytest.raises(KeyboardInterrupt):  # the last step that is left, and no earlier one, is that many further
+        learn_gates(model, batches, stopped_before(left, model), **given)
+    found = learn_gates(model, batches, distance_to_chance(model), **given)
+    assert all(torch.equal(found[layer_idx], z) for layer_idx, z in whole.items())
+
+
+def test_gates_of_other_settings_or_in_a_damaged_file_begin_anew(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model, batches, file = prunable_model("bert"), [batch(1), batch(2)], tmp_path / "gates"
+    whole = learn_gates(model, batches, distance_to_chance(model), steps=3)
+
+    def same_as_whole(seed):
+        checkpoint = Checkpoint(file, {"seed": seed})
+        found = learn_gates(model, batches, distance_to_chance(model), steps=3, checkpoint=checkpoint)
+        return all(torch.equal(found[layer_idx], z) for layer_idx, z in whole.items())
+
+    learn_gates(model, batches, distance_to_chance(model), steps=1, checkpoint=Checkpoint(file, {"seed": 1}))
+    assert same_as_whole(2) and "other settings" in caplog.text
+    file.write_bytes(file.read_bytes()[:-1])
+    assert same_as_whole(2) and "cannot be read" in caplog.text
+
+
+def test_a_checkpoint_is_written_at_once_and_then_now_and_again(tmp_path, monkeypatch):
+    model, file, now = prunable_model("bert"), tmp_path / "gates", [0.0]
+    monkeypatch.setattr(gates_module.time, "monotonic", lambda: now[0])
+    loss, contents = distance_to_chance(model), []
+
+    def timed(tokens):  # a step takes 25 seconds
+        contents.append(file.read_bytes() if file.exists() else None)
+        now[0] += 25
+        return loss(tokens)
+
+    learn_gates(model, [batch()], timed, steps=6, checkpoint=Checkpoint(file, {}))
+    # Written after the steps 1, at 25 s, and 4, at 100 s.
+    assert [a == b for a, b in zip(contents, contents[1:], strict=False)] == [False, True, True, False, True]
 
 
 def test_batches_are_repeated_if_they_can_be():

@@ -57,7 +57,7 @@ ALLOWED = LEAVES | {
     "info": SEARCH,
     "pruning.calibration": {"texts"},
     "pruning.importance": PRUNING,
-    "pruning.gates": {"model.layers"},
+    "pruning.gates": {"files", "model.layers"},
     "pruning.width": {"model.layers", "pruning.gates"},
     "pruning.figures": set(),
     "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
@@ -74,7 +74,7 @@ ALLOWED = LEAVES | {
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
     "training.finetune": TRAINING,
-    "slim": PRUNING | {"pruning.width", "training.data", "training.objective", "training.unlabelled"},
+    "slim": PRUNING | {"pruning.gates", "pruning.width", "training.data", "training.objective", "training.unlabelled"},
     "evaluate": {"files", "corpus", "trec"},
     "compare": {"files", "corpus", "trec", "evaluate"},
     "benchmark": SEARCH | {"search", "evaluate"},

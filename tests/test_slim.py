@@ -229,7 +229,8 @@ def in_a_process(*arguments):
     )
 
 
-def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder, data):
+@pytest.mark.parametrize("mark", ["data/texts.jsonl", "gates.safetensors"])
+def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder, data, mark):
     options = [
         "--texts",
         *data["texts"].texts,
@@ -243,12 +244,13 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
     options += ["--no-bf16", "--steps", "3", "--batch-size", "8"]
     killed = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     work = tmp_path / "slim.slimming"
-    kill_when_there(killed, work / "data" / "texts.jsonl")
+    kill_when_there(killed, work / mark)
     assert work.is_dir() and not (tmp_path / "slim").exists()
     again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
     answer, told = again.communicate()
     assert again.returncode == 0, told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
+    assert ("gates go on from step 1" in told) == (mark == "gates.safetensors")
     undisturbed = in_a_process(*command_line(bert_folder, tmp_path / "whole", *options))
     _, told = undisturbed.communicate()
     assert undisturbed.returncode == 0, told

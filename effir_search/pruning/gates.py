@@ -6,23 +6,86 @@ before has fewer in some layers.
 Source: EffiR (Lei, He, Li, Yates), arXiv 2512.20612, section on width (self-slimming).
 """
 
+import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from effir_search.files import write_whole
 from effir_search.model.layers import mlp_output, mlp_widths
+
+logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 
 # Of Mistral-7B after 16 of its 32 MLPs are dropped: what the paper's lambda of 1e-8 weighs the sum of.
 PAPER_UNITS = 16 * 14336
+
+
+# Between two checkpoints of the gates' training, at least.
+SECONDS = 60.0
+
+
+class Checkpoint:
+    """The gates and Adam's state in a file, from which training goes on after a stop, to the same gates.
+
+    Args:
+        path: The file; it is there from the first step on, and then at most ``SECONDS`` old.
+        settings: What the gates depend on, in JSON types; the state of others is not continued.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
+        self.path, self.settings = path, json.dumps(settings, sort_keys=True)
+        self.saved_at = -math.inf
+
+    def load(self, gates: Mapping[int, nn.Parameter], optimizer: torch.optim.Adam) -> int:
+        """Set gates and optimiser to what they were, and return after how many steps: 0 where nothing was saved."""
+        if not self.path.is_file():
+            return 0
+        try:
+            with safe_open(self.path, "pt") as file:
+                told = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read (%s), so gates begin anew", self.path, error)
+            return 0
+        if told["settings"] != self.settings:
+            logger.info("the gates in %s are of other settings, so they begin anew", self.path)
+            return 0
+        step = int(told["step"])
+        with torch.no_grad():
+            for layer_idx, z in gates.items():
+                z.copy_(tensors[f"{layer_idx}.z"])
+                moments = {name: tensors[f"{layer_idx}.{name}"].to(z.device) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[z] = {"step": torch.tensor(float(step)), **moments}
+        logger.info("gates go on from step %d", step)
+        return step
+
+    def save(self, gates: Mapping[int, nn.Parameter], optimizer: torch.optim.Adam, step: int) -> None:
+        """Write the state after a step, if the last one that was written is old enough."""
+        if time.monotonic() < self.saved_at + SECONDS:
+            return
+        tensors = {}
+        for layer_idx, z in gates.items():
+            tensors[f"{layer_idx}.z"] = z.detach().cpu()
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{layer_idx}.{name}"] = optimizer.state[z][name].cpu()
+        content = save(tensors, {"step": str(step), "settings": self.settings})
+        write_whole(self.path, lambda file: file.write(content))
+        self.saved_at = time.monotonic()
 
 
 @contextmanager
@@ -104,6 +167,7 @@ def learn_gates(
     penalty: float = 1e-8,
     beta: float = 5.0,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[int, Tensor]:
     """Return the gates of a model's units after training them, and nothing else, with Adam; all begin at 1.
 
@@ -125,6 +189,7 @@ def learn_gates(
         penalty: The paper's lambda.
         beta: See ``open_units``.
         progress: Whether to show a bar, where stderr is a terminal.
+        checkpoint: What a stopped training goes on from; batches that it used are passed over.
 
     Returns:
         z by layer, ``(width,)`` float32 on the CPU, without ReLU; layers without MLP are left out.
@@ -141,14 +206,17 @@ def learn_gates(
         # Of many units each has a tiny gradient, that of the penalty is about 1e-9 in the paper's setting: Adam's usual
         # 1e-8 in the denominator would make the rate depend on the size of the model.
         optimizer = torch.optim.Adam(gates.values(), lr=learning_rate, eps=1e-15)
-        with tqdm(total=steps, desc="gates", unit=" steps", disable=None if progress else True) as bar:
-            for step, batch in enumerate(_repeated(batches, steps), start=1):
+        done = checkpoint.load(gates, optimizer) if checkpoint else 0
+        with tqdm(total=steps, initial=done, desc="gates", unit=" steps", disable=None if progress else True) as bar:
+            for step, batch in enumerate(islice(_repeated(batches, steps), done, None), start=done + 1):
                 value = checked(loss(batch), f"step {step}")
                 optimizer.zero_grad()
                 total = value + penalty * open_of_paper(gates.values(), beta).to(value.device)
                 total.backward(inputs=list(gates.values()))
                 optimizer.step()
                 bar.update()
+                if checkpoint:
+                    checkpoint.save(gates, optimizer, step)
         return {layer_idx: z.detach().cpu() for layer_idx, z in gates.items()}
 
 

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
-from effir_search.encoder import Encoder, computes_in_bf16, own_config
+from effir_search.encoder import LARGE, Encoder, computes_in_bf16, own_config
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
@@ -242,7 +242,7 @@ def resolved_recipe(recipe: Recipe, data: Data, model: PreTrainedModel, device: 
     """
     rank = recipe.lora_rank
     if rank is None:
-        rank = 32 if model.num_parameters() >= 1e9 else 0
+        rank = 32 if model.num_parameters() >= LARGE else 0
     if not rank and (recipe.lora_alpha or recipe.lora_dropout):
         raise ValueError("--lora-alpha and --lora-dropout go with LoRA, and all weights are trained: give --lora-rank")
     of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / model.config.hidden_size)
