@@ -3,7 +3,7 @@
 import logging
 
 # Libraries whose progress is nobody's concern.
-NOISY = ("httpx", "httpcore", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets")
+NOISY = ("httpx", "httpcore", "httpx2", "httpcore2", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets")
 
 
 def show_messages(level: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # What the hub is asked for: no code and no pickle.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+CACHE = {"local_files_only": True}
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
 # What files and folders are called that have a name of their own only together with the folder they are in.
@@ -54,7 +56,30 @@ def resolve_model(name: str | Path, *, adapter: bool = False) -> Path:
     """
     folder = Path(name)
     if not folder.exists():
-        folder = _from_hub(str(name), adapter=adapter)
+        patterns = [*HUB_FILES, *(ADAPTER_FILES if adapter else ())]
+        # A cache filled by another command lacks an adapter's own files without a sign, so the hub is asked first.
+        folder = _from_hub(str(name), patterns, *([] if adapter else [CACHE]), {})
+    return _checked(folder, name, adapter=adapter)
+
+
+@contextmanager
+def model_configs(name: str | Path) -> Iterator[Path]:
+    """Give a folder with a model's JSON files: of a hub model that is not in the cache a temporary one, no weights.
+
+    So a config can be looked at before gigabytes are fetched.
+
+    Raises:
+        OSError: As ``resolve_model``.
+        ValueError: Likewise.
+    """
+    folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        if not folder.exists():
+            folder = _from_hub(str(name), ["*.json"], CACHE, {"local_dir": temporary})
+        yield _checked(folder, name)
+
+
+def _checked(folder: Path, name: str | Path, *, adapter: bool = False) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
     if not adapter and (folder / "adapter_config.json").is_file():
@@ -241,12 +266,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _from_hub(name: str, *, adapter: bool) -> Path:
-    patterns = [*HUB_FILES, *(ADAPTER_FILES if adapter else ())]
-    # A cache filled by another command lacks an adapter's own files without a sign, so of these the hub is asked first.
-    for cache_only in (False,) if adapter else (True, False):
+def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object]) -> Path:
+    """Return the folder with a hub model's files of these names, by the first of ways to get them that succeeds."""
+    for way in ways:
         try:
-            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cache_only))
+            return Path(snapshot_download(name, allow_patterns=list(patterns), **way))
         except HFValidationError as error:
             raise FileNotFoundError(f"{name}: no such model folder") from error
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from effir_search.model.checkpoint import read_config_file, read_json, resolve_model, weight_files
+from effir_search.model.checkpoint import model_configs, read_config_file, read_json, weight_files
 from effir_search.model.modeling_effir import family_of
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ def prunable_config(name: str) -> PretrainedConfig:
         ValueError: No such config, or of a family that cannot be pruned.
         OSError: Neither a folder nor a hub model that can be had.
     """
-    config = read_config_file(read_sentence_files(resolve_model(name)).transformer_folder / "config.json")
+    with model_configs(name) as folder:
+        config = read_config_file(read_sentence_files(folder).transformer_folder / "config.json")
     family_of(config)
     return config
 

@@ -1,0 +1,95 @@
+"""Models by their hub name: huggingface_hub as it is, a hub on this machine that answers as huggingface.co does."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from conftest import save_model, save_sentence_files, write_jsonl
+
+REVISION = "1" * 40
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub of one model, tiny/bert: its address and the list of files that were fetched from it."""
+    model, fetched = save_sentence_files(save_model(tmp_path / "bert", "bert")), []
+    files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    entries = [
+        {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for name, content in files.items()
+    ]
+    answers = {
+        "/api/models/tiny/bert/revision/main": {"id": "tiny/bert", "sha": REVISION, "siblings": []},
+        f"/api/models/tiny/bert/tree/{REVISION}": entries,
+    }
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            name = path.removeprefix(f"/tiny/bert/resolve/{REVISION}/")
+            if path in answers:
+                content, headers = json.dumps(answers[path]).encode(), {}
+            elif name in files:
+                content = files[name]
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+            else:
+                return self.send_error(404)
+            self.send_response(200)
+            for header in (headers | {"Content-Length": len(content)}).items():
+                self.send_header(*map(str, header))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+                fetched.append(name)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", fetched
+    server.shutdown()
+
+
+def effir(tmp_path, address, *arguments, offline=False):
+    environment = os.environ | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": str(int(offline)),
+    }
+    line = [sys.executable, "-m", "effir_search", *map(str, arguments)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_a_plan_fetches_no_weights_and_an_index_fetches_them_once(tmp_path, hub):
+    address, fetched = hub
+    plan = effir(tmp_path, address, "compress", "--encoder", "tiny/bert", "--texts", "x", "--output", "small", "--plan")
+    assert plan.returncode == 0, plan.stderr
+    assert "mlp parameters" in plan.stdout and "config.json" in fetched and "model.safetensors" not in fetched
+
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    given = ["index", "--corpus", corpus, "--encoder", "tiny/bert", "--output"]
+    done = effir(tmp_path, address, *given, "one")
+    assert done.returncode == 0, done.stderr
+    assert fetched.count("model.safetensors") == 1
+    assert "HTTP" not in done.stderr
+    before = len(fetched)
+    again = effir(tmp_path, "http://127.0.0.1:9", *given, "two", offline=True)
+    assert again.returncode == 0, again.stderr
+    assert len(fetched) == before
+    assert (tmp_path / "one" / "index").read_bytes() == (tmp_path / "two" / "index").read_bytes()
+
+
+def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
+    done = effir(tmp_path, hub[0], "info", "tiny/other")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "Error: tiny/other: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
+    ]
