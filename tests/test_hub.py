@@ -31,7 +31,7 @@ def hub(tmp_path):
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             path = self.path.partition("?")[0]
-            name = path.removeprefix(f"/tiny/bert/resolve/{REVISION}/")
+            name = path.removeprefix("/tiny/bert/resolve/").partition("/")[2]  # after the revision, also as "main"
             if path in answers:
                 content, headers = json.dumps(answers[path]).encode(), {}
             elif name in files:
@@ -93,3 +93,15 @@ def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
     assert done.stderr.strip().splitlines() == [
         "Error: tiny/other: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
     ]
+
+
+def test_a_cache_with_a_config_alone_is_filled_up(tmp_path, hub):
+    address, fetched = hub
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    code = "from huggingface_hub import hf_hub_download; hf_hub_download('tiny/bert', 'config.json')"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert "config.json" in fetched and "model.safetensors" not in fetched
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    done = effir(tmp_path, address, "index", "--corpus", corpus, "--encoder", "tiny/bert", "--output", "one")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in fetched

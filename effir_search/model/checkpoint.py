@@ -58,7 +58,7 @@ def resolve_model(name: str | Path, *, adapter: bool = False) -> Path:
     if not folder.exists():
         patterns = [*HUB_FILES, *(ADAPTER_FILES if adapter else ())]
         # A cache filled by another command lacks an adapter's own files without a sign, so the hub is asked first.
-        folder = _from_hub(str(name), patterns, *([] if adapter else [CACHE]), {})
+        folder = _from_hub(str(name), patterns, *([] if adapter else [CACHE]), {}, needed=["*.safetensors"])
     return _checked(folder, name, adapter=adapter)
 
 
@@ -75,7 +75,7 @@ def model_configs(name: str | Path) -> Iterator[Path]:
     folder = Path(name)
     with tempfile.TemporaryDirectory() as temporary:
         if not folder.exists():
-            folder = _from_hub(str(name), ["*.json"], CACHE, {"local_dir": temporary})
+            folder = _from_hub(str(name), ["*.json"], CACHE, {"local_dir": temporary}, needed=["config.json"])
         yield _checked(folder, name)
 
 
@@ -266,11 +266,15 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object]) -> Path:
-    """Return the folder with a hub model's files of these names, by the first of ways to get them that succeeds."""
+def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object], needed: Sequence[str]) -> Path:
+    """Return the folder with a hub model's files of these names, by the first of ways that gets those needed."""
     for way in ways:
         try:
-            return Path(snapshot_download(name, allow_patterns=list(patterns), **way))
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns), **way))
+            # A cache may hold no more than the config or the tokenizer that another program looked at.
+            if way != ways[-1] and not all(any(folder.rglob(pattern)) for pattern in needed):
+                continue
+            return folder
         except HFValidationError as error:
             raise FileNotFoundError(f"{name}: no such model folder") from error
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
