@@ -1,5 +1,6 @@
 """Two models side by side: nDCG@10 on test collections through the whole path, sizes, documents a second."""
 
+import json
 import shutil
 import statistics
 import time
@@ -12,9 +13,10 @@ import numpy as np
 
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
+from effir_search.files import whole_file
 from effir_search.index import index_corpus
 from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
-from effir_search.model.checkpoint import read_json
+from effir_search.model.checkpoint import file_sha256, read_json
 from effir_search.search import search_topics
 from effir_search.trec import read_qrels, read_run
 
@@ -23,6 +25,8 @@ RESAMPLES = 10_000
 # many that those of a batch are of like lengths, as they are while a corpus is encoded.
 ROUNDS, TURN = 3, 256
 HITS = 100
+# In the folder of the runs: by collection the hashes of its files.
+COLLECTIONS_FILE = "collections.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def benchmark(
     Args:
         full: Model folder or hub name.
         compressed: The other.
-        folder: Gets ``COLLECTION-full.trec`` and ``COLLECTION-compressed.trec``.
+        folder: Gets ``COLLECTION-full.trec`` and ``COLLECTION-compressed.trec``, and what they were made from.
         texts: Documents that speed and cosine are measured on.
         collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
         split: Name of the qrels.
@@ -84,6 +88,7 @@ def benchmark(
     machine = {name: value for name, value in options.items() if value is not None}
     given = {"full": {**machine, **text_options}, "compressed": machine}
     figures = {}
+    _remove_other_runs(folder, list(map(Path, collections)), split)
     for collection in map(Path, collections):
         qrels = str(collection / "qrels" / f"{split}.tsv")
         runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
@@ -112,6 +117,27 @@ def benchmark(
         queries={name: values.shape[1] for name, values in figures.items()},
         kept=kept,
     )
+
+
+def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) -> None:
+    """Remove what a folder has of collections of the same names whose files were others."""
+    path = folder / COLLECTIONS_FILE
+    known = read_json(path) if path.is_file() else {}
+    now = {
+        collection.name: [file_sha256(collection / file) for file in collection_files(split)]
+        for collection in collections
+    }
+    for name in now:
+        if name in known and known[name] != now[name]:
+            for left in (*folder.glob(f"{name}-full.*"), *folder.glob(f"{name}-compressed.*")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with whole_file(path) as file:
+        file.write(json.dumps(known | now, indent=1) + "\n")
+
+
+def collection_files(split: str) -> tuple[str, str, str]:
+    """Return the names of a BEIR folder's files."""
+    return ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
 
 
 def _search(collection: Path, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
@@ -187,7 +213,7 @@ def format_benchmark(measured: Benchmark) -> str:
         of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
         rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
     lines = [aligned(rows)]
-    lines += ["", f"Speed is the median of {ROUNDS} rounds in turns."]
+    lines += ["", f"Speed is the median of {ROUNDS} rounds in turns, its ratio that of the rounds' ratios."]
     lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
     if measured.kept:
         share, low, high = measured.kept

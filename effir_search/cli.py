@@ -489,7 +489,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
-    help="Highest.  [default: 1e-4 with LoRA, else 2e-5; with --texts 4e-4 and 0.2 / hidden size]",
+    help="Highest.  [default: 2e-5, with --texts 0.2 / hidden size; of LoRA 1e-4, with --texts 4e-4]",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples or texts a step, over all devices.")
 @click.option("--accumulation", type=click.IntRange(1), default=1, help="Batches whose gradients make a step.")
@@ -577,14 +577,18 @@ def data_given(options: dict[str, object]) -> object:
     help="What tells which units.  [default: gates; no labels: taylor]",
 )
 @data_options
-@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read in training.  [default: the model's]")
+@click.option(
+    "--max-length", type=click.IntRange(1), help="Tokens read of a text until it is evaluated.  [default: the model's]"
+)
 @click.option(
     "--lora-rank", type=click.IntRange(0), help="Train LoRA; 0 = all weights.  [default: 32 from 1 billion on]"
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Highest.  [default: as effir finetune]")
 @click.option("--batch-size", type=click.IntRange(1), help="Examples or texts a step.  [default: 64]")
 @click.option(
-    "--max-steps", type=click.IntRange(1), help="Steps of fine-tuning, at most.  [default: 1 pass; no labels: 2000]"
+    "--max-steps",
+    type=click.IntRange(1),
+    help="Steps of fine-tuning, at most.  [default: 1 pass over the data; no labels: 2000, and at most 20 passes]",
 )
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
@@ -592,7 +596,11 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
-@click.option("--plan", is_flag=True, help="Print the whole recipe and the sizes it leads to, and stop.")
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Print the whole recipe and the sizes it leads to, and stop; the data are not looked at.",
+)
 def compress(
     recipe_file: Path | None,
     output: Path,
@@ -604,7 +612,7 @@ def compress(
 ) -> None:
     """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; after a stop, the same command continues.
 
-    All but --encoder, --output and --train (or --texts) has defaults: the paper's, or without labels those for small
+    All but --encoder, --output and --train (or --texts) have defaults: the paper's, or without labels those for small
     encoders. A recipe has these options and what else the loss, slim and finetune depend on (docs/formats.md).
     """
     from effir_search.compress import compress, describe_compressed, describe_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from effir_search.benchmark import Benchmark, benchmark, format_benchmark
+from effir_search.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.corpus import document_text, read_corpus
 from effir_search.encoder import Encoder, chosen_device
 from effir_search.files import refuse_existing, whole_file
@@ -95,7 +95,7 @@ def stages_of(output: Path) -> Path:
 
 
 def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, object]:
-    """Return all that a job's stages depend on, in JSON types.
+    """Return all that a job's stages depend on, in JSON types; what is evaluated at the end is not part of that.
 
     Args:
         compression: The recipe, ``with_numbers``.
@@ -104,6 +104,7 @@ def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, o
     model = read_sentence_files(resolve_model(compression.encoder))
     settings = asdict(compression) | {"files": files | dev_hashes(compression.data)}
     settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
+    del settings["evaluate"]
     return json.loads(json.dumps(settings))
 
 
@@ -141,7 +142,7 @@ def _check(compression: Compression, device: str) -> None:
         if collection.name in names:
             raise ValueError(f"{collection}: two collections to evaluate on have this name; rename one")
         names.add(collection.name)
-        for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{evaluated.split}.tsv"):
+        for file in collection_files(evaluated.split):
             if not (collection / file).is_file():
                 raise FileNotFoundError(f"{collection}: has no {file}; a BEIR folder is needed to evaluate on")
 

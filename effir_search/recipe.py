@@ -179,10 +179,14 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
             raise ValueError(f"{where}: {section} must be a section, [{section}]")
         _check_names(value, kind, f"{where}: [{section}]")
     if "encoder" not in given:
-        raise ValueError(f"{where}: which encoder is compressed? give encoder, a model folder or hub name")
+        raise ValueError(
+            f"which encoder is compressed? give --encoder, or encoder in {where}, a model folder or hub name"
+        )
     data = given.get("data", {})
     if not (data.get("train") or data.get("texts") or data.get("queries")):
-        raise ValueError(f"{where}: there is nothing to learn from; give train, or texts (or queries), in [data]")
+        raise ValueError(
+            f"there is nothing to learn from; give --train, or --texts (or --queries), or the same in [data] of {where}"
+        )
     if not data.get("train") and (data.get("texts") or data.get("queries")):
         dropped = [given.get("prune", {}).get(name) for name in ("drop_mlp", "drop_attention", "drop_block")]
         whole = dropped[0] == 0 and not any(dropped) and data.get("teacher") in (None, given["encoder"])
@@ -195,6 +199,8 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            message = 'must be a list, as in ["one.jsonl", "two.jsonl"]'
         told = "" if place in SECTIONS else f", found {first['input']!r}"
         raise ValueError(f"{where}: {place}: {message}{told}") from error
 

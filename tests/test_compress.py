@@ -75,7 +75,7 @@ def test_the_whole_recipe_leaves_a_folder_of_each_stage_and_a_model_of_the_size_
     assert widths["4-tuned"] == widths["3-slimmed"] == read_json(output / "config.json")["mlp_widths"]
     measured = read_json(output / "benchmark.json")
     runs = sorted(path.name for path in (stages / "5-evaluation").iterdir())
-    assert runs == [f"{collection.name}-compressed.trec", f"{collection.name}-full.trec"]
+    assert runs == [f"{collection.name}-compressed.trec", f"{collection.name}-full.trec", "collections.json"]
     judged = {query_id: {} for query_id, _ in QRELS}
     for (query_id, doc_id), grade in QRELS.items():
         judged[query_id][doc_id] = grade
@@ -129,6 +129,7 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
     tmp_path, models, texts, recipe, collection, family
 ):
     options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, "--evaluate", collection, *OPTIONS]
+    options += ["--unit-criterion", "gates"]
     whole = in_a_process(*options, "--output", tmp_path / "whole")
     _, told = whole.communicate()
     assert whole.returncode == 0, told
@@ -162,6 +163,25 @@ def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp
     again = run(*other, "--restart")
     assert again.exit_code == 0, again.output
     assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2
+
+
+def test_what_is_evaluated_may_change_after_a_stop(tmp_path, models, texts, recipe, collection):
+    other = shutil.copytree(collection, tmp_path / "other")
+    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    process = in_a_process(*options, "--evaluate", collection, "--evaluate", other, "--output", tmp_path / "small")
+    stages = tmp_path / "small.stages"
+    kill_when_there(process, stages / "5-evaluation" / "other-full.trec")
+    kept = stages / "5-evaluation" / f"{collection.name}-full.trec"
+    written = kept.stat().st_mtime_ns
+    # The one that stays is not searched again; of the other, which has one topic less, both runs are made anew.
+    rows = (other / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (other / "qrels" / "test.tsv").write_text("".join(row for row in rows if not row.startswith("2\t")))
+    result = run(*options, "--evaluate", other, "--evaluate", collection, "--output", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    assert kept.stat().st_mtime_ns == written
+    assert {line.split()[0] for line in (stages / "5-evaluation" / "other-full.trec").open()} == {"1", "007"}
+    measured = read_json(tmp_path / "small" / "benchmark.json")
+    assert measured["queries"] == {"other": 2, collection.name: 3}
 
 
 def test_depth_alone_and_width_alone(tmp_path, models, texts, recipe):

@@ -80,6 +80,7 @@ def test_later_settings_win_field_by_field():
         ({"max_length": datetime.date(2024, 1, 1)}, "max_length: Input should be a valid integer, found '2024-01-01'"),
         ({"data": {"texts": ["x"]}}, "data: give either --train"),
         ({"data": {"train": ["x"]}}, "data.train: Input should be a valid string"),
+        ({"evaluate": {"collections": "x"}}, "evaluate.collections: must be a list, as in .*, found 'x'"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_named(given, message):
@@ -90,7 +91,7 @@ def test_what_is_wrong_in_a_recipe_is_named(given, message):
 def test_a_recipe_needs_an_encoder_and_data(tmp_path):
     with pytest.raises(ValueError, match="which encoder is compressed?"):
         as_compression({"data": LABELS["data"]})
-    with pytest.raises(ValueError, match="nothing to learn from; give train, or texts"):
+    with pytest.raises(ValueError, match="nothing to learn from; give --train, or --texts"):
         as_compression({"encoder": "model"})
     (tmp_path / "r.toml").write_text("encoder = \n")
     with pytest.raises(ValueError, match="r.toml: is no TOML: .*line 1"):
