@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from types import MappingProxyType
 
@@ -129,7 +130,7 @@ def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) ->
     }
     for name in now:
         if name in known and known[name] != now[name]:
-            for left in (*folder.glob(f"{name}-full.*"), *folder.glob(f"{name}-compressed.*")):
+            for left in folder.glob(f"{escape(name)}-*"):  # of another collection too, if its name begins so
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     with whole_file(path) as file:
         file.write(json.dumps(known | now, indent=1) + "\n")

@@ -31,6 +31,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # What the hub is asked for: no code and no pickle.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# How huggingface_hub looks in its cache alone.
 CACHE = {"local_files_only": True}
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")

@@ -33,8 +33,6 @@ Batch = TypeVar("Batch")
 
 # Of Mistral-7B after 16 of its 32 MLPs are dropped: what the paper's lambda of 1e-8 weighs the sum of.
 PAPER_UNITS = 16 * 14336
-
-
 # Between two checkpoints of the gates' training, at least.
 SECONDS = 60.0
 
@@ -57,12 +55,12 @@ class Checkpoint:
             return 0
         try:
             with safe_open(self.path, "pt") as file:
-                told = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                told = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read (%s), so gates begin anew", self.path, error)
             return 0
-        if told["settings"] != self.settings:
+        if told.get("settings") != self.settings:
             logger.info("the gates in %s are of other settings, so they begin anew", self.path)
             return 0
         step = int(told["step"])
