@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from conftest import save_model, save_sentence_files, write_jsonl
+from safetensors.torch import load_file
 
 REVISION = "1" * 40
 
@@ -93,6 +96,19 @@ def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
     assert done.stderr.strip().splitlines() == [
         "Error: tiny/other: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
     ]
+
+
+def test_weights_of_the_older_format_in_the_cache_are_enough(tmp_path, hub):
+    address, fetched = hub
+    snapshot = shutil.copytree(tmp_path / "bert", tmp_path / "cache/hub/models--tiny--bert/snapshots" / REVISION)
+    torch.save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(REVISION)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    done = effir(tmp_path, address, "index", "--corpus", corpus, "--encoder", "tiny/bert", "--output", "one")
+    assert done.returncode == 0, done.stderr
+    assert not fetched
 
 
 def test_a_cache_with_a_config_alone_is_filled_up(tmp_path, hub):

@@ -59,7 +59,7 @@ def resolve_model(name: str | Path, *, adapter: bool = False) -> Path:
     if not folder.exists():
         patterns = [*HUB_FILES, *(ADAPTER_FILES if adapter else ())]
         # A cache filled by another command lacks an adapter's own files without a sign, so the hub is asked first.
-        folder = _from_hub(str(name), patterns, *([] if adapter else [CACHE]), {}, needed=["*.safetensors"])
+        folder = _from_hub(str(name), patterns, *([] if adapter else [CACHE]), {}, needed=WEIGHTS)
     return _checked(folder, name, adapter=adapter)
 
 
@@ -268,12 +268,12 @@ def read_json(path: Path) -> dict:
 
 
 def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object], needed: Sequence[str]) -> Path:
-    """Return the folder with a hub model's files of these names, by the first of ways that gets those needed."""
+    """Return the folder with a hub model's files of these names, by the first of ways that gets one of those needed."""
     for way in ways:
         try:
             folder = Path(snapshot_download(name, allow_patterns=list(patterns), **way))
             # A cache may hold no more than the config or the tokenizer that another program looked at.
-            if way != ways[-1] and not all(any(folder.rglob(pattern)) for pattern in needed):
+            if way != ways[-1] and not any(any(folder.rglob(file)) for file in needed):
                 continue
             return folder
         except HFValidationError as error:
