@@ -578,7 +578,9 @@ def data_given(options: dict[str, object]) -> object:
 )
 @data_options
 @click.option(
-    "--max-length", type=click.IntRange(1), help="Tokens read of a text until it is evaluated.  [default: the model's]"
+    "--max-length",
+    type=click.IntRange(1),
+    help="Tokens of a text that analysis and training read.  [default: the model's]",
 )
 @click.option(
     "--lora-rank", type=click.IntRange(0), help="Train LoRA; 0 = all weights.  [default: 32 from 1 billion on]"

@@ -189,9 +189,9 @@ def slim_encoder(
     folder = output.with_name(f"{output.name}.slimming")
     # What is kept for a job after a stop is the data and the gates, which have settings of their own.
     with job_folder(folder, {}, keep=(DATA,)) if data is not None else nullcontext():
+        files = hashes(data) if data is not None else {}
         loaded = sample = reference = cosine = None
         if data is not None:
-            files = hashes(data)
             prepare(prepared or folder, data, seed, device, files=files, restart=restart)
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
@@ -200,8 +200,7 @@ def slim_encoder(
         if data is not None and criterion not in WITHOUT_TEXTS:
             teacher = imitated(data, encoder, device, **teacher_options)
             losses = resolved(losses, data, encoder, teacher)
-        stopped = (folder / GATES_FILE, files) if data is not None else None
-        scores, settings = _scored(encoder, loaded, teacher, scoring, losses, stopped)
+        scores, settings = _scored(encoder, loaded, teacher, scoring, losses, folder / GATES_FILE, files)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
         record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
         record |= {"narrow": narrow, "floor": floor, "multiple": multiple, "widths_before": _keyed(widths)}
@@ -223,11 +222,12 @@ def _scored(
     teacher: Encoder | None,
     scoring: Scoring,
     losses: LossSettings,
-    stopped: tuple[Path, dict[str, str]] | None,
+    gates_file: Path,
+    files: dict[str, str],
 ) -> tuple[dict[int, Tensor], dict[str, object]]:
     """Return the scores of all units by layer, and the settings that they depend on; losses are resolved.
 
-    ``stopped`` is the file in which gates that were begun may be, and the hashes of what they are learned from.
+    ``gates_file`` has the gates of a job that was stopped, if they were begun; ``files`` are the hashes of the data.
     """
     criterion = UNIT_CRITERIA[scoring.criterion]
     if scoring.criterion in WITHOUT_TEXTS:
@@ -247,9 +247,8 @@ def _scored(
     settings = own | told | {"losses": asdict(losses), "max_length": encoder.config.max_length}
     options = {}
     if learns:
-        path, files = stopped
         known = settings | {"model_sha256": encoder.weights_sha256, "files": files, "encoder": asdict(encoder.config)}
-        options = {"steps": number, "checkpoint": Checkpoint(path, known)}
+        options = {"steps": number, "checkpoint": Checkpoint(gates_file, known)}
     batches = Batches(loaded, size=scoring.batch_size, number=number, seed=scoring.seed)
     if scoring.gradient_checkpointing:
         checkpoint_activations(encoder.model)
