@@ -188,7 +188,7 @@ def slim_encoder(
         _convert(encoder, torch.float32)  # no value changes, then or on the way back
     folder = output.with_name(f"{output.name}.slimming")
     # What is kept for a job after a stop is the data and the gates, which have settings of their own.
-    with job_folder(folder, {}, keep=(DATA,)) if data is not None else nullcontext():
+    with job_folder(folder, {}, restart=restart, keep=(DATA,)) if data is not None else nullcontext():
         files = hashes(data) if data is not None else {}
         loaded = sample = reference = cosine = None
         if data is not None:

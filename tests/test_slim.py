@@ -229,8 +229,10 @@ def in_a_process(*arguments):
     )
 
 
-@pytest.mark.parametrize("mark", ["data/texts.jsonl", "gates.safetensors"])
-def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder, data, mark):
+@pytest.mark.parametrize(
+    "mark, more", [("data/texts.jsonl", []), ("gates.safetensors", []), ("gates.safetensors", ["--restart"])]
+)
+def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder, data, mark, more):
     options = [
         "--texts",
         *data["texts"].texts,
@@ -246,11 +248,11 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
     work = tmp_path / "slim.slimming"
     kill_when_there(killed, work / mark)
     assert work.is_dir() and not (tmp_path / "slim").exists()
-    again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
+    again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options, *more))
     answer, told = again.communicate()
     assert again.returncode == 0, told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
-    assert ("gates go on from step 1" in told) == (mark == "gates.safetensors")
+    assert ("gates go on from step 1" in told) == (mark == "gates.safetensors" and not more)
     undisturbed = in_a_process(*command_line(bert_folder, tmp_path / "whole", *options))
     _, told = undisturbed.communicate()
     assert undisturbed.returncode == 0, told
