@@ -113,10 +113,13 @@ class Numbers(click.ParamType):
 @click.group(cls=OneLineErrors, context_settings={"show_default": True, "max_content_width": 110})
 @click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
 @click.version_option(package_name="effir_search")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Dense retrieval: index a corpus, search it, evaluate the run; prune the encoder."""
     # What a batch system or a container sends: leave as after Ctrl-C, with nothing half-written behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Put back for whoever calls a command in a process of theirs: one forked from it may miss the signal, and stay.
+    ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     show_messages(logging.DEBUG if debug else logging.INFO)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +104,14 @@ def test_the_version_is_that_of_the_package():
     from effir_search import __version__
 
     assert __version__ in CliRunner().invoke(cli, ["--version"]).output
+
+
+def test_sigterm_ends_a_command_with_143_and_its_handler_goes_with_the_command(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    ended = click.Command("ended", callback=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(cli.commands, "ended", ended)
+    assert CliRunner().invoke(cli, ["ended"]).exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # Choices

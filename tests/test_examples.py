@@ -1,9 +1,10 @@
 import gzip
 import hashlib
 import json
-import multiprocessing
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -323,11 +324,21 @@ def test_an_index_outside_is_an_error(examples, number):
         examples[number]
 
 
-def test_examples_can_be_pickled_and_read_by_several_processes(examples):
+def test_examples_can_be_pickled(examples):
     assert pickle.loads(pickle.dumps(examples))[7] == examples[7]
-    numbers = list(range(50)) * 20
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(examples.__getitem__, numbers, chunksize=7) == [examples[number] for number in numbers]
+
+
+def test_examples_are_read_by_several_forked_processes(examples):
+    # Forked in a process of its own: in this one, signal handlers and threads would be inherited.
+    forking = (
+        "import multiprocessing, sys\n"
+        "from effir_search.training.examples import Examples\n"
+        "examples, numbers = Examples(sys.argv[1]), list(range(50)) * 20\n"
+        "one = [examples[number] for number in numbers]\n"
+        "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+        "    assert pool.map(examples.__getitem__, numbers, chunksize=7) == one\n"
+    )
+    subprocess.run([sys.executable, "-c", forking, str(examples.lines.path)], check=True, timeout=120)
 
 
 def test_a_file_that_is_not_prepared_is_an_error(tmp_path):
