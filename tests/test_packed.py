@@ -69,13 +69,39 @@ def test_short_attention_is_attention(length, masked):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_texts_that_attend_a_few_at_a_time_attend_as_all_at_once(monkeypatch, own):
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shift", [0, 100, -100])
+@pytest.mark.parametrize("length", [1, 5, SHORT])
+def test_short_attention_in_bfloat16_is_attention_whatever_the_size_of_the_scores(length, shift, masked):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(5, 2, 7, 4) for _ in range(3))
+    # Whole numbers below 128, as are their products, which bfloat16 holds as they are; the last one shifts all scores.
+    query, key = (torch.randint(-3, 4, (3, 2, length, 4)).bfloat16() for _ in range(2))
+    query[..., -1], key[..., -1] = 10, shift // 10
+    value = torch.randn(3, length, 2, 4, dtype=torch.bfloat16).transpose(1, 2)
+    mask = torch.rand(3, 1, length, length) < 0.7 if masked else None
+    if masked:
+        mask[..., 0] = True
+    module = nn.Module()
+    module.is_causal = False
+    with torch.inference_mode():
+        found, _ = short_attention(module, query, key, value, mask, scaling=1.0)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double())
+    weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+    assert found.dtype == torch.bfloat16 and found.shape == (3, length, 2, 4)
+    torch.testing.assert_close(
+        found.double(), torch.einsum("bhqk,bhkd->bqhd", weights, value.double()), rtol=2**-6, atol=2**-7
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [True, False])
+@torch.inference_mode()
+def test_texts_that_attend_a_few_at_a_time_attend_as_all_at_once(monkeypatch, own, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(5, 2, 7, 4, dtype=dtype) for _ in range(3))
     mask = torch.rand(5 if own else 1, 1, 7, 7) < 0.7
     whole, _ = short_attention(nn.Module(), query, key, value, mask)
-    monkeypatch.setattr(packed, "CACHED_SCORES", 2 * 2 * 7 * 7)  # two texts
+    monkeypatch.setattr(packed, "CACHED_BYTES", 2 * 2 * 7 * 7 * dtype.itemsize)  # two texts
     parts, _ = short_attention(nn.Module(), query, key, value, mask)
     torch.testing.assert_close(parts, whole)
 
@@ -89,8 +115,10 @@ def test_a_causal_attention_without_a_mask_stays_causal():
     torch.testing.assert_close(found[:, 0], value[:, :, 0])  # the first token sees itself alone
 
 
-def test_a_row_that_sees_nothing_stays_finite():
-    states = torch.randn(1, 1, 2, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_row_that_sees_nothing_stays_finite(dtype):
+    states = torch.randn(1, 1, 2, 4, dtype=dtype)
     found, _ = short_attention(nn.Module(), states, states, states, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
     assert found.isfinite().all()
 
