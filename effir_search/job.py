@@ -25,10 +25,14 @@ def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Colle
         keep: Names in the folder that are not discarded, and depend on settings of their own.
 
     Raises:
-        OSError: Another job is at work in it, or it cannot be written.
+        OSError: Another job is at work in it, it is not a job's, or it cannot be written.
         ValueError: What is there is of other settings; the first difference is named.
     """
     path.mkdir(parents=True, exist_ok=True)
+    there = {child.name for child in path.iterdir()}
+    # A job writes its settings before anything else, under a temporary name at first.
+    if SETTINGS not in there and any(name != LOCK and not name.startswith(f".{SETTINGS}.") for name in there):
+        raise FileExistsError(f"{path}: is not a job's folder, and is left as it is; move it, or give another --output")
     with open(path / LOCK, "w", encoding="utf-8") as lock:
         if not try_lock(lock, fcntl.LOCK_EX):
             raise OSError(f"{path}: another job is at work in it; wait for it, or stop it")
@@ -39,7 +43,7 @@ def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Colle
             for child in left:
                 _remove(child)
         settings, found = json.loads(json.dumps(settings)), read_settings(path)
-        if restart or not left or found is None:
+        if restart or not left:
             with whole_file(path / SETTINGS) as file:
                 file.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         elif changed := [name for name in settings | found if settings.get(name) != found.get(name)]:
