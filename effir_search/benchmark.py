@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from effir_search.corpus import beir_file
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.files import whole_file
@@ -91,11 +92,11 @@ def benchmark(
     figures = {}
     _remove_other_runs(folder, list(map(Path, collections)), split)
     for collection in map(Path, collections):
-        qrels = str(collection / "qrels" / f"{split}.tsv")
+        corpus, topics, qrels = map(str, collection_files(collection, split))
         runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
         for role, run in runs.items():
             if not run.is_file():
-                _search(collection, qrels, roles[role], run, given[role])
+                _search(corpus, topics, qrels, roles[role], run, given[role])
         figures[collection.name] = ndcg_per_query(list(runs.values()), qrels)
     encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
@@ -125,7 +126,7 @@ def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) ->
     path = folder / COLLECTIONS_FILE
     known = read_json(path) if path.is_file() else {}
     now = {
-        collection.name: [file_sha256(collection / file) for file in collection_files(split)]
+        collection.name: [file_sha256(file) for file in collection_files(collection, split)]
         for collection in collections
     }
     for name in now:
@@ -136,17 +137,20 @@ def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) ->
         file.write(json.dumps(known | now, indent=1) + "\n")
 
 
-def collection_files(split: str) -> tuple[str, str, str]:
-    """Return the names of a BEIR folder's files."""
-    return ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
+def collection_files(collection: Path, split: str) -> list[Path]:
+    """Return a BEIR folder's corpus, queries and qrels.
+
+    Raises:
+        FileNotFoundError: One is missing.
+    """
+    return [beir_file(collection, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
 
 
-def _search(collection: Path, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
+def _search(corpus: str, topics: str, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
     """Index a collection, search its judged topics, write the run; the index goes."""
     index_dir = run.with_suffix(".index")
     if not index_dir.is_dir():
-        index_corpus(str(collection / "corpus.jsonl"), model, index_dir, **options)
-    topics = str(collection / "queries.jsonl")
+        index_corpus(corpus, model, index_dir, **options)
     search_topics(topics, run, index_dir=index_dir, qrels=qrels, hits=HITS, tag=run.stem, **options)
     shutil.rmtree(index_dir)
 

@@ -564,7 +564,7 @@ def data_given(options: dict[str, object]) -> object:
 @cli.command()
 @click.option("--recipe", "recipe_file", type=PATH, help="TOML file with all settings; options here come before it.")
 @click.option("--encoder", help="Model folder or hub name.  [default: the recipe's]")
-@click.option("--output", type=PATH, required=True, help="New model folder; OUTPUT.stages gets that of each stage.")
+@click.option("--output", help="New model folder; OUTPUT.stages gets that of each stage.  [default: the recipe's]")
 @click.option("--drop-mlp", type=click.IntRange(0), help="MLPs to drop.  [default: half of them]")
 @click.option("--drop-attention", type=click.IntRange(0), help="Attentions to drop.  [default: 0]")
 @click.option("--drop-block", type=click.IntRange(0), help="Whole layers to drop.  [default: 0]")
@@ -600,7 +600,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
-@click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
+@click.option("--restart", is_flag=True, help="Discard what a stopped job left, as far as settings were changed.")
 @click.option(
     "--plan",
     is_flag=True,
@@ -608,7 +608,6 @@ def data_given(options: dict[str, object]) -> object:
 )
 def compress(
     recipe_file: Path | None,
-    output: Path,
     device: str,
     batch_tokens: int | None,
     restart: bool,
@@ -618,7 +617,8 @@ def compress(
     """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; after a stop, the same command continues.
 
     All but --encoder, --output and --train (or --texts) have defaults: the paper's, or without labels those for small
-    encoders. A recipe has these options and what else the loss, slim and finetune depend on (docs/formats.md).
+    encoders. A recipe has these options and what else the loss, slim and finetune depend on (docs/formats.md). If
+    settings are changed after a stop, --restart keeps the stages that do not depend on them.
     """
     from effir_search.compress import compress, describe_compressed, describe_plan
     from effir_search.recipe import as_compression, merged, read_recipe
@@ -628,6 +628,9 @@ def compress(
     if plan:
         click.echo(describe_plan(compression))
         return
+    if compression.output is None:
+        raise click.UsageError("where to? give --output, or output in the recipe: a new folder")
+    output = Path(compression.output)
     measured = compress(compression, output, device=device, batch_tokens=batch_tokens, restart=restart)
     if measured is not None:
         click.echo(describe_compressed(measured, output))
@@ -636,6 +639,7 @@ def compress(
 # Where in a recipe the options of ``compress`` belong that are not in its [data].
 IN_RECIPE = {
     "encoder": ("encoder",),
+    "output": ("output",),
     "max_length": ("max_length",),
     "seed": ("seed",),
     "drop_mlp": ("prune", "drop_mlp"),

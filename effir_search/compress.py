@@ -13,7 +13,7 @@ from effir_search.benchmark import Benchmark, benchmark, collection_files, forma
 from effir_search.corpus import document_text, read_corpus
 from effir_search.encoder import Encoder, chosen_device
 from effir_search.files import refuse_existing, whole_file
-from effir_search.job import job_folder
+from effir_search.job import job_folder, read_settings
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
 from effir_search.model.checkpoint import lasting_name, read_json, resolve_model, weights_sha256
 from effir_search.model.layers import mlp_widths, parts_of
@@ -52,7 +52,8 @@ def compress(
         output: The new folder.
         device: As ``Encoder.from_pretrained`` takes it.
         batch_tokens: Padded tokens of a forward pass; None = by device.
-        restart: Discard what a stopped job left, but for data that was prepared from the same files.
+        restart: Discard what a stopped job left, but for data that was prepared from the same files. Of a job with
+            other settings only the stages that depend on these go.
 
     Returns:
         What was measured at the end; None in the processes of a launcher that are not its main one.
@@ -72,9 +73,11 @@ def compress(
     data, main = compression.data, process.is_main_process
     files = hashes(data)
     settings = job_settings(compression, files)
-    with job_folder(folder, settings, restart=restart, keep=(DATA,)) if main else nullcontext():
+    keep = (DATA, *unchanged_stages(settings, folder)) if main else ()
+    with job_folder(folder, settings, restart=restart, keep=keep) if main else nullcontext():
         if main:
-            prepare(folder, data, compression.seed, device, files=files, restart=restart)
+            reading = _teacher_options(compression)
+            prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
             loaded = load(folder, data, compression.seed)
             _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
             _analyze(compression, folder, machine)
@@ -97,15 +100,29 @@ def stages_of(output: Path) -> Path:
 def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, object]:
     """Return all that a job's stages depend on, in JSON types; what is evaluated at the end is not part of that.
 
+    What changes a stage's memory and not its result is that of fine-tuning alone.
+
     Args:
         compression: The recipe, ``with_numbers``.
         files: The ``hashes`` of its data.
     """
     model = read_sentence_files(resolve_model(compression.encoder))
-    settings = asdict(compression) | {"files": files | dev_hashes(compression.data)}
-    settings |= {"encoder_sha256": weights_sha256(model.folder, model.weight_folders)}
-    del settings["evaluate"]
+    settings = asdict(compression) | {"files": files}
+    settings["encoder_sha256"] = weights_sha256(model.folder, model.weight_folders)
+    del settings["output"], settings["evaluate"], settings["slim"]["gradient_checkpointing"]
+    dev = {name: settings["data"].pop(name) for name in list(settings["data"]) if name.startswith("dev")}
+    settings["finetune"] |= {"cached": settings["loss"].pop("cached"), **dev, "dev_files": dev_hashes(compression.data)}
     return json.loads(json.dumps(settings))
+
+
+def unchanged_stages(settings: dict[str, object], folder: Path) -> list[str]:
+    """Return what a job with other settings has left that is the same with these; nothing if they are its own."""
+    found = read_settings(folder)
+    if found is None or found == settings:
+        return []
+    changed = {name for name in settings | found if settings.get(name) != found.get(name)}
+    of_depth = [CALIBRATION_FILE, ANALYSIS, DROPPED] if changed <= {"slim", "loss", "finetune"} else []
+    return of_depth + ([SLIMMED, f"{SLIMMED}.slimming"] if changed <= {"finetune"} else [])
 
 
 def with_numbers(compression: Compression) -> Compression:
@@ -142,9 +159,7 @@ def _check(compression: Compression, device: str) -> None:
         if collection.name in names:
             raise ValueError(f"{collection}: two collections to evaluate on have this name; rename one")
         names.add(collection.name)
-        for file in collection_files(evaluated.split):
-            if not (collection / file).is_file():
-                raise FileNotFoundError(f"{collection}: has no {file}; a BEIR folder is needed to evaluate on")
+        collection_files(collection, evaluated.split)
 
 
 def _drops(compression: Compression) -> dict[str, int]:
@@ -176,8 +191,9 @@ def _text_options(compression: Compression, model: str) -> dict[str, object]:
 
 
 def _teacher_options(compression: Compression) -> dict[str, object]:
-    """Return how a text becomes a vector for the teacher: the model itself as it was reads as the recipe says."""
-    return _text_options(compression, compression.data.teacher)
+    """Return how a text becomes a vector for a bi-encoder as teacher: as the recipe says for the model as it was."""
+    teacher = compression.data.teacher
+    return _text_options(compression, teacher) if teacher else {}
 
 
 def _begins(folder: Path, name: str, what: str) -> bool:
@@ -273,7 +289,7 @@ def _save(compression: Compression, measured: Benchmark, folder: Path, output: P
     """Write the fine-tuned model under its final name, with the recipe and what was measured."""
     encoder = Encoder.from_pretrained(str(folder / TUNED), device="cpu", dtype="saved")
     beside = {
-        RECIPE_FILE: format_recipe(compression),
+        RECIPE_FILE: format_recipe(replace(compression, output=None)),
         BENCHMARK_FILE: json.dumps(asdict(measured), indent=1) + "\n",
     }
     told = f"## Beside {lasting_name(compression.encoder)}\n\n```\n{format_benchmark(measured)}\n```\n"

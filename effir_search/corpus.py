@@ -164,6 +164,18 @@ def is_tsv_header(columns: Sequence[str], text_fields: Sequence[str] = TEXT_FIEL
     return columns[0] in TSV_ID_FIELDS and any(name in text_fields for name in columns)
 
 
+def beir_file(folder: Path, name: str) -> Path:
+    """Return a BEIR folder's ``corpus.jsonl``, ``queries.jsonl`` or ``qrels/SPLIT.tsv``; the first two may be .gz.
+
+    Raises:
+        FileNotFoundError: It has none.
+    """
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{folder}: has no {name}, which a BEIR folder has")
+
+
 def _corpus_files(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such corpus file or folder")

@@ -49,7 +49,8 @@ def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Colle
         elif changed := [name for name in settings | found if settings.get(name) != found.get(name)]:
             ours, theirs = differing(settings.get(changed[0]), found.get(changed[0]))
             raise ValueError(
-                f"{path}: is of another job: {changed[0]} was {theirs} there and is {ours} now; --restart discards it"
+                f"{path}: is of another job: {changed[0]} was {theirs} there and is {ours} now; "
+                "--restart discards what depends on it"
             )
         try:
             yield

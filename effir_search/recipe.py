@@ -95,6 +95,7 @@ class Compression:
 
     Attributes:
         encoder: The model that is compressed, folder or hub name.
+        output: The new folder; None = it is said elsewhere.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
         text: How a text becomes one vector.
@@ -108,6 +109,7 @@ class Compression:
 
     encoder: str
     data: Data
+    output: str | None = None
     max_length: Positive | None = None
     seed: NonNegative = 0
     text: Text = Text()
@@ -191,7 +193,9 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
         dropped = [given.get("prune", {}).get(name) for name in ("drop_mlp", "drop_attention", "drop_block")]
         whole = dropped[0] == 0 and not any(dropped) and data.get("teacher") in (None, given["encoder"])
         own = {"data": {"teacher": given["encoder"]}} | (OF_WHOLE_MODELS if whole else {})
-        given = merged(WITHOUT_LABELS, own, given)
+        learned = given.get("slim", {}).get("criterion") == "gates"
+        of_gates = {"slim": {"steps": Width.steps}} if learned else {}  # not those of a pass that measures
+        given = merged(WITHOUT_LABELS, own, of_gates, given)
     given = merged({section: {SHARED: given.get(SHARED, 0)} for section in ("slim", "finetune")}, given)
     try:
         return TypeAdapter(Compression).validate_json(json.dumps(given, default=str), strict=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ from effir_search.training.data import (
     prepare,
     resolved,
     sampled_texts,
+    teacher_reading,
 )
 from effir_search.training.objective import LossSettings
 from effir_search.training.unlabelled import PlainText, encode_texts
@@ -126,7 +126,7 @@ def slim_encoder(
     batch_tokens: int | None = None,
     restart: bool = False,
     prepared: Path | None = None,
-    teacher_options: Mapping[str, object] = MappingProxyType({}),
+    teacher_options: Mapping[str, object] | None = None,
     **text_options: object,
 ) -> Slimmed:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
@@ -153,7 +153,7 @@ def slim_encoder(
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.slimming``.
-        teacher_options: As text_options, of a teacher that is imitated.
+        teacher_options: As text_options, of the teacher, if it is a bi-encoder; None = as ``data.teacher_reading``.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -182,6 +182,8 @@ def slim_encoder(
     before, widths = facts(encoder.model), _widths(encoder)
     check_cut(widths, narrow, floor=floor, multiple=multiple)
 
+    if teacher_options is None and data is not None:
+        teacher_options = teacher_reading(data, encoder)
     bf16 = computes_in_bf16(encoder.device) if scoring.bf16 is None else scoring.bf16
     scoring, saved = replace(scoring, bf16=bf16), encoder.dtype
     if not (bf16 and saved == torch.bfloat16):
@@ -192,7 +194,8 @@ def slim_encoder(
         files = hashes(data) if data is not None else {}
         loaded = sample = reference = cosine = None
         if data is not None:
-            prepare(prepared or folder, data, seed, device, files=files, restart=restart)
+            reading = {"teacher_options": teacher_options}
+            prepare(prepared or folder, data, seed, device, files=files, restart=restart, **reading)
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)

@@ -1,5 +1,6 @@
 """Tiny real models, a word-level tokenizer and a toy collection, all built in code."""
 
+import contextlib
 import json
 import os
 import signal
@@ -234,7 +235,8 @@ def kill_when_there(process: subprocess.Popen, file: Path, *, with_children: boo
         time.sleep(0.002)
     # The workers of torchrun outlive it, and are groups of their own.
     for child in psutil.Process(process.pid).children(recursive=True) if with_children else ():
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

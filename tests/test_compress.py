@@ -16,6 +16,7 @@ from effir_search.cli import cli as command
 from effir_search.compress import compress
 from effir_search.encoder import Encoder
 from effir_search.recipe import as_compression, merged, read_recipe
+from effir_search.training.teachers import bi_encoder_scores
 
 UNITS = 2 * 48  # of the two MLPs that half of four dropped leaves
 OPTIONS = ["--narrow", 0.25, "--max-steps", 4, "--batch-size", 8, "--device", "cpu"]
@@ -151,7 +152,7 @@ def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp
     folder = shutil.copytree(models["bert"], tmp_path / "model")
     options = ["--recipe", recipe, "--encoder", folder, "--texts", texts, *OPTIONS]
     process = in_a_process(*options, "--output", tmp_path / "small")
-    kill_when_there(process, tmp_path / "small.stages" / "2-dropped" / "config.json")
+    kill_when_there(process, tmp_path / "small.stages" / "3-slimmed" / "config.json")
     other = [*options, "--output", tmp_path / "small", "--narrow", 0.5]
     refused = run(*other)
     assert refused.exit_code == 1
@@ -163,6 +164,60 @@ def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp
     again = run(*other, "--restart")
     assert again.exit_code == 0, again.output
     assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2
+
+
+def test_other_settings_after_a_stop_cost_only_the_stages_that_depend_on_them(tmp_path, models, texts, recipe):
+    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    options += ["--output", tmp_path / "small"]
+    stages = tmp_path / "small.stages"
+    process = in_a_process(*options, "--max-steps", 400)
+    kill_when_there(process, stages / "4-tuned.training" / "checkpoint-1" / "trainer_state.json")
+
+    def written(name):
+        return (stages / name / "model.safetensors").stat().st_mtime_ns
+
+    dropped, slimmed = written("2-dropped"), written("3-slimmed")
+    other = [*options, "--learning-rate", 1e-3]
+    refused = run(*other)
+    assert refused.exit_code == 1 and "finetune was {" in refused.output and "discards what depends" in refused.output
+    done = run(*other, "--restart")
+    assert done.exit_code == 0, done.output
+    assert (written("2-dropped"), written("3-slimmed")) == (dropped, slimmed)
+    shutil.rmtree(tmp_path / "small")
+    done = run(*other, "--narrow", 0.5, "--restart")
+    assert done.exit_code == 0, done.output
+    assert written("2-dropped") == dropped and written("3-slimmed") != slimmed
+    shutil.rmtree(tmp_path / "small")
+    done = run(*other, "--narrow", 0.5, "--restart")  # of the same settings: all
+    assert done.exit_code == 0, done.output
+    assert written("2-dropped") != dropped
+
+
+def test_a_recipe_may_say_where_to(tmp_path, models, texts, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = tmp_path / "told.toml"
+    told.write_text(f'output = "models/small"\nencoder = "{models["bert"]}"\n' + recipe.read_text())
+    given = ["--recipe", told, "--texts", texts, *OPTIONS]
+    assert run(*given).exit_code == 0
+    assert "output" not in read_recipe(tmp_path / "models" / "small" / "recipe.toml")
+    assert run(*given, "--output", "elsewhere").exit_code == 0 and (tmp_path / "elsewhere").is_dir()
+    nowhere = run("--recipe", recipe, "--encoder", models["bert"], "--texts", texts)
+    assert nowhere.exit_code == 2 and "where to? give --output, or output in the recipe" in nowhere.output
+
+
+def test_the_teachers_scores_are_made_as_the_recipe_reads_texts(tmp_path, models):
+    text = {"pooling": "cls", "append_eos": True, "normalize": True, "query_prompt": "hot "}
+    model = save_model(tmp_path / "model", "llama")
+    example = {"query": "hot soup", "positives": ["tomato soup"], "negatives": ["red car"]}
+    train = write_jsonl(tmp_path / "train.jsonl", [example] * 16)
+    given = {"encoder": str(model), "data": {"train": str(train), "teacher": str(model)}, "text": text}
+    given |= {"slim": {"narrow": 0.25, "criterion": "taylor", "steps": 1}}
+    given |= {"finetune": {"max_steps": 1, "batch_size": 4}, "prune": {"num_texts": 4}}
+    compress(as_compression(given), tmp_path / "small", device="cpu")
+    encoder = Encoder.from_pretrained(model, device="cpu", dtype="fp32", **text)
+    pairs = [("hot soup", "tomato soup"), ("hot soup", "red car")]
+    line = (tmp_path / "small.stages" / "data" / "examples.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["scores"] == pytest.approx(bi_encoder_scores(encoder, pairs), abs=0.02)
 
 
 def test_what_is_evaluated_may_change_after_a_stop(tmp_path, models, texts, recipe, collection):
@@ -234,7 +289,7 @@ def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--evaluate", "{tmp}"], "has no corpus.jsonl; a BEIR folder is needed"),
+        (["--evaluate", "{tmp}"], "has no corpus.jsonl, which a BEIR folder has"),
         (["--evaluate", "{collection}", "--evaluate", "{collection}"], "two collections to evaluate on have this name"),
         (["--drop-mlp", 5], "5 MLPs cannot be dropped; there are 4"),
         (["--narrow", 0.97], "lower --narrow or --floor"),

@@ -1,3 +1,5 @@
+import gzip
+import importlib.util
 import json
 import os
 import shutil
@@ -30,7 +32,7 @@ from effir_search.cli import cli as command
 from effir_search.encoder import Encoder
 from effir_search.model.layers import lora_targets
 from effir_search.model.surgery import prune
-from effir_search.training.data import Shuffled
+from effir_search.training.data import Shuffled, teacher_reading
 from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.examples import Examples
 from effir_search.training.finetune import Data, Recipe, finetune
@@ -161,10 +163,14 @@ def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, b
     assert (teacher * after).sum(axis=1).mean() > (teacher * before).sum(axis=1).mean()
 
 
+def without_scores(path: Path) -> str:
+    records = [{name: value for name, value in record.items() if name != "scores"} for record in RECORDS]
+    return str(write_jsonl(path, records))
+
+
 @pytest.mark.parametrize("kind", ["teacher", "reranker"])
 def test_the_scores_that_are_learned_are_the_teachers(tmp_path, bert_folder, pruned, kind):
-    texts = [{**record, "scores": None} for record in RECORDS]
-    train = write_jsonl(tmp_path / "train.jsonl", [{k: v for k, v in record.items() if v} for record in texts])
+    train = without_scores(tmp_path / "train.jsonl")
     if kind == "teacher":
         name = bert_folder
         score = partial(bi_encoder_scores, Encoder.from_pretrained(bert_folder, device="cpu"))
@@ -184,6 +190,27 @@ def test_the_scores_that_are_learned_are_the_teachers(tmp_path, bert_folder, pru
     assert losses["teacher_temperature"] == (0.1 if kind == "teacher" else 1.0)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_teacher_that_does_not_say_how_it_reads_reads_as_the_student(tmp_path, llama_folder, examples, told):
+    reading = {"pooling": "cls", "query_prompt": "hot ", "append_eos": True, "normalize": True}
+    student = tmp_path / "student"
+    Encoder.from_pretrained(llama_folder, device="cpu", dtype="saved", **reading).save(student)
+    teacher = llama_folder
+    if told:  # by files of its own, which then hold
+        teacher = save_sentence_files(save_model(tmp_path / "teacher", "llama"), pooling="mean", normalize=False)
+        reading = {}
+    given = Encoder.from_pretrained(teacher, device="cpu", dtype="fp32", **reading)
+    data = Data(train=without_scores(tmp_path / "train.jsonl"), teacher=str(teacher))
+    recipe = Recipe(batch_size=2, max_steps=1)
+    finetune(str(student), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    for example in Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl"):
+        pairs = [(example.query, text) for text in (example.positive, *example.negatives)]
+        assert example.scores == pytest.approx(bi_encoder_scores(given, pairs), rel=0.02, abs=0.02)
+    imitation = Data(texts=(str(tmp_path / "train.jsonl"),), teacher=str(teacher))
+    imitated_as = teacher_reading(imitation, Encoder.from_pretrained(student, device="cpu"))
+    assert imitated_as == ({} if told else {**reading, "document_prompt": ""})
+
+
 def loss_settings(folder: Path) -> dict:
     return json.loads((folder / "training.json").read_text())["losses"]
 
@@ -191,11 +218,13 @@ def loss_settings(folder: Path) -> dict:
 def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert_folder, pruned, texts):
     recipe = Recipe(batch_size=16, max_steps=1)
     other = save_sentence_files(save_model(tmp_path / "other", "bert"), prompts={"query": "soup "})
+    first = save_sentence_files(save_model(tmp_path / "first", "bert"), pooling="cls")
     for name, teacher, asked, expected in (
         ("same", bert_folder, None, 1.0),
         ("asked", bert_folder, 2.0, 2.0),
         ("none", bert_folder, 0.0, 0.0),
         ("unlike", other, None, 0.0),
+        ("cls", first, None, 0.0),
     ):
         losses = LossSettings(token_weight=asked)
         data = Data(texts=(texts,), teacher=str(teacher))
@@ -221,7 +250,7 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_fold
     dev = tmp_path / "dev"
     dev.mkdir()
     for name in ("corpus.jsonl", "queries.jsonl"):
-        (dev / name).write_text((collection / name).read_text())
+        (dev / f"{name}.gz").write_bytes(gzip.compress((collection / name).read_bytes()))
     (dev / "qrels").mkdir()
     (dev / "qrels" / "dev.tsv").write_text((collection / "qrels" / "test.tsv").read_text())
     data = Data(train=examples, dev=str(dev))
@@ -394,9 +423,9 @@ def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path
         "--batch-size",
         "4",
         "--epochs",
-        "1",
+        "4",
         "--learning-rate",
-        "1e-3",
+        "1e-4",
         "--temperature",
         "0.1",
         "--device",
@@ -445,7 +474,8 @@ def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
     assert (tmp_path / "tuned.training" / "log.jsonl").is_file()
     (tmp_path / "tuned").rename(tmp_path / "elsewhere")
     with pytest.raises(
-        ValueError, match=r"recipe was \{'seed': 0\} there and is \{'seed': 1\} now; --restart discards it"
+        ValueError,
+        match=r"recipe was \{'seed': 0\} there and is \{'seed': 1\} now; --restart discards what depends on it",
     ):
         run(seed=1)
 
@@ -504,7 +534,8 @@ def test_scores_that_look_like_cosines_are_warned_of(tmp_path, bert_folder, capl
     assert any("give --teacher-temperature 0.1" in record.getMessage() for record in caplog.records) == warned
 
 
-def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples):
+def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     recipe = Recipe(log_to=("wandb",))
     with pytest.raises(ValueError, match="--log-to wandb: is not installed"):
         finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
@@ -517,6 +548,8 @@ def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, exampl
         ({"train": "a", "texts": ("b",)}, "give either --train"),
         ({"texts": ("b",)}, "--texts without --teacher"),
         ({"train": "a", "teacher": "b", "reranker": "c"}, "--reranker scores"),
+        ({"texts": ("b",), "teacher": "c", "corpus": "d"}, "--corpus goes with --train, not with --texts"),
+        ({"train": "a", "num_texts": 9}, "--num-texts goes with --texts"),
     ],
 )
 def test_data_that_says_too_much_or_too_little_is_refused(data, message):

@@ -41,7 +41,7 @@ def test_other_settings_are_an_error_and_restart_discards_all_but_what_is_kept(t
         (tmp_path / "job" / "work").write_text("done")
         (tmp_path / "job" / "data").mkdir()
     with (
-        pytest.raises(ValueError, match="a was 1 there and is 2 now; --restart discards it"),
+        pytest.raises(ValueError, match="a was 1 there and is 2 now; --restart discards what depends on it"),
         job_folder(tmp_path / "job", {"a": 2}),
     ):
         pass

@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -240,6 +242,17 @@ def test_the_cached_gradient_of_tokens_is_the_gradient(tmp_path, bert_folder):
         found[cached] = gradients(objective)
     for name, gradient in found[False].items():
         torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_the_teacher_made_of_a_chunk_is_not_kept_under_gradcache(tmp_path, bert_folder):
+    teacher = load(save_model(tmp_path / "teacher", "roberta"))
+    states = []
+    teacher.model.register_forward_hook(lambda *given: states.append(weakref.ref(given[-1].last_hidden_state)))
+    settings = LossSettings(token_weight=1.0, cached=True)
+    loss = ImitationObjective(load(bert_folder, batch_tokens=24), settings, teacher)(TEXTS[:5], [False] * 5)["loss"]
+    gc.collect()
+    assert len(states) > 1 and not any(state() is not None for state in states)
+    loss.backward()
 
 
 def in_a_process(rank: int, folder: str, teacher: str, store: str, results: str) -> None:

@@ -42,6 +42,13 @@ def test_without_labels_the_encoder_is_its_own_teacher_and_what_is_given_comes_b
     assert compression.finetune.max_steps == 7
 
 
+def test_gates_are_learned_for_as_many_steps_without_labels_as_with():
+    given = {"slim": {"criterion": "gates"}}
+    assert as_compression(merged(TEXTS, given)).slim.steps == as_compression(LABELS).slim.steps == 500
+    assert as_compression(merged(TEXTS, given, {"slim": {"steps": 7}})).slim.steps == 7
+    assert as_compression(TEXTS).slim.steps == WITHOUT_LABELS["slim"]["steps"]
+
+
 def test_units_of_a_whole_model_that_imitates_itself_are_told_apart_by_what_they_write():
     whole = merged(TEXTS, {"prune": {"drop_mlp": 0}})
     assert as_compression(whole).slim.criterion == "activation"

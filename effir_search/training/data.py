@@ -2,9 +2,10 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 
 from effir_search.encoder import Encoder
 from effir_search.job import job_folder, read_settings
-from effir_search.model.checkpoint import file_sha256
+from effir_search.model.checkpoint import file_sha256, resolve_model
 from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
+from effir_search.model.sentence_files import read_sentence_files
 from effir_search.ranges import NonNegative, Positive
 from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.lines import Lines
@@ -81,6 +83,10 @@ class Data:
             raise ValueError("--texts without --teacher: name the model to imitate, such as the one before pruning")
         if self.reranker and (imitates or self.teacher):
             raise ValueError("--reranker scores the candidates of --train examples; it does not go with --teacher")
+        if imitates and (ignored := [name for name in ("corpus", "topics") if getattr(self, name)]):
+            raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
+        if self.train and self.num_texts:
+            raise ValueError("--num-texts goes with --texts; of --train all examples are learned from")
 
 
 class Loaded(NamedTuple):
@@ -126,7 +132,16 @@ class Shuffled:
         return self.dataset[int(self._order[place])]
 
 
-def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str, str], restart: bool = False) -> None:
+def prepare(
+    folder: Path,
+    data: Data,
+    seed: int,
+    device: str,
+    *,
+    files: dict[str, str],
+    restart: bool = False,
+    teacher_options: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
     Args:
@@ -136,13 +151,16 @@ def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str
         device: Of the teacher, as ``Encoder.from_pretrained`` takes it.
         files: The data's ``hashes``.
         restart: Discard data that is there and of other settings, instead of raising.
+        teacher_options: Of a bi-encoder that scores candidates, as ``Encoder.from_pretrained`` takes them.
 
     Raises:
         ValueError: Bad data, a model that cannot be a teacher, or data of other settings in the folder.
         OSError: A file cannot be read or written.
     """
     settings = {name: value for name, value in asdict(data).items() if not name.startswith("dev")}
-    settings = json.loads(json.dumps(settings | {"seed": seed, "files": files}))
+    scores = bool(data.train and data.teacher)
+    settings |= {"seed": seed, "files": files, "teacher_options": dict(teacher_options) if scores else {}}
+    settings = json.loads(json.dumps(settings))
     folder = folder / DATA
     with job_folder(folder, settings, restart=restart and read_settings(folder) != settings):
         if not data.train:
@@ -157,7 +175,7 @@ def prepare(folder: Path, data: Data, seed: int, device: str, *, files: dict[str
         options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
         prepare_examples(data.train, prepared, **options)
         if prepared != file:
-            with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device))
+            with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device, **teacher_options))
 
 
 def load(folder: Path, data: Data, seed: int) -> Loaded:
@@ -180,6 +198,31 @@ def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
         else:
             texts.append(item)
     return texts
+
+
+def teacher_reading(data: Data, encoder: Encoder) -> dict[str, object]:
+    """Return how the teacher makes a vector of a text: as the encoder does if its own files do not say how.
+
+    So a language model teaches what was pruned from it, which has been told.
+
+    Args:
+        data: What is learned from.
+        encoder: What learns.
+
+    Returns:
+        Options of ``Encoder.from_pretrained``; none for a teacher whose files say it, or without one.
+    """
+    if data.teacher is None or read_sentence_files(resolve_model(data.teacher)).pooling is not None:
+        return {}
+    config, tokenizer = encoder.config, encoder.tokenizer
+    ends_with_eos = tokenizer.eos_token_id is not None and tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return {
+        "pooling": config.pooling,
+        "query_prompt": config.query_prompt,
+        "document_prompt": config.document_prompt,
+        "append_eos": ends_with_eos,
+        "normalize": config.similarity == "cosine",
+    }
 
 
 def imitated(data: Data, encoder: Encoder, device: str, **text_options: object) -> Encoder | None:
@@ -223,7 +266,8 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encode
             raise ValueError(f"--token-weight {of_tokens:g} goes with --texts and a teacher that is imitated")
         of_tokens = 0.0
     elif of_tokens is None:
-        of_tokens = float(encoder.config.pooling == "mean" and read_differently(teacher, encoder) is None)
+        pool_means = teacher.config.pooling == encoder.config.pooling == "mean"
+        of_tokens = float(pool_means and read_differently(teacher, encoder) is None)
     elif of_tokens and (different := read_differently(teacher, encoder)):
         raise ValueError(f"--token-weight {of_tokens:g}: {data.teacher} has another {different}")
     return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)

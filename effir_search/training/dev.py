@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
-from effir_search.corpus import Document, read_corpus
+from effir_search.corpus import Document, beir_file, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
@@ -47,6 +47,7 @@ def read_dev_split(
         ValueError: A bad line, or a split without a relevant document.
         OSError: A file cannot be read.
     """
+    corpus, topics = str(beir_file(folder, "corpus.jsonl")), beir_file(folder, "queries.jsonl")
     qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
     judged = sorted({qrel.query_id for qrel in qrels if qrel.relevance > 0})
     if not judged:
@@ -55,12 +56,10 @@ def read_dev_split(
     chosen = set(generator.sample(judged, min(num_queries, len(judged))))
     qrels = [qrel for qrel in qrels if qrel.query_id in chosen]
     wanted = {qrel.doc_id for qrel in qrels}
-    others = [
-        document.doc_id for document in read_corpus(str(folder / "corpus.jsonl")) if document.doc_id not in wanted
-    ]
+    others = [document.doc_id for document in read_corpus(corpus) if document.doc_id not in wanted]
     wanted.update(generator.sample(others, min(max(0, num_documents - len(wanted)), len(others))))
-    documents = [document for document in read_corpus(str(folder / "corpus.jsonl")) if document.doc_id in wanted]
-    queries = [query for query in read_topics(folder / "queries.jsonl") if query.query_id in chosen]
+    documents = [document for document in read_corpus(corpus) if document.doc_id in wanted]
+    queries = [query for query in read_topics(topics) if query.query_id in chosen]
     return DevSplit(queries, documents, qrels)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from effir_search.corpus import Document, check_unicode, document_text, parse_json_object, read_corpus
+from effir_search.corpus import Document, beir_file, check_unicode, document_text, parse_json_object, read_corpus
 from effir_search.files import decode, read_lines, whole_file
 from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
@@ -313,10 +313,7 @@ def _beir_records(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
     for qrel in read_qrels(qrels):
         if qrel.relevance > 0:
             positives.setdefault(qrel.query_id, []).append(qrel.doc_id)
-    files = (folder / "queries.jsonl", folder / "queries.jsonl.gz")
-    topics = next((file for file in files if file.is_file()), None)
-    if topics is None:
-        raise FileNotFoundError(f"{folder}: no queries.jsonl, which a BEIR folder has")
+    topics = beir_file(folder, "queries.jsonl")
     queries = _Texts("query", "--topics", topics, find_queries(topics, positives))
     doc_ids = set(itertools.chain.from_iterable(positives.values()))
     documents = _Texts("document", "--corpus", folder, find_texts(folder, doc_ids))

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ from effir_search.training.data import (
     objective_of,
     prepare,
     resolved,
+    teacher_reading,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.examples import Example
@@ -136,7 +136,7 @@ def finetune(
     restart: bool = False,
     keep_checkpoints: bool = False,
     prepared: Path | None = None,
-    teacher_options: Mapping[str, object] = MappingProxyType({}),
+    teacher_options: Mapping[str, object] | None = None,
     **text_options: object,
 ) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
@@ -155,7 +155,7 @@ def finetune(
         restart: Discard what a stopped job left, but for data that was prepared from the same files.
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
-        teacher_options: As text_options, of a teacher that is imitated.
+        teacher_options: As text_options, of the teacher, if it is a bi-encoder; None = as ``data.teacher_reading``.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -177,6 +177,8 @@ def finetune(
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
+    if teacher_options is None:
+        teacher_options = teacher_reading(data, encoder)
     teacher = imitated(data, encoder, device, **teacher_options)
     recipe = resolved_recipe(recipe, data, encoder.model, encoder.device)
     losses = resolved(losses, data, encoder, teacher)
@@ -200,7 +202,8 @@ def finetune(
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart)
+            reading = {"teacher_options": teacher_options}
+            prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart, **reading)
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
         if data.train and not (data.teacher or data.reranker) and process.is_main_process:
@@ -272,8 +275,6 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
             raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
     if recipe.patience and data.train and not data.dev:
         raise ValueError("--patience needs something that is measured: give --dev")
-    if not data.train and (ignored := [name for name in ("corpus", "topics", "reranker") if getattr(data, name)]):
-        raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
     if data.dev and not (qrels := Path(data.dev) / "qrels" / f"{data.dev_split}.tsv").is_file():
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 

@@ -34,8 +34,8 @@ class LossSettings:
         distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
         score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
         token_weight: Of 1 - cosine of the states of each token, beside that of embeddings; None = 1 for a teacher that
-            reads the same tokens into states of the same size and pools their mean, such as the model before pruning,
-            0 for others.
+            reads the same tokens into states of the same size, such as the model before pruning, if both pool their
+            mean; 0 for others.
         dimensions: The loss is the mean over the leading so many components of the embeddings (Matryoshka,
             arXiv 2205.13147); empty = all components alone.
         cached: Keep no activations between the forward and the backward pass (GradCache, arXiv 2101.06983): a batch
@@ -52,7 +52,7 @@ class LossSettings:
 
 
 # Takes a batch and the number of the prompt's tokens; returns tensors with a row for each text.
-Forward = Callable[..., tuple[Tensor, ...]]
+Forward = Callable[[dict[str, Tensor], int], tuple[Tensor, ...]]
 
 
 class Objective(nn.Module):
@@ -90,18 +90,13 @@ class Objective(nn.Module):
             raise ValueError(f"the text {empty[0][:40]!r} has no token, so nothing can be learned from it")
         chunks, order = [], []
         for rows, batch in encoder.batches(tokens):
-            given = self._beside(batch) | {"prompt_length": tokens.prompt_length}
             if self.settings.cached and torch.is_grad_enabled():
-                chunks.append(checkpoint(forward, batch, use_reentrant=False, **given))
+                chunks.append(checkpoint(forward, batch, tokens.prompt_length, use_reentrant=False))
             else:
-                chunks.append(forward(batch, **given))
+                chunks.append(forward(batch, tokens.prompt_length))
             order.append(rows)
         places = torch.from_numpy(np.argsort(np.concatenate(order))).to(encoder.device)
         return tuple(torch.cat(parts)[places] for parts in zip(*chunks, strict=True))
-
-    def _beside(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a forward pass is given besides its batch, and is computed once."""
-        return {}
 
     def leading(self, embeddings: Tensor) -> list[Tensor]:
         """Return the embeddings at each of the dimensions, of length 1 where the model's similarity is the cosine."""
@@ -177,8 +172,8 @@ class ImitationObjective(Objective):
 
     Embeddings are compared as a search does: by direction where the similarity is the cosine, else with their lengths,
     in units of the root mean square of the teacher's. A teacher with embeddings of another length is matched in its
-    score matrix alone. One that reads the same tokens (``read_differently``) runs on the encoder's own batches, and can
-    be matched token by token, too.
+    score matrix alone. One that reads the same tokens (``read_differently``) can be matched token by token, too, and
+    then runs on the encoder's own batches.
 
     Args:
         encoder: The student.
@@ -190,7 +185,7 @@ class ImitationObjective(Objective):
     def __init__(self, encoder: Encoder, settings: LossSettings, teacher: Encoder, *, alone: bool = False) -> None:
         super().__init__(encoder, settings, alone=alone)
         self.teacher = teacher
-        self.same_tokens = read_differently(teacher, encoder) is None
+        self.by_token = bool(settings.token_weight) and read_differently(teacher, encoder) is None
 
     def forward(self, texts: Sequence[str], queries: Sequence[bool]) -> dict[str, Tensor]:
         """Return the loss of a batch and its terms, each a scalar.
@@ -205,7 +200,7 @@ class ImitationObjective(Objective):
         prompts = [config.query_prompt, config.document_prompt]
         if config.query_prompt == config.document_prompt:  # then all may share forward passes
             rows, prompts = [np.arange(len(texts))], prompts[:1]
-        forward = self._embed_both if self.same_tokens else self._embed
+        forward = self._embed_both if self.by_token else self._embed
         parts = [
             self._in_chunks([texts[row] for row in of_kind], prompt, forward)
             for of_kind, prompt in zip(rows, prompts, strict=True)
@@ -219,23 +214,20 @@ class ImitationObjective(Objective):
         with torch.autocast(student.device.type, enabled=False):  # as in RetrievalObjective
             return self._loss(student, *beside)
 
-    def _embed_both(
-        self, batch: dict[str, Tensor], prompt_length: int, teacher_states: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the embeddings, the teacher's, and of each text how far its tokens' states are from the teacher's."""
+    def _embed_both(self, batch: dict[str, Tensor], prompt_length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the embeddings, the teacher's, and of each text how far its tokens' states are from the teacher's.
+
+        The teacher's states are as large as the encoder's, and under ``cached`` are made twice rather than kept.
+        """
         mask = batch["attention_mask"]
         states = self.encoder.model(**batch).last_hidden_state.float()
+        with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
+            teacher_states = self.teacher.model(**batch).last_hidden_state.float()
         student, teacher = (
             vectors(of_one, mask, one.config, head=one.head, prompt_length=prompt_length)
             for of_one, one in ((states, self.encoder), (teacher_states, self.teacher))
         )
         return student, teacher, token_loss(states, teacher_states, mask)
-
-    def _beside(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.same_tokens:
-            return {}
-        with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
-            return {"teacher_states": self.teacher.model(**batch).last_hidden_state.float()}
 
     def _loss(self, student: Tensor, teacher: Tensor, away: Tensor | None = None) -> dict[str, Tensor]:
         sizes = self._sizes(len(student))
@@ -255,7 +247,7 @@ class ImitationObjective(Objective):
             terms["scores"].append(score_matrix_loss(part, part_all, teacher, teacher_all))
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
         loss = means.get("embedding", 0) + self.settings.score_weight * means["scores"]
-        if self.settings.token_weight and away is not None:
+        if away is not None:
             means["tokens"] = away.mean()
             loss = loss + self.settings.token_weight * means["tokens"]
         return {"loss": loss, **means}

@@ -21,7 +21,11 @@ SLICE = 8192
 
 
 def load_teacher(
-    teacher: str | Path | None = None, reranker: str | Path | None = None, *, device: str = "auto"
+    teacher: str | Path | None = None,
+    reranker: str | Path | None = None,
+    *,
+    device: str = "auto",
+    **text_options: object,
 ) -> Scorer:
     """Return what scores ``(query, document)`` pairs: a bi-encoder or a cross-encoder.
 
@@ -29,6 +33,7 @@ def load_teacher(
         teacher: Bi-encoder, folder or hub name.
         reranker: Cross-encoder, folder or hub name.
         device: As for ``Encoder.from_pretrained``.
+        text_options: Of a bi-encoder, likewise.
 
     Raises:
         ValueError: Not just one of the two, or a model that cannot be one.
@@ -37,7 +42,8 @@ def load_teacher(
     if (teacher is None) == (reranker is None):
         raise ValueError("give one teacher: either --teacher, a bi-encoder, or --reranker, a cross-encoder")
     if teacher is not None:
-        return functools.partial(bi_encoder_scores, Encoder.from_pretrained(teacher, device=device).pack())
+        encoder = Encoder.from_pretrained(teacher, device=device, **text_options)
+        return functools.partial(bi_encoder_scores, encoder.pack())
     return functools.partial(cross_encoder_scores, load_cross_encoder(reranker, device=device))
 
 

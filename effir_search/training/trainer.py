@@ -55,7 +55,7 @@ class ObjectiveTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"step {self.state.global_step + 1}: out of GPU memory; give --grad-cache and a lower --batch-tokens, "
-                "and for large models --gradient-checkpointing; with other settings, also --restart"
+                "and for large models --gradient-checkpointing ([loss] and [finetune] of a recipe), with --restart"
             ) from error
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: object, **kwargs: object) -> Tensor:
@@ -95,7 +95,7 @@ class ObjectiveTrainer(Trainer):
 
     def _advice(self) -> str:
         return (
-            "lower --learning-rate or give --no-bf16, with --restart; the checkpoints in "
+            "lower --learning-rate or give --no-bf16 ([finetune] of a recipe), with --restart; the checkpoints in "
             f"{self.args.output_dir} are from before"
         )
 
