@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from glob import escape
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -246,16 +247,18 @@ class Store:
         for number, part in sorted(self.parts().items()):
             yield self.read(number, part)
 
-    def forget_damaged(self) -> None:
-        """Forget every part that cannot be read as it was written, with a warning for each."""
+    def forget_damaged(self, numbers: range) -> None:
+        """Forget every part of these that cannot be read as it was written, with a warning for each."""
         for number, part in self.parts().items():
+            if number not in numbers:
+                continue
             try:
                 self.read(number, part)
             except ValueError as error:
                 logger.warning("%s: part %d is encoded again", str(error).removesuffix(f"; {REMEDY}"), number)
                 with _lock(self.path / MANIFEST_LOCK):
                     settings, parts = self._manifest()
-                    parts.pop(number, None)
+                    del parts[number]
                     self._write_manifest(settings, parts)
 
     def keep(self) -> None:
@@ -276,9 +279,9 @@ class Store:
     def remove(self) -> None:
         """Delete the store; the manifest goes first, so that a kill half-way leaves nothing that counts."""
         (self.path / MANIFEST).unlink(missing_ok=True)
-        hidden = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        os.replace(self.path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)  # NFS keeps files that are open: the locks of jobs at work
+        os.replace(self.path, self.path.with_name(f".{self.path.name}.{os.getpid()}"))
+        for hidden in self.path.parent.glob(f".{escape(self.path.name)}.*"):  # also what a kill right here has left
+            shutil.rmtree(hidden, ignore_errors=True)  # NFS keeps files that are open: the locks of jobs at work
 
     @contextmanager
     def at_work(self, shard: Shard) -> Iterator[None]:

@@ -496,7 +496,7 @@ def encoder_config(
         **{name: value for name, value in given.items() if value is not None},
     )
     if max_length is not None:
-        config = replace(config, max_length=_checked_max_length(max_length, model, tokenizer))
+        config = replace(config, max_length=checked_max_length(max_length, model, tokenizer))
     if normalize:
         config = replace(config, normalize=True, similarity="cosine")
     if dimension is not None:
@@ -516,7 +516,8 @@ def _longest_input(model: PreTrainedModel) -> int | None:
     return positions - _position_offset(model) if positions > 0 else None
 
 
-def _checked_max_length(asked: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def checked_max_length(asked: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a number of tokens of a text that a model can read; ValueError if it cannot."""
     longest = _longest_input(model)
     if longest is not None and asked > longest:
         raise ValueError(f"--max-length {asked}: the model takes at most {longest} tokens")

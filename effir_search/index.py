@@ -18,7 +18,16 @@ from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpu
 from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
-from effir_search.kinds import check_training, memory, new_index, sample_rows, train, training_size, well_trained_size
+from effir_search.kinds import (
+    check_training,
+    memory,
+    new_index,
+    reserve,
+    sample_rows,
+    train,
+    training_size,
+    well_trained_size,
+)
 from effir_search.model.checkpoint import dtype_name, file_sha256, read_json
 from effir_search.workers import run_workers
 
@@ -123,11 +132,17 @@ def build_index(
         OSError: The folder exists or cannot be written, or another job is at work on it.
     """
     new_index(kind, encoder.dimension)
-    if shard.count > 1 and _is_built(index_dir, encoder, kind, corpus_sha256):
-        return 0  # the other shards' jobs needed nothing of this one
+    store, before = store_of(index_dir), _written_at(index_dir)
+    if shard.count > 1 and num_documents is not None and not shard.parts(number_of_parts(num_documents)):
+        return 0
+    if not overwrite and _is_built(index_dir, encoder, kind, corpus_sha256):
+        left = store.is_there() and not store.is_kept()
+        if left:
+            _remove_left(store)
+        if left or shard.count > 1:  # the other shards' jobs needed nothing of this one
+            return read_index_info(index_dir).num_documents if shard.count == 1 else 0
     replaced = _replaced(overwrite, index_dir)
     refuse_existing(index_dir, replaces=replaced)
-    store = store_of(index_dir)
     if restart:
         _discard(store, shard)
     if num_documents is not None:
@@ -147,7 +162,7 @@ def build_index(
         with store.finishing() as there:
             if not there or len(store.parts()) < num_parts:
                 return 0
-            if shard.count > 1 and _is_built(index_dir, encoder, kind, found_sha256):
+            if _written_at(index_dir) != before and _is_built(index_dir, encoder, kind, found_sha256):
                 return 0  # another shard's job wrote it while this one waited for its turn
             records = store.parts().values()
             info = IndexInfo(
@@ -167,10 +182,10 @@ def build_index(
             )
             if num_documents is None:
                 _announce(kind, info.dimension, info.num_documents, train_size)
-            _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
             if keep_embeddings:
                 store.keep()
-            elif not store.is_kept():
+            _write_folder(_rows_of_store(store, encoder.config), info, index_dir, replaced, train_size=train_size)
+            if not store.is_kept():
                 store.remove()
     return info.num_documents
 
@@ -182,6 +197,20 @@ def _is_built(index_dir: Path, encoder: Encoder, kind: str, corpus_sha256: str |
         (info.corpus_sha256, info.model_sha256, info.encoder, info.dtype, info.kind)
         == (corpus_sha256, encoder.weights_sha256, encoder.config, dtype_name(encoder.dtype), kind)
     )
+
+
+def _written_at(index_dir: Path) -> int | None:
+    """Return when the index in a folder was written, which tells it from one that replaces it; None without one."""
+    file = index_dir / INDEX_FILE
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def _remove_left(store: Store) -> None:
+    """Remove the store of an index that is there: what a job had left to do that was stopped after it wrote it."""
+    with store.finishing() as there:
+        if there:
+            logger.info("the index is complete already; its job was stopped before it removed %s", store.path)
+            store.remove()
 
 
 def store_of(index_dir: Path) -> Store:
@@ -213,6 +242,7 @@ def _write_folder(
     index = new_index(kind, info.dimension)
     if not index.is_trained:
         train(index, kind, sample_rows((vectors for vectors, _ in rows()), num_documents, size))
+    reserve(index, num_documents)
     with whole_folder(index_dir, replaces=replaced) as folder:
         with open(folder / DOCID_FILE, "w", encoding="utf-8", newline="\n") as docids:
             for vectors, ids in tqdm(rows(), desc="Indexing", unit=" parts", disable=None if kind != "Flat" else True):
@@ -266,6 +296,12 @@ def rebuild_index(
     if info is None:
         raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(kind, info.dimension)
+    if info.kind == "Flat":
+        for file, sha256 in ((INDEX_FILE, info.index_sha256), (DOCID_FILE, info.docid_sha256)):
+            if file_sha256(source_dir / file) != sha256:
+                raise ValueError(
+                    f"{source_dir / file}: damaged, its SHA-256 is not that of {INFO_FILE}; build it again"
+                )
     rows = _rows_of_flat(source_dir) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
     _announce(kind, info.dimension, info.num_documents, train_size)
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
@@ -382,15 +418,16 @@ def index_corpus(
         ValueError: A bad corpus or model, or a store of another job.
         OSError: A file cannot be read or written.
     """
-    if shard.count == 1:
+    store = store_of(index_dir)
+    if shard.count == 1 and not (store.is_there() and not store.is_kept()):
         refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
     training_size(kind, 0)  # an unknown kind is an error before the corpus is read
-    store = store_of(index_dir)
     summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
     if restart:
         _discard(store, shard)
-    elif repair:
-        store.forget_damaged()
+    elif repair and store.is_there():
+        with store.at_work(shard):
+            store.forget_damaged(shard.parts(number_of_parts(summary.num_documents)))
     for complaint in summary.bad_lines:
         logger.warning("skipped %s", complaint)
     given = {name: value for name, value in options.items() if value is not None}

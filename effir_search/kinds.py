@@ -53,7 +53,7 @@ def memory(kind: str, dimension: int, num_documents: int, train_size: int) -> in
         # Level 0 has twice as many links as the levels above, which hold few of the rows; 4 bytes a link.
         row += 4 * 2 * int(found["links"]) + 8
     if found["lists"]:
-        row += 8
+        row = 3 * (row + 8) // 2  # each list has room for up to twice what is in it
     lists = int(found["lists"] or 0) * 4 * dimension
     rotation = 4 * dimension * dimension if found["opq"] else 0
     return num_documents * row + lists + rotation + train_size * 4 * dimension
@@ -106,6 +106,24 @@ def _clusterings(index: faiss.Index) -> Iterator[faiss.ClusteringParameters]:
         yield index.cp
     if hasattr(index, "pq"):
         yield index.pq.cp
+
+
+def reserve(index: faiss.Index, num_vectors: int) -> None:
+    """Give an empty index the memory of so many vectors at once: as it grows, FAISS doubles it and holds both copies.
+
+    An IVF grows list by list, where that is little.
+    """
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexHNSW):
+        storage = faiss.downcast_index(inner.storage)
+        inner.hnsw.neighbors.resize(num_vectors * int(1.1 * inner.hnsw.nb_neighbors(0)))  # a tenth for upper levels
+        inner.hnsw.neighbors.resize(0)
+        inner = storage
+    if isinstance(inner, faiss.IndexFlatCodes):
+        inner.codes.resize(num_vectors * inner.code_size)
+        inner.codes.resize(0)
 
 
 def sample_rows(vectors: Iterable[np.ndarray], num_vectors: int, size: int, *, seed: int = 0) -> np.ndarray:

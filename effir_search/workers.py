@@ -87,7 +87,13 @@ def run_workers(
             workers.append((worker, ours))
         at_work = {worker.sentinel: (worker, connection) for worker, connection in workers}
         while at_work:
-            for sentinel in wait(list(at_work), timeout=1):
+            ended = wait(list(at_work), timeout=1)
+            for worker, connection in at_work.values():
+                # A worker whose error is longer than the pipe waits until it is taken, and ends then.
+                if (error := _told(connection)) is not None:
+                    worker.join(GRACE)
+                    raise error
+            for sentinel in ended:
                 worker, connection = at_work.pop(sentinel)
                 worker.join()
                 if worker.exitcode:
@@ -101,13 +107,19 @@ def run_workers(
             worker.kill()
 
 
-def _reason(exitcode: int, connection: Connection) -> Exception:
-    """Return what a worker raised, or how it ended without a word."""
+def _told(connection: Connection) -> Exception | None:
+    """Return what a worker has raised, if it has."""
     try:
-        return connection.recv()
+        return connection.recv() if connection.poll() else None
     except EOFError:
-        how = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with status {exitcode}"
-        return OSError(f"a worker {how}; the others were stopped, and the same command continues")
+        return None
+
+
+def _reason(exitcode: int, connection: Connection) -> Exception:
+    """Return what a worker that has ended raised, or how it ended without a word."""
+    how = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with status {exitcode}"
+    told = _told(connection)
+    return told or OSError(f"a worker {how}; the others were stopped, and the same command continues")
 
 
 class _NotATerminal(io.TextIOWrapper):

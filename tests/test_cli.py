@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import click
 import ir_measures
@@ -64,13 +63,14 @@ def effir(*args):
 # Help
 
 
-def test_help_is_there_in_less_than_three_tenths_of_a_second():
+def test_help_takes_less_than_three_tenths_of_a_second():
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         assert effir("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    # The best of five: whatever else the machine does can only add to it.
+        end = os.times()
+        seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
+    # Of a processor, not of the clock, and the best of five: other programs can only add to it.
     assert min(seconds) < 0.3
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MistralConfig
 
 from effir_search.cli import cli
 from effir_search.encoder import Encoder
-from effir_search.model.checkpoint import ADAPTER_FILES, HUB_FILES
+from effir_search.model.checkpoint import ADAPTER_FILES, HUB_FILES, read_config_file
 from effir_search.model.convert import QUERY_PROMPT, convert, describe_converted
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
@@ -172,6 +172,18 @@ def test_null_an_empty_list_and_no_true_boolean_drop_nothing(tmp_path, copied, n
     assert config.mlp_widths == [48, 0, 48, 0] and config.dropped_attention == []
     edit(copied / "config.json", drop_mlp_list=nothing)
     assert_equal_states(converted(copied, tmp_path / "none"), language_model().model)
+
+
+@pytest.mark.parametrize("lists", [{"drop_mlp_list": [0]}, {"drop_attn_list": [False, True, False, False]}])
+def test_a_checkpoint_is_no_encoder_before_it_is_converted(copied, lists):
+    edit(copied / "config.json", **{"drop_mlp_list": None, "drop_attn_list": [False] * 4} | lists)
+    message = f"is an LLM-Drop checkpoint .{next(iter(lists))}., .*effir convert makes it a model"
+    with pytest.raises(ValueError, match=message):
+        Encoder.from_pretrained(copied)
+    with pytest.raises(ValueError, match=message):
+        read_config_file(copied / "config.json")
+    edit(copied / "config.json", drop_mlp_list=[], drop_attn_list=[False] * 4)
+    assert Encoder.from_pretrained(copied, device="cpu").dimension == 32
 
 
 def test_weights_of_dropped_parts_may_be_in_the_files_or_not(tmp_path, dropped):

@@ -16,6 +16,7 @@ from conftest import peak_memory, write_jsonl
 from effir_search.ahead import ahead
 from effir_search.corpus import Document, read_corpus, scan_corpus
 from effir_search.embeddings import (
+    KEPT,
     PART_SIZE,
     Part,
     Shard,
@@ -384,6 +385,20 @@ def test_a_store_that_was_kept_is_told_from_one_of_a_stopped_job(stopped, corpus
     assert "the embeddings that were kept of the index index beside it" in describe(str(store_of(stopped).path))
     with pytest.raises(ValueError, match="is no index but the embeddings that were kept"):
         load_encoder(store_of(stopped).path)
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)])
+def test_a_job_that_was_killed_after_it_wrote_the_index_is_done_by_the_same_command(
+    stopped, corpus, bert_folder, encoder, shard
+):
+    go_on(corpus, encoder, stopped, keep_embeddings=True)
+    store = store_of(stopped)
+    (store.path / KEPT).unlink()  # it was not to be kept, and was about to go
+    written = files_of(stopped)
+    index_corpus(str(corpus), str(bert_folder), stopped, shard=shard, dtype="fp32")
+    assert not store.path.exists() and files_of(stopped) == written
+    with pytest.raises(FileExistsError, match="an index is there already"):
+        index_corpus(str(corpus), str(bert_folder), stopped, dtype="fp32")
 
 
 def test_two_jobs_at_once_are_an_error(tmp_path):

@@ -1,9 +1,10 @@
 import shutil
+import sys
 
 import faiss
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import peak_memory, write_jsonl
 
 from effir_search.corpus import Document
 from effir_search.encoder import Encoder
@@ -144,8 +145,8 @@ def test_memory_of_a_row_is_its_code(kind, row):
 
 
 def test_memory_counts_lists_links_and_the_sample():
-    # 10 lists of 4 dimensions in float32, 8 bytes an id, 16 bytes a row, and a sample of 5 rows.
-    assert memory("IVF10,Flat", 4, 100, 5) == 10 * 4 * 4 + 100 * (8 + 16) + 5 * 16
+    # 10 lists of 4 dimensions in float32, 8 bytes an id, 16 bytes a row, half as much of room, and a sample of 5 rows.
+    assert memory("IVF10,Flat", 4, 100, 5) == 10 * 4 * 4 + 100 * (8 + 16) * 3 // 2 + 5 * 16
     # 2 * 32 links of 4 bytes on level 0, 8 bytes of bookkeeping.
     assert memory("HNSW32", 4, 100, 0) == 100 * (16 + 256 + 8)
 
@@ -154,6 +155,24 @@ def test_memory_of_an_hnsw_is_close_to_its_size_on_disk(vectors):
     index = new_index("HNSW32", 32)
     index.add(vectors)
     assert len(faiss.serialize_index(index)) == pytest.approx(memory("HNSW32", 32, len(vectors), 0), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQfp16", "PQ64", "HNSW8,Flat"])
+def test_an_index_takes_its_memory_once(kind):
+    # One row more than a power of two, where what grows by doubling would take twice as much, and copy it.
+    building = (
+        "import sys; import numpy as np; from effir_search.kinds import new_index, reserve\n"
+        "kind, rows = sys.argv[1], int(sys.argv[2])\n"
+        "index, block = new_index(kind, 512), np.random.default_rng(0).random((1025, 512), dtype=np.float32)\n"
+        "index.is_trained or index.train(block)\n"
+        "if index.__class__.__name__ == 'IndexHNSWFlat': index.hnsw.efConstruction = 1\n"
+        "reserve(index, rows)\n"
+        "for start in range(0, rows, 1024): index.add(block[:min(1024, rows - start)])\n"
+        "assert index.ntotal == rows\n"
+    )
+    rows = 2**17 + 1 if kind != "HNSW8,Flat" else 2**15 + 1
+    small, large = (peak_memory([sys.executable, "-c", building, kind, str(number)]) for number in (1025, rows))
+    assert large - small < 1.15 * memory(kind, 512, rows, 0) + 5e6
 
 
 def test_kinds_without_training_take_no_sample():
@@ -218,6 +237,17 @@ def test_another_kind_comes_from_a_flat_index_without_encoding(tmp_path, flat_in
     assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     assert len(list(search(tmp_path / "new", encoder, [Query("q", "hot soup")], k=10))) == 10
+
+
+@pytest.mark.parametrize("name", ["index", "docid"])
+def test_a_damaged_index_is_no_source(tmp_path, flat_index, name):
+    damaged = shutil.copytree(flat_index, tmp_path / "flat")
+    content = bytearray((damaged / name).read_bytes())
+    content[-2] ^= 1
+    (damaged / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: damaged, its SHA-256 is not that of effir.json"):
+        rebuild_index(damaged, tmp_path / "sq", kind="SQ8")
+    assert not (tmp_path / "sq").exists()
 
 
 def test_embeddings_of_another_job_are_no_source(tmp_path, bert_folder):

@@ -84,6 +84,14 @@ def test_the_length_that_is_measured_on_is_recorded_and_not_that_of_the_model(tm
     assert Encoder.from_pretrained(tmp_path / "small").config.max_length == own
 
 
+@pytest.mark.parametrize(("length", "message"), [(500, "the model takes at most 96"), (1, "leave no room for text")])
+def test_a_length_that_the_model_cannot_read_is_an_error(tmp_path, bert_folder, sources, length, message):
+    options = {"layers": {}, "sources": sources, "calibration_length": length}
+    with pytest.raises(ValueError, match=f"--max-length {length}: .*{message}"):
+        prune_encoder(str(bert_folder), tmp_path / "small", numbers={"mlp": 1}, **options)
+    assert not (tmp_path / "small").exists()
+
+
 def test_the_cosine_told_is_that_of_the_saved_model_s_embeddings(tmp_path, bert_folder, sources):
     pruned = prune_encoder(str(bert_folder), tmp_path / "pruned", numbers={"mlp": 2}, layers={}, sources=sources)
     texts = sample_texts(sources).texts

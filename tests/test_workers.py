@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,14 @@ def test_what_a_worker_raises_is_raised_and_the_others_are_stopped(tmp_path):
     assert not (tmp_path / "waits").exists() or wait_for_end(pid_of(tmp_path / "waits"))
 
 
+@pytest.mark.timeout(120)
+def test_an_error_too_long_for_the_pipe_is_raised_too(tmp_path):
+    long = "docs.jsonl:3: " + 300_000 * "x"
+    with pytest.raises(ValueError) as raised:
+        run_workers(fail_or_wait, [tmp_path / "waits", ValueError(long)])
+    assert str(raised.value) == long
+
+
 def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_traceback(tmp_path):
     for raised, expected, message in (
         (ValueError("a bad line"), ValueError, "a bad line"),
@@ -135,6 +144,20 @@ def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, co
         assert done.returncode == 0, done.stderr
         assert ("the job that encodes the last part" in done.stdout) == (number == "0")
     assert files_of(tmp_path / "index") == files_of(whole)
+
+
+@pytest.mark.parametrize("more", [[], ["--keep-embeddings"]])
+def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_folder, whole, more):  # noqa: F811
+    index_dir = shutil.copytree(whole, tmp_path / "index")
+    content = bytearray((index_dir / "index").read_bytes())
+    content[-1] ^= 1
+    (index_dir / "index").write_bytes(content)
+    refused = run(corpus, bert_folder, index_dir, "--workers", "2", *more)
+    assert refused.returncode == 1 and "an index is there already" in refused.stderr
+    done = run(corpus, bert_folder, index_dir, "--workers", "2", "--overwrite", *more)
+    assert done.returncode == 0, done.stderr
+    assert files_of(index_dir) == files_of(whole)
+    assert store_of(index_dir).is_kept() == bool(more)
 
 
 def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):  # noqa: F811

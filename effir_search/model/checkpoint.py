@@ -35,6 +35,8 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 CACHE = {"local_files_only": True}
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
+# Where LLM-Drop's config.json says what was dropped.
+DROP_LISTS = {"mlp": "drop_mlp_list", "attention": "drop_attn_list"}
 # What files and folders are called that have a name of their own only together with the folder they are in.
 COMMON = ("model", "corpus", "queries", "train")
 # What transformers, safetensors and torch raise about a folder or a file that is damaged or is something else.
@@ -134,8 +136,10 @@ def _read_config(folder: Path) -> PretrainedConfig:
     for names in (("config.json",), WEIGHTS, TOKENIZERS):
         if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
-    if "model_type" not in read_json(folder / "config.json"):
+    settings = read_json(folder / "config.json")
+    if "model_type" not in settings:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so it is not a Hugging Face model")
+    _check_whole_layers(settings, folder)
     with named_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config.use_cache = False
@@ -152,8 +156,20 @@ def read_config_file(path: Path) -> PretrainedConfig:
     settings = read_json(path)
     if "model_type" not in settings:
         raise ValueError(f"{path}: no model_type, so it is not a Hugging Face model's config")
+    _check_whole_layers(settings, path)
     with named_errors(path):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _check_whole_layers(settings: dict[str, object], path: Path) -> None:
+    """Raise ValueError for LLM-Drop's config of a model without some parts, which transformers would not leave out."""
+    for name in DROP_LISTS.values():
+        value = settings.get(name)
+        if isinstance(value, list) and any(item is not False for item in value):
+            raise ValueError(
+                f"{path}: is an LLM-Drop checkpoint ({name}), whose dropped parts would take part again; "
+                "effir convert makes it a model of this project"
+            )
 
 
 def _auto_class(config: PretrainedConfig) -> type[AutoModel | AutoModelForTextEncoding]:

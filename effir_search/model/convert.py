@@ -22,6 +22,7 @@ from effir_search.encoder import Encoder, encoder_config
 from effir_search.files import refuse_existing
 from effir_search.model.arithmetic import count, empty_model
 from effir_search.model.checkpoint import (
+    DROP_LISTS,
     TOKENIZERS,
     hub_revision,
     load_tokenizer,
@@ -38,7 +39,6 @@ Plan = dict[str, list[int]]
 Given = dict[str, Iterable[int] | None]
 Loaded = tuple[EffirModel, PreTrainedTokenizerBase, SentenceFiles]
 # In a config.json.
-DROP_LISTS = {"mlp": "drop_mlp_list", "attention": "drop_attn_list"}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Of an adapter_config.json: what the merged weights depend on, what they do not, and ways to start that leave the base

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effir_search.encoder import Encoder
+from effir_search.encoder import Encoder, checked_max_length
 from effir_search.files import refuse_existing
 from effir_search.model.arithmetic import facts, format_facts, planned
 from effir_search.model.checkpoint import hub_revision, lasting_name
@@ -93,7 +93,7 @@ def prune_encoder(
     reference = tokens = None
     if calibration is not None:
         own = encoder.config
-        length = calibration_length or own.max_length
+        length = checked_max_length(calibration_length or own.max_length, encoder.model, encoder.tokenizer)
         encoder.config = replace(own, max_length=length)
         logger.info("measuring by %s on %d texts", criterion, len(calibration.texts))
         tokens = encoder.tokenize(calibration.texts, prompt=own.document_prompt)
