@@ -127,6 +127,7 @@ def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tmp_path, corpus, bert_folder, whole):
     rng = np.random.default_rng(20)
     start = time.monotonic()
@@ -140,9 +141,16 @@ def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tm
         num_killed += job.poll() is None
         job.kill()
         job.wait()
-        if not index_dir.exists():
+        store = store_of(index_dir)
+        if store.path.exists():
+            reused = sum(part.num_documents for part in store.parts().values())
             done = run(corpus, bert_folder, index_dir)
             assert done.returncode == 0, done.stderr
+            told = "the index is complete already" if reused == NUM_DOCUMENTS else f"continuing: {reused} documents"
+            assert not reused or told in done.stderr or f"continuing: {reused} documents" in done.stderr
+        elif not index_dir.exists():  # it had not begun
+            assert run(corpus, bert_folder, index_dir).returncode == 0
+        assert not store.path.exists()
         assert files_of(index_dir) == files_of(whole)
     assert num_killed >= 10
 
