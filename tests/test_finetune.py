@@ -255,7 +255,15 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_fold
     (dev / "qrels" / "dev.tsv").write_text((collection / "qrels" / "test.tsv").read_text())
     data = Data(train=examples, dev=str(dev))
     recipe = Recipe(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
-    done = finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    train = partial(finetune, str(bert_folder), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    done = train()
+    # As if it had been killed before it wrote down that it was done.
+    (tmp_path / "tuned.training" / "trained.json").unlink()
+    kept = (tmp_path / "tuned").rename(tmp_path / "kept")
+    again = train()
+    assert (again.steps, again.best, again.best_step) == (done.steps, done.best, done.best_step)
+    ours, theirs = weights(kept), weights(tmp_path / "tuned")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     record = json.loads((tmp_path / "tuned" / "training.json").read_text())
     figures = [entry["measure"] for entry in record["log"] if "measure" in entry]
     assert done.measure == "nDCG@10" and done.before == figures[0]

@@ -47,7 +47,13 @@ from effir_search.training.data import (
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
 from effir_search.training.examples import Example
 from effir_search.training.objective import LossSettings, Objective
-from effir_search.training.trainer import ObjectiveTrainer, last_whole_checkpoint, load_trained, plain_log
+from effir_search.training.trainer import (
+    ObjectiveTrainer,
+    last_whole_checkpoint,
+    load_trained,
+    plain_log,
+    stopped_early,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -303,22 +309,24 @@ def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe
         steps = math.ceil(len(loaded.dataset) * recipe.epochs / batch)
         steps = min(steps, recipe.max_steps or steps)
         checkpoint = last_whole_checkpoint(folder)
-        begins, watched = checkpoint is None, measure is not None
-        arguments = _arguments(folder, recipe, objective.encoder, steps, begins=begins, watched=watched)
-        trainer = ObjectiveTrainer(
-            objective,
-            measure,
-            arguments,
-            train_dataset=Shuffled(loaded.dataset, steps * batch, recipe.seed),
-            eval_dataset=loaded.dataset,  # the trainer asks for one; what is measured is the measure
-            data_collator=loaded.collate,
-            callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else [],
-        )
-        if checkpoint is not None:
-            logger.info("continuing from %s", checkpoint)
-        with quiet_transformers():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state, log = trainer.state, plain_log(trainer.state)
+        state = stopped_early(checkpoint, recipe.patience) if checkpoint and recipe.patience else None
+        if state is None:
+            begins, watched = checkpoint is None, measure is not None
+            trainer = ObjectiveTrainer(
+                objective,
+                measure,
+                _arguments(folder, recipe, objective.encoder, steps, begins=begins, watched=watched),
+                train_dataset=Shuffled(loaded.dataset, steps * batch, recipe.seed),
+                eval_dataset=loaded.dataset,  # the trainer asks for one; what is measured is the measure
+                data_collator=loaded.collate,
+                callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else [],
+            )
+            if checkpoint is not None:
+                logger.info("continuing from %s", checkpoint)
+            with quiet_transformers():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = trainer.state
+        log = plain_log(state)
         figures = [entry["measure"] for entry in log if "measure" in entry]
         outcome = {
             "steps": state.global_step,

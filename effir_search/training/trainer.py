@@ -176,6 +176,16 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def stopped_early(checkpoint: Path, patience: int) -> TrainerState | None:
+    """Return the state of a checkpoint at which ``EarlyStoppingCallback`` ended the training; None of any other.
+
+    transformers forgets that it was to stop when it continues, and would train on to the next measurement.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    counted = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    return state if counted.get("early_stopping_patience_counter", 0) >= patience else None
+
+
 def plain_log(state: TrainerState) -> list[dict]:
     """Return what was logged; what transformers calls an epoch is the share of the whole run here."""
     names = {"epoch": "share_of_run", "eval_measure": "measure"}
