@@ -600,7 +600,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
-@click.option("--restart", is_flag=True, help="Discard what a stopped job left, as far as settings were changed.")
+@click.option("--restart", is_flag=True, help="Discard what a stopped job left, or what depends on changed settings.")
 @click.option(
     "--plan",
     is_flag=True,

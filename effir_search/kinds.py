@@ -118,7 +118,7 @@ def reserve(index: faiss.Index, num_vectors: int) -> None:
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexHNSW):
         storage = faiss.downcast_index(inner.storage)
-        inner.hnsw.neighbors.resize(num_vectors * int(1.1 * inner.hnsw.nb_neighbors(0)))  # a tenth for upper levels
+        inner.hnsw.neighbors.resize(int(1.1 * num_vectors * inner.hnsw.nb_neighbors(0)))  # a tenth for upper levels
         inner.hnsw.neighbors.resize(0)
         inner = storage
     if isinstance(inner, faiss.IndexFlatCodes):

@@ -88,7 +88,7 @@ def short_attention(
     attended = []
     for start in range(0, batch, num_texts):
         texts = slice(start, start + num_texts)
-        # A copy of the keys in order, turned, is half as long to multiply by as the keys as they come.
+        # The product takes half as long with keys that were copied in order, and transposed, as with keys as they come.
         scores = torch.matmul(query[texts] * scaling, key[texts].contiguous().transpose(2, 3))
         products = weighted(scores, value[texts], ~seen[texts] if seen is not None else None)
         attended.append(products.transpose(1, 2))
