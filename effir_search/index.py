@@ -136,11 +136,14 @@ def build_index(
     if shard.count > 1 and num_documents is not None and not shard.parts(number_of_parts(num_documents)):
         return 0
     if not overwrite and _is_built(index_dir, encoder, kind, corpus_sha256):
-        left = store.is_there() and not store.is_kept()
+        num_indexed = read_index_info(index_dir).num_documents
+        # What a job leaves that was stopped between the index and the end: all parts, or in the middle of that, none.
+        whole = len(store.parts()) in (0, number_of_parts(num_indexed))
+        left = store.is_there() and not store.is_kept() and whole
         if left:
             _remove_left(store)
         if left or shard.count > 1:  # the other shards' jobs needed nothing of this one
-            return read_index_info(index_dir).num_documents if shard.count == 1 else 0
+            return num_indexed if shard.count == 1 else 0
     replaced = _replaced(overwrite, index_dir)
     refuse_existing(index_dir, replaces=replaced)
     if restart:
@@ -296,13 +299,7 @@ def rebuild_index(
     if info is None:
         raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(kind, info.dimension)
-    if info.kind == "Flat":
-        for file, sha256 in ((INDEX_FILE, info.index_sha256), (DOCID_FILE, info.docid_sha256)):
-            if file_sha256(source_dir / file) != sha256:
-                raise ValueError(
-                    f"{source_dir / file}: damaged, its SHA-256 is not that of {INFO_FILE}; build it again"
-                )
-    rows = _rows_of_flat(source_dir) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
+    rows = _rows_of_flat(source_dir, info) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
     _announce(kind, info.dimension, info.num_documents, train_size)
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
 
@@ -347,7 +344,15 @@ def _announce(kind: str, dimension: int, num_documents: int, train_size: int | N
         )
 
 
-def _rows_of_flat(index_dir: Path, block: int = 4096) -> Rows:
+def check_files(index_dir: Path, info: IndexInfo) -> None:
+    """Raise ValueError for a file of an index that is not as it was written; all of both is read."""
+    for name, sha256 in ((INDEX_FILE, info.index_sha256), (DOCID_FILE, info.docid_sha256)):
+        if file_sha256(index_dir / name) != sha256:
+            raise ValueError(f"{index_dir / name}: its SHA-256 is not the one in {INFO_FILE}; build the index again")
+
+
+def _rows_of_flat(index_dir: Path, info: IndexInfo, block: int = 4096) -> Rows:
+    check_files(index_dir, info)
     index, doc_ids = read_index(index_dir, memory_map=True)
     starts = range(0, index.ntotal, block)
     return lambda: (

@@ -9,17 +9,15 @@ import numpy as np
 from effir_search.corpus import CorpusHasher, Document, document_text, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.index import (
-    DOCID_FILE,
-    INDEX_FILE,
     INFO_FILE,
     IndexInfo,
     check_encoder,
+    check_files,
     read_index,
     read_index_info,
     require_index,
     scale,
 )
-from effir_search.model.checkpoint import file_sha256
 
 
 class Verification(NamedTuple):
@@ -50,9 +48,7 @@ def verify_index(
     info = read_index_info(index_dir)
     if info is None:
         raise ValueError(f"{index_dir}: no {INFO_FILE} in it, so there is nothing to verify it against")
-    for name, sha256 in ((INDEX_FILE, info.index_sha256), (DOCID_FILE, info.docid_sha256)):
-        if file_sha256(index_dir / name) != sha256:
-            raise ValueError(f"{index_dir / name}: its SHA-256 is not the one in {INFO_FILE}; build the index again")
+    check_files(index_dir, info)
     index, doc_ids = read_index(index_dir)
     if (index.ntotal, index.d) != (info.num_documents, info.dimension):
         raise ValueError(

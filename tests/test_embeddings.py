@@ -409,6 +409,17 @@ def test_a_job_that_was_killed_after_it_wrote_the_index_is_done_by_the_same_comm
         index_corpus(str(corpus), str(bert_folder), stopped, dtype="fp32")
 
 
+def test_parts_of_a_stopped_job_that_was_to_replace_an_index_are_not_removed(
+    stopped, corpus, bert_folder, encoder, tmp_path
+):
+    begun = shutil.copytree(store_of(stopped).path, tmp_path / "begun")
+    go_on(corpus, encoder, stopped)
+    shutil.copytree(begun, store_of(stopped).path)
+    with pytest.raises(FileExistsError, match="an index is there already"):
+        index_corpus(str(corpus), str(bert_folder), stopped, dtype="fp32")
+    assert store_of(stopped).parts().keys() == {0, 1, 2}
+
+
 def test_two_jobs_at_once_are_an_error(tmp_path):
     store = Store(tmp_path / "x.parts")
     with store.at_work(Shard()):

@@ -243,7 +243,7 @@ def test_a_damaged_index_is_no_source(tmp_path, flat_index, name):
     content = bytearray((damaged / name).read_bytes())
     content[-2] ^= 1
     (damaged / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: damaged, its SHA-256 is not that of effir.json"):
+    with pytest.raises(ValueError, match=f"{name}: its SHA-256 is not the one in effir.json"):
         rebuild_index(damaged, tmp_path / "sq", kind="SQ8")
     assert not (tmp_path / "sq").exists()
 
