@@ -136,6 +136,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option(
     "--fields", help="JSON fields that are the text, as in title,abstract.  [default: contents, or title,text]"
 )
+@click.option("--id-field", help="JSON field that is the id.  [default: _id, id, pid, docid, ...]")
 @click.option("--skip-bad", is_flag=True, help="Leave out bad lines and list them, instead of stopping at the first.")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--repair", is_flag=True, help="Encode again what is damaged or missing in OUTPUT.parts.")
@@ -190,7 +191,7 @@ def index(
 @cli.command()
 @click.option("--index", "index_dir", type=PATH, required=True, multiple=True, help="Index folder; may be repeated.")
 @click.option("--topics", help="BEIR JSONL, TSV or TREC topics, irds:NAME, or Pyserini's name of topics (downloads).")
-@click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a TREC topic.")
+@click.option("--topics-field", type=click.Choice(TOPIC_FIELDS), default="title", help="Part of a topic.")
 @click.option("--output", type=PATH, help="Run file; an existing one is replaced.")
 @click.option("--query", help="Search for one text and print the hits.")
 @click.option("--corpus", "corpora", multiple=True, help="With --query: where the texts of the hits are; repeatable.")

@@ -56,6 +56,7 @@ class IndexInfo:
         num_skipped: Bad lines of the corpus that were left out.
         corpus: Where the documents came from, None if they came from a program.
         corpus_fields: JSON fields that were read, None = the default ones.
+        corpus_id_field: JSON field that was the id, None = the default.
         corpus_sha256: See ``corpus.CorpusHasher``.
         kind: FAISS factory string.
         train_size: Vectors that an approximate kind was trained on.
@@ -77,6 +78,7 @@ class IndexInfo:
     corpus: str | None
     corpus_fields: list[str] | None
     corpus_sha256: str
+    corpus_id_field: str | None = None
     kind: str = "Flat"
     train_size: int = 0
     index_sha256: str = ""
@@ -100,6 +102,7 @@ def build_index(
     num_skipped: int = 0,
     corpus: str | Path | None = None,
     corpus_fields: list[str] | None = None,
+    corpus_id_field: str | None = None,
     corpus_sha256: str | None = None,
 ) -> int:
     """Encode documents into an inner-product index in Pyserini's layout and return their number.
@@ -122,6 +125,7 @@ def build_index(
         num_skipped: Bad lines that ``documents`` leaves out, for the record.
         corpus: Where they come from, for the record and for ``verify_index``.
         corpus_fields: The fields that were read, likewise.
+        corpus_id_field: The field that was the id, likewise.
         corpus_sha256: Hash of all documents, if known: another corpus is then noticed before it is read.
 
     Returns:
@@ -180,6 +184,7 @@ def build_index(
                 num_skipped=num_skipped,
                 corpus=absolute_name(str(corpus)) if corpus is not None else None,
                 corpus_fields=corpus_fields,
+                corpus_id_field=corpus_id_field,
                 corpus_sha256=found_sha256,
                 kind=kind,
             )
@@ -368,6 +373,7 @@ class _Job:
     corpus: str
     summary: CorpusSummary
     fields: list[str] | None
+    id_field: str | None
     skip_bad: bool
     encoder_name: str
     options: dict[str, object]
@@ -383,6 +389,7 @@ def index_corpus(
     index_dir: Path,
     *,
     fields: list[str] | None = None,
+    id_field: str | None = None,
     skip_bad: bool = False,
     threads: int | None = None,
     restart: bool = False,
@@ -404,6 +411,7 @@ def index_corpus(
         encoder_name: Model folder or hub name.
         index_dir: The new folder.
         fields: As ``read_corpus`` takes them.
+        id_field: Likewise.
         skip_bad: Leave out bad lines, with a warning for each.
         threads: Of torch, in each process; None = those of the job that is continued, or all cores, shared.
         restart: Discard what an earlier call left in the store.
@@ -427,7 +435,7 @@ def index_corpus(
     if shard.count == 1 and not (store.is_there() and not store.is_kept()):
         refuse_existing(index_dir, replaces=_replaced(overwrite, index_dir))
     training_size(kind, 0)  # an unknown kind is an error before the corpus is read
-    summary = scan_corpus(corpus, fields=fields, skip_bad=skip_bad)
+    summary = scan_corpus(corpus, fields=fields, id_field=id_field, skip_bad=skip_bad)
     if restart:
         _discard(store, shard)
     elif repair and store.is_there():
@@ -449,7 +457,7 @@ def index_corpus(
         "overwrite": overwrite,
         "keep_embeddings": keep_embeddings,
     }
-    job = _Job(corpus, summary, fields, skip_bad, encoder_name, given, threads, index_dir, settings, shard)
+    job = _Job(corpus, summary, fields, id_field, skip_bad, encoder_name, given, threads, index_dir, settings, shard)
     if len(devices) > 1:
         _index_with_workers(job, devices)
     else:
@@ -473,8 +481,9 @@ def _index_shard(job: _Job) -> None:
         torch.set_num_threads(job.threads)
     encoder = Encoder.from_pretrained(job.encoder_name, **job.options).pack()
     logger.info("%d documents, encoded in %s on %s", job.summary.num_documents, encoder.dtype, encoder.device)
+    on_bad_line = (lambda _complaint: None) if job.skip_bad else None
     build_index(
-        read_corpus(job.corpus, fields=job.fields, on_bad_line=(lambda _complaint: None) if job.skip_bad else None),
+        read_corpus(job.corpus, fields=job.fields, id_field=job.id_field, on_bad_line=on_bad_line),
         encoder,
         job.index_dir,
         shard=job.shard,
@@ -482,6 +491,7 @@ def _index_shard(job: _Job) -> None:
         num_skipped=len(job.summary.bad_lines),
         corpus=job.corpus,
         corpus_fields=job.fields,
+        corpus_id_field=job.id_field,
         corpus_sha256=job.summary.sha256,
         **job.settings,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from ir_measures import Qrel, ScoredDoc
 from tqdm import tqdm
 
-from effir_search.corpus import IR_DATASETS, Document, find_documents
+from effir_search.corpus import IR_DATASETS, CorpusFields, Document, find_documents
 from effir_search.encoder import Encoder
 from effir_search.index import absolute_name, read_index_info, require_index, scale
 from effir_search.kinds import largest_cosine, set_search_parameters
@@ -230,11 +230,11 @@ def search_text(
     return [(hit, documents.get(hit.doc_id)) for hit in found]
 
 
-def _with_fields(corpora: Sequence[str], folders: Sequence[Path]) -> dict[str, list[str] | None]:
+def _with_fields(corpora: Sequence[str], folders: Sequence[Path]) -> dict[str, CorpusFields]:
     """The fields of each corpus that were indexed; of one that no index names, those of the first index."""
     infos = [info for folder in folders if (info := read_index_info(folder)) is not None]
-    fields = {info.corpus: info.corpus_fields for info in infos}
-    others = infos[0].corpus_fields if infos else None
+    fields = {info.corpus: CorpusFields(info.corpus_fields, info.corpus_id_field) for info in infos}
+    others = fields[infos[0].corpus] if infos else CorpusFields()
     return {corpus: fields.get(absolute_name(corpus), others) for corpus in corpora}
 
 

@@ -104,7 +104,8 @@ def _rows_of_corpus(source: str | Path, info: IndexInfo, rows: np.ndarray, doc_i
     """Return the documents of these rows, having checked that ids and texts are those the index was built from."""
     wanted, hasher, documents = set(rows.tolist()), CorpusHasher(), []
     skip = (lambda _complaint: None) if info.num_skipped else None
-    for row, document in enumerate(read_corpus(source, fields=info.corpus_fields, on_bad_line=skip)):
+    read = read_corpus(source, fields=info.corpus_fields, id_field=info.corpus_id_field, on_bad_line=skip)
+    for row, document in enumerate(read):
         if row >= len(doc_ids) or document.doc_id != doc_ids[row]:
             raise ValueError(
                 f'{source}: document {row + 1}, "{document.doc_id}", is not the one the index has in that row'

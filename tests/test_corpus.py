@@ -10,6 +10,7 @@ from ir_datasets.datasets.base import Dataset
 from ir_datasets.formats import BaseDocs, GenericDoc, TitleUrlTextDoc
 
 from effir_search.corpus import (
+    CorpusFields,
     CorpusHasher,
     Document,
     check_id,
@@ -114,7 +115,9 @@ def test_an_empty_field_leaves_no_space_at_the_ends(tmp_path):
 
 def test_a_named_field_that_is_not_there_is_an_error(tmp_path):
     path = write(tmp_path / "docs.jsonl", '{"id": "1", "title": "T"}')
-    with pytest.raises(ValueError, match=r'docs\.jsonl:1: no "abstract" field \(found: id, title\)'):
+    with pytest.raises(ValueError, match=r'docs\.jsonl:1: no "summary" field \(found: id, title\)'):
+        list(read_corpus(path, fields=["summary", "abstract"]))
+    with pytest.raises(ValueError, match=r'docs\.jsonl: no document has the field "abstract" of --fields'):
         list(read_corpus(path, fields=["title", "abstract"]))
 
 
@@ -141,13 +144,13 @@ def test_a_tsv_header_in_capitals_and_with_windows_line_ends_is_a_header(tmp_pat
 @pytest.mark.parametrize(("row", "count"), [("only-an-id", 1), ("1\ta\tb\tc", 4)])
 def test_a_tsv_row_of_another_number_of_columns_is_an_error(tmp_path, row, count):
     path = write(tmp_path / "collection.tsv", "0\tfine", row)
-    with pytest.raises(ValueError, match=rf"collection\.tsv:2: {count} tab-separated columns, expected 2 or 3"):
+    with pytest.raises(ValueError, match=rf"collection\.tsv:2: {count} columns, expected 2 or 3"):
         list(read_corpus(path))
 
 
 def test_a_tsv_row_that_does_not_fit_the_header_is_an_error(tmp_path):
     path = write(tmp_path / "collection.tsv", "id\ttext", "1\ta\tb")
-    with pytest.raises(ValueError, match=r"collection\.tsv:2: 3 tab-separated columns, expected 2"):
+    with pytest.raises(ValueError, match=r"collection\.tsv:2: 3 columns, expected 2"):
         list(read_corpus(path))
 
 
@@ -199,7 +202,7 @@ def test_of_a_beir_folder_only_the_corpus_is_read(tmp_path, name):
 
 def test_a_folder_without_a_corpus_file_is_an_error(tmp_path):
     write(tmp_path / "README.md", "nothing here")
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no .jsonl, .json, .tsv file in this folder")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no .jsonl, .json, .tsv, .csv file in this folder")):
         list(read_corpus(tmp_path))
 
 
@@ -281,7 +284,6 @@ BAD_LINES = {
     "id with a no-break space": (b'{"_id": "a\\u00a0b", "text": "a"}', r"holds white space"),
     "no text": (b'{"_id": "x", "abstract": "a"}', r'no "text" or "contents" field \(found: _id, abstract\)'),
     "text a number": (b'{"_id": "x", "text": 7}', '"text" is not a string but int'),
-    "text null": (b'{"_id": "x", "text": null}', '"text" is not a string but NoneType'),
     "contents a list": (b'{"_id": "x", "contents": ["a"]}', '"contents" is not a string but list'),
     "title a number": (b'{"_id": "x", "title": 7, "text": "a"}', '"title" is not a string but int'),
     # The text starts at byte 22: {"_id": "x", "text": " has 22 characters.
@@ -448,32 +450,34 @@ def test_a_text_that_looks_like_the_next_document_has_a_hash_of_its_own(text):
 
 
 def test_documents_are_found_by_their_ids(beir):
-    assert find_documents({beir: None}, ["3", "007"]) == {"3": DOCUMENTS[2], "007": DOCUMENTS[0]}
+    assert find_documents({beir: CorpusFields()}, ["3", "007"]) == {"3": DOCUMENTS[2], "007": DOCUMENTS[0]}
 
 
 def test_the_fields_that_were_indexed_can_be_looked_up_again(tmp_path):
     path = write(tmp_path / "docs.jsonl", '{"id": "1", "abstract": "A"}')
-    assert find_documents({path: ["abstract"]}, ["1"]) == {"1": Document("1", "A")}
+    assert find_documents({path: CorpusFields(["abstract"])}, ["1"]) == {"1": Document("1", "A")}
 
 
 def test_a_document_that_is_not_there_is_an_error_that_counts_them(beir):
     with pytest.raises(ValueError, match=r'corpus\.jsonl: no document "8" \(2 of 3 hits are not there\)'):
-        find_documents({beir: None}, ["9", "007", "8"])
+        find_documents({beir: CorpusFields()}, ["9", "007", "8"])
 
 
 def test_documents_are_looked_up_in_all_sources_and_each_is_read_by_its_own_fields(tmp_path, beir):
     other = write(tmp_path / "other.jsonl", '{"id": "a", "abstract": "A"}', '{"id": "007", "abstract": "another"}')
-    found = find_documents({beir: None, other: ["abstract"]}, ["a", "007"])
+    found = find_documents({beir: CorpusFields(), other: CorpusFields(["abstract"])}, ["a", "007"])
     assert found == {"a": Document("a", "A"), "007": DOCUMENTS[0]}
-    assert find_documents({other: ["abstract"], beir: None}, ["007"]) == {"007": Document("007", "another")}
+    assert find_documents({other: CorpusFields(["abstract"]), beir: CorpusFields()}, ["007"]) == {
+        "007": Document("007", "another")
+    }
     with pytest.raises(ValueError, match=f'^{beir}, {other}: no document "8"'):
-        find_documents({beir: None, other: ["abstract"]}, ["a", "8"])
+        find_documents({beir: CorpusFields(), other: CorpusFields(["abstract"])}, ["a", "8"])
 
 
 def test_looking_up_reads_no_further_than_it_must(tmp_path):
     lines = "".join(map(as_beir, DOCUMENTS)).encode()
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(lines) + b"no gzip")
-    assert find_documents({tmp_path / "docs.jsonl.gz": None}, ["007", "doc-2"]).keys() == {"007", "doc-2"}
+    assert find_documents({tmp_path / "docs.jsonl.gz": CorpusFields()}, ["007", "doc-2"]).keys() == {"007", "doc-2"}
 
 
 def test_fields_are_refused_where_they_would_be_ignored(tmp_path):

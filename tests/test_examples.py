@@ -186,7 +186,7 @@ def test_records_are_read_as_they_are_asked_for(tmp_path):
         ({"query": "q", "pos": ["p"], "scores": [10**400]}, "which is not a finite number"),
         ({"query": "q", "pos": ["p"], "scores": [1], "pos_scores": [1]}, "scores and positive_scores say the same"),
         ({"query": "q", "anchor": "q", "pos": ["p"]}, '"query" and "anchor" are two names of one field'),
-        ({"query": "q", "pos": ["p"], "text": "t", "url": "u"}, "unknown fields: text, url (known are query, "),
+        ({"query": "q", "pos": ["p"], "text": "t", "url": "u"}, "unknown fields: text, url; known are query, pos"),
         ({"query_id": "1", "pos": ["p"]}, "names a query by id; say with --topics where its text is"),
         ({"query": "q", "positive_ids": ["1"]}, "names a document by id; say with --corpus where its text is"),
         ({"query": "q", "positive_ids": [1.5]}, "positive_ids holds no id but float"),

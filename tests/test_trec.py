@@ -165,7 +165,7 @@ def test_all_trec_topics_of_one_line_are_read(tmp_path):
 TOPIC_ERRORS = {
     "no JSON": (['{"_id": "1", "text": "a"}', '{"_id": "2"'], 2, "not JSON"),
     "no id": (['{"text": "a"}'], 1, "no id field"),
-    "no text": (['{"_id": "1", "title": "a"}'], 1, r'no "text" field that is a string \(found: _id, title\)'),
+    "no text": (['{"_id": "1", "subject": "a"}'], 1, r'no "text" field that is a string \(found: _id, subject\)'),
     "text a number": (['{"_id": "1", "text": 7}'], 1, 'no "text" field that is a string'),
     "empty text": (['{"_id": "1", "text": " "}'], 1, 'topic "1" has no text'),
     "repeated id": (["1\ta", "", "1\tb"], 3, 'repeated topic id "1"'),
@@ -180,8 +180,20 @@ TOPIC_ERRORS = {
     "TREC not closed": (["<top>", "<num> 1", "<title> a"], 1, "<top> without </top>"),
     "TREC opened twice": (["<top>", "<num> 1", "<title> a", "<top>"], 4, "a second <top> before the </top> of the one"),
     "TREC text outside": (["<top><num> 1 <title> a </top>", "b"], 2, "text outside <top> ... </top>"),
-    "XML of another kind": (["<topics>", "<topic>"], 1, "'<topics>' is no <top>; topics in XML are not read: make"),
-    "XML with its declaration": (['<?xml version="1.0"?>', "<topics>"], 1, r"'<\?xml .* is no <top>; topics in XML"),
+    "XML not closed": (["<topics>", "<topic>"], 2, "<topic> without </topic>"),
+    "XML without id": (["<topics><topic>", "a</topic></topics>"], 1, "topic without <num>, <number> or another id"),
+    "XML with two titles": (
+        ['<topic number="1"><title>a</title><title>b</title></topic>'],
+        1,
+        "a topic with 2 times <title>; leave one",
+    ),
+    "XML with parts but no title": (
+        ["", '<topic number="1"><summary>a</summary></topic>'],
+        2,
+        r"topic without <title>, its title \(found: <summary>\)",
+    ),
+    "entities of its own": (['<!DOCTYPE t [<!ENTITY a "b">]>', "<topics>"], 1, "the DOCTYPE declares names of its own"),
+    "CSV without header": (['1,"a"'], 1, "neither JSON, nor a TREC <top>, nor id and text with a tab between"),
 }
 
 

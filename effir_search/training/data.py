@@ -43,8 +43,8 @@ class Data:
 
     Attributes:
         train: Examples, see ``examples.read_records``; or None, and
-        texts: texts to imitate a teacher on, as documents,
-        queries: and as queries; each as ``texts.read_texts`` takes it.
+        texts: texts to imitate a teacher on, as documents, each as ``texts.read_texts`` takes it,
+        queries: and as queries, as ``texts.read_query_texts`` does.
         num_texts: At most so many of them; None = all.
         corpus: For examples that are ids.
         topics: For examples that are ids.

@@ -12,8 +12,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from effir_search.corpus import Document, beir_file, check_unicode, document_text, parse_json_object, read_corpus
-from effir_search.files import decode, read_lines, whole_file
+from effir_search.corpus import (
+    Document,
+    beir_file,
+    check_unicode,
+    document_text,
+    json_object,
+    json_rows,
+    read_corpus,
+)
+from effir_search.files import open_text, whole_file
 from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
 
@@ -30,7 +38,24 @@ FIELDS = {
     "negative_ids": ("negative_ids", "negative_document_ids"),
 }
 # Fields of the same formats that no training reads.
-UNREAD = ("answers", "known", "neg_id", "pos_id", "prompt", "type")
+UNREAD = (
+    "_id",
+    "answer",
+    "answers",
+    "dataset",
+    "id",
+    "known",
+    "lang",
+    "language",
+    "metadata",
+    "neg_id",
+    "pos_id",
+    "prompt",
+    "source",
+    "split",
+    "task",
+    "type",
+)
 NUMBERED_NEGATIVE = re.compile(r"negative_([0-9]+)")
 _ROLES = {name: role for role, names in FIELDS.items() for name in names}
 
@@ -323,9 +348,9 @@ def _beir_records(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
 
 
 def _file_fields(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    for line_number, line in read_lines(path):
-        where = f"{path}:{line_number}"
-        yield where, _fields(parse_json_object(decode(line, where), where), where)
+    with open_text(path) as file:
+        for where, row in json_rows(file, path):
+            yield where, _fields(json_object(row, where), where)
 
 
 def _fields(record: dict[str, object], where: str) -> dict[str, object]:
@@ -333,9 +358,15 @@ def _fields(record: dict[str, object], where: str) -> dict[str, object]:
     fields: dict[str, object] = {}
     names: dict[str, str] = {}
     numbered: list[tuple[int, object]] = []
-    if unknown := [name for name in record if name not in (*_ROLES, *UNREAD) and not NUMBERED_NEGATIVE.fullmatch(name)]:
-        known = ", ".join(itertools.chain.from_iterable(FIELDS.values()))
-        raise ValueError(f"{where}: unknown fields: {', '.join(unknown)} (known are {known})")
+    unknown = [
+        name
+        for name, value in record.items()
+        if value is not None and name not in (*_ROLES, *UNREAD) and not NUMBERED_NEGATIVE.fullmatch(name)
+    ]
+    if unknown:
+        named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        known = ", ".join(FIELDS)
+        raise ValueError(f"{where}: unknown fields: {named}; known are {known} and what else docs/formats.md lists")
     for name, value in record.items():
         if value is None or name in UNREAD:
             continue
@@ -389,8 +420,9 @@ def _text(value: object, where: str) -> str:
         return document_text(Document("", value))
     if not isinstance(value, dict):
         raise ValueError(f"{where} is not a text but {type(value).__name__}")
-    text, title = value.get("text"), value.get("title") or ""
-    if not isinstance(text, str) or not isinstance(title, str):
+    text, title = value.get("text", ""), value.get("title") or ""
+    text = "" if text is None else text
+    if "text" not in value or not isinstance(text, str) or not isinstance(title, str):
         raise ValueError(
             f'{where} has no "text" that is a string, with or without a "title" (found: {", ".join(value)})'
         )

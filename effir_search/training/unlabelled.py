@@ -10,7 +10,7 @@ import numpy as np
 
 from effir_search.encoder import Encoder
 from effir_search.files import whole_file
-from effir_search.texts import read_texts, sampled
+from effir_search.texts import read_query_texts, read_texts, sampled
 from effir_search.training.lines import Lines
 
 
@@ -28,7 +28,7 @@ def prepare_texts(
 
     Args:
         documents: Files of texts that get the document prompt, each as ``texts.read_texts`` takes it.
-        queries: Files of texts that get the query prompt.
+        queries: Files of texts that get the query prompt, each as ``texts.read_query_texts`` takes it.
         output: The new file.
         size: At most so many, a seeded sample of all; None = all.
         seed: Of the sample.
@@ -53,8 +53,8 @@ def prepare_texts(
 
 def _distinct(documents: Sequence[str], queries: Sequence[str]) -> Iterator[tuple[str, bool]]:
     seen: set[int] = set()
-    for query, sources in ((False, documents), (True, queries)):
-        for text in itertools.chain.from_iterable(map(read_texts, sources)):
+    for query, read, sources in ((False, read_texts, documents), (True, read_query_texts, queries)):
+        for text in itertools.chain.from_iterable(map(read, sources)):
             if text.strip() and (key := hash((text, query))) not in seen:
                 seen.add(key)
                 yield text, query
