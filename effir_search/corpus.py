@@ -585,6 +585,8 @@ def check_id(identifier: str, where: str) -> None:
 
 def check_unicode(text: str, where: str) -> None:
     """Raise ValueError if a text holds a lone surrogate (from a JSON escape), which no UTF-8 file can."""
+    if text.isascii():  # which costs nothing to ask
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

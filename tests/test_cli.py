@@ -259,7 +259,7 @@ BAD_CORPORA = {
     "no text": ("corpus.jsonl", CORPUS + '{"_id": "2"}\n', 'corpus.jsonl:2: no "text" or "contents" field'),
     "repeated id": ("corpus.jsonl", CORPUS + CORPUS, 'corpus.jsonl:2: repeated id "d1"'),
     "id of white space": ("corpus.jsonl", CORPUS + '{"_id": "a b", "text": ""}\n', "corpus.jsonl:2: the id 'a b'"),
-    "TSV": ("corpus.tsv", "1\ta\n2\n", "corpus.tsv:2: 1 tab-separated columns"),
+    "TSV": ("corpus.tsv", "1\ta\n2\n", "corpus.tsv:2: 1 columns"),
     "empty": ("corpus.jsonl", "", "corpus.jsonl: no documents"),
     "no gzip": ("corpus.jsonl.gz", CORPUS, "corpus.jsonl.gz: cut or damaged gzip file"),
 }
@@ -287,7 +287,7 @@ def test_a_missing_corpus_is_one_line(folder, error_of):
 def test_a_folder_without_a_corpus_is_one_line(folder, error_of):
     (folder / "empty").mkdir()
     args = ["--corpus", folder / "empty", "--encoder", "no/model", "--output", folder / "index"]
-    assert error_of("index", *args).startswith(f"{folder / 'empty'}: no .jsonl, .json, .tsv file in this folder")
+    assert error_of("index", *args).startswith(f"{folder / 'empty'}: no .jsonl, .json, .tsv, .csv file in this folder")
 
 
 def test_fields_that_no_document_has_are_one_line(folder, error_of):
@@ -524,7 +524,10 @@ FROM = ["index", "--from", "x", "--output", "y"]
 INDEX = ["index", "--corpus", "x", "--encoder", "x", "--output", "y"]
 QUERY = ["search", "--index", "x", "--query", "x"]
 IGNORED = [
-    *([*FROM, option, "2"] for option in ("--corpus", "--encoder", "--fields", "--num-shards", "--shard-id")),
+    *(
+        [*FROM, option, "2"]
+        for option in ("--corpus", "--encoder", "--fields", "--id-field", "--num-shards", "--shard-id")
+    ),
     *([*FROM, option, "2"] for option in ("--workers", "--devices", "--threads", "--max-length", "--batch-tokens")),
     *([*FROM, option, "2"] for option in ("--query-prompt", "--document-prompt", "--device")),
     *([*FROM, option] for option in ("--skip-bad", "--restart", "--keep-embeddings", "--append-eos")),

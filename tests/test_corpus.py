@@ -496,3 +496,175 @@ def test_a_null_title_is_empty_with_and_without_fields(tmp_path):
 def test_a_tsv_header_after_a_blank_line_is_a_header(tmp_path):
     write(tmp_path / "c.tsv", "", "id\ttext", "1\tcat")
     assert list(read_corpus(tmp_path / "c.tsv")) == [Document("1", "cat")]
+
+
+# Other layouts
+
+
+def test_the_passage_of_ms_marco_v2_has_its_own_id_unless_another_field_is_named(tmp_path):
+    record = {"pid": "msm_p_00_0", "passage": "The cat.", "spans": "(0,8)", "docid": "msm_d_00_0"}
+    path = write(tmp_path / "docs.jsonl", json.dumps(record))
+    assert list(read_corpus(path)) == [Document("msm_p_00_0", "The cat.")]
+    assert list(read_corpus(path, id_field="docid")) == [Document("msm_d_00_0", "The cat.")]
+    with pytest.raises(ValueError, match=r"docs\.jsonl:1: no id field \(key; found: pid, passage, spans, docid\)"):
+        list(read_corpus(path, id_field="key"))
+
+
+def test_an_id_field_is_refused_where_it_would_be_ignored(tmp_path):
+    write(tmp_path / "c.tsv", "1\tcat")
+    for source in (tmp_path / "c.tsv", "irds:no/such/set"):
+        with pytest.raises(ValueError, match="--id-field is for JSON"):
+            list(read_corpus(source, id_field="id"))
+
+
+def test_documents_are_looked_up_by_the_id_that_was_indexed(tmp_path):
+    path = write(tmp_path / "docs.jsonl", '{"id": "1", "key": "a", "text": "cat"}')
+    assert find_documents({path: CorpusFields(id="key")}, ["a"]) == {"a": Document("a", "cat")}
+
+
+def test_a_null_text_and_a_missing_field_of_several_are_empty(tmp_path):
+    path = write(tmp_path / "c.jsonl", '{"_id": "1", "title": "T", "text": null}', '{"_id": "2", "text": "a"}')
+    assert list(read_corpus(path)) == [Document("1", "", "T"), Document("2", "a")]
+    documents = list(read_corpus(path, fields=["title", "text"]))
+    assert [document_text(document) for document in documents] == ["T", "a"]
+
+
+def test_a_null_field_does_not_hide_the_text_in_another(tmp_path):
+    path = write(tmp_path / "c.jsonl", '{"_id": "1", "title": "T", "contents": null, "text": "a"}')
+    assert list(read_corpus(path)) == [Document("1", "a", "T")]
+
+
+def nested(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        write(folder / name / "corpus.jsonl", '{"_id": "1", "text": "a"}')
+        write(folder / name / "queries.jsonl", '{"_id": "q1", "text": "a query"}')
+        (folder / name / "qrels").mkdir()
+        write(folder / name / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", "q1\t1\t1")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("android", "english"), ("deep/er/android", "deep/er/english")])
+def test_a_folder_of_beir_folders_is_an_error_that_names_one_of_them(tmp_path, names):
+    folder = nested(tmp_path / "cqadupstack", *names)
+    advice = f"{folder}: holds 2 BEIR folders, .* as in --corpus {folder / names[0]}$"
+    with pytest.raises(ValueError, match=advice):
+        list(read_corpus(folder))
+    assert list(read_corpus(folder / names[0])) == [Document("1", "a")]
+
+
+def test_queries_qrels_and_hidden_files_of_a_folder_are_no_documents(tmp_path):
+    folder = nested(tmp_path / "set", "one") / "one"
+    (folder / "corpus.jsonl").rename(folder / "docs.jsonl")
+    write(folder / ".docs.jsonl.tmp", '{"_id": "2", "text": "half a docum')
+    (folder / ".cache").mkdir()
+    write(folder / ".cache" / "docs.jsonl", '{"_id": "1", "text": "a"}')
+    assert list(read_corpus(folder)) == [Document("1", "a")]
+    (folder / "docs.jsonl").unlink()
+    for place in (folder, folder / "qrels"):
+        with pytest.raises(ValueError, match=r"file in this folder, plain or \.gz, but for queries and qrels"):
+            list(read_corpus(place))
+
+
+def test_qrels_are_no_corpus(tmp_path):
+    path = write(tmp_path / "test.tsv", "query-id\tcorpus-id\tscore", "q1\td1\t1")
+    with pytest.raises(ValueError, match=r"test\.tsv:1: these are qrels, which hold no texts"):
+        list(read_corpus(path))
+
+
+def test_ms_marcos_files_are_known_without_an_ending_before_gz(tmp_path):
+    line = b'{"pid": "1", "passage": "a", "docid": "d"}\n'
+    (tmp_path / "msmarco_passage_00.gz").write_bytes(gzip.compress(line))
+    assert list(read_corpus(tmp_path)) == [Document("1", "a")]
+
+
+def test_data_of_a_folder_that_cannot_be_read_is_warned_of_once(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", '{"_id": "1", "text": "a"}')
+    write(tmp_path / "b.jsonl.zst", "")
+    write(tmp_path / "README.md", "")
+    scan_corpus(tmp_path)
+    assert [record.message for record in caplog.records] == [f"{tmp_path}: 1 files are not read, such as b.jsonl.zst"]
+
+
+ARRAY = [
+    {"_id": "1", "text": 'a, [b] \\ "c" \n'},
+    {"_id": "2", "title": "T", "text": "東京" * 50},
+    {"_id": "3", "text": ""},
+]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, piece, indent):
+    monkeypatch.setattr("effir_search.corpus._JsonText.PIECE", piece)
+    (tmp_path / "docs.json").write_text(" \n" + json.dumps(ARRAY, indent=indent, ensure_ascii=False), encoding="utf-8")
+    expected = [Document(record["_id"], record["text"], record.get("title", "")) for record in ARRAY]
+    assert list(read_corpus(tmp_path / "docs.json")) == expected
+
+
+def test_an_empty_json_array_has_no_documents(tmp_path):
+    with pytest.raises(ValueError, match="no documents"):
+        scan_corpus(write(tmp_path / "docs.json", "[ ]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"_id": "1", "text": "a"}', "docs.json:1: the JSON array does not end; the file is cut"),
+        ('[{"_id": "1", "text": "a"},', "docs.json:1: not JSON: Expecting value"),
+        ('[{"_id": "1", "text": "a"},\n\n{"_id": "2", "te', "docs.json:3: not JSON: Unterminated string"),
+        ('[{"_id": "1", "text": "a"}\n{"_id": "2"}]', "docs.json:2: not JSON: '{' between two elements"),
+        ('[{"_id": "1", "text": "a"}]\n[]', "docs.json:2: there is more behind the end of the JSON array"),
+        ("[" * 100_000, "JSON nested too deeply"),
+        ('{\n "_id": "1",\n "text": \n', "docs.json: neither JSONL nor one JSON object"),
+    ],
+)
+def test_a_damaged_json_file_is_an_error_even_where_bad_documents_are_left_out(tmp_path, text, message):
+    (tmp_path / "docs.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(read_corpus(tmp_path / "docs.json", on_bad_line=lambda _complaint: None))
+
+
+def test_a_bad_element_of_a_json_array_is_named_with_its_line_and_number(tmp_path):
+    path = write(tmp_path / "docs.json", "[", '{"_id": "1", "text": "a"}, 7,', '{"_id": "1", "text": "b"}]')
+    complaints = []
+    assert list(read_corpus(path, on_bad_line=complaints.append)) == [Document("1", "a")]
+    assert complaints == [
+        f"{path}:2, element 2: not a JSON object but int; each document is one object",
+        f'{path}:3, element 3: repeated id "1"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,cat\n", "c.csv:1: '1,cat' is no header of CSV, which names an id"),
+        ("id;text\n1;cat\n", "c.csv:1: 'id;text' is no header of CSV"),
+        ('id,text\n1,"cat"s\n', "c.csv:2: not CSV"),
+        ('id,text\n1,"cat\n', "c.csv:2: not CSV: unexpected end of data"),
+        ("id,text\n1,cat,dog\n", "c.csv:2: 3 columns, expected 2"),
+    ],
+)
+def test_csv_that_is_no_csv_with_a_header_is_an_error(tmp_path, text, message):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(read_corpus(tmp_path / "c.csv"))
+
+
+def test_a_field_of_csv_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
+    (tmp_path / "c.csv").write_text("id,text\r\n\r\n1," + "cat " * 50_000 + "\r\n")
+    assert [len(document.text) for document in read_corpus(tmp_path / "c.csv")] == [200_000]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [("<DOC>", "XML or HTML"), ("1\tcat", "TSV; a corpus in TSV has"), ('"id","text"', "CSV; a corpus")],
+)
+def test_another_format_is_named_where_json_is_needed(tmp_path, line, what):
+    with pytest.raises(ValueError, match=rf"c\.txt:1: not JSON, .* \(it looks like {what}"):
+        list(read_corpus(write(tmp_path / "c.txt", line)))
+
+
+def test_four_columns_without_a_url_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"c\.tsv:2: 4 columns, expected 2 or 3"):
+        list(read_corpus(write(tmp_path / "c.tsv", "D1\thttps://example.org\tCat\tIt eats.", "D2\tno URL\tDog\tIt.")))

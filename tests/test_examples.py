@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, TOPICS, write_jsonl
 
+from effir_search.cli import one_line
 from effir_search.training.examples import (
     Example,
     Examples,
@@ -186,7 +187,7 @@ def test_records_are_read_as_they_are_asked_for(tmp_path):
         ({"query": "q", "pos": ["p"], "scores": [10**400]}, "which is not a finite number"),
         ({"query": "q", "pos": ["p"], "scores": [1], "pos_scores": [1]}, "scores and positive_scores say the same"),
         ({"query": "q", "anchor": "q", "pos": ["p"]}, '"query" and "anchor" are two names of one field'),
-        ({"query": "q", "pos": ["p"], "text": "t", "url": "u"}, "unknown fields: text, url; known are query, pos"),
+        ({"query": "q", "pos": ["p"], "text": "t", "url": "u"}, "unknown fields: text, url; docs/formats.md lists"),
         ({"query_id": "1", "pos": ["p"]}, "names a query by id; say with --topics where its text is"),
         ({"query": "q", "positive_ids": ["1"]}, "names a document by id; say with --corpus where its text is"),
         ({"query": "q", "positive_ids": [1.5]}, "positive_ids holds no id but float"),
@@ -406,3 +407,32 @@ def test_scores_that_are_too_few_or_not_finite_are_an_error(tmp_path, examples, 
     with pytest.raises(ValueError, match=message):
         with_scores(examples.lines.path, tmp_path / "scored.jsonl", score)
     assert not (tmp_path / "scored.jsonl").exists()
+
+
+# Fields that no training reads
+
+
+def test_unknown_fields_that_are_null_and_harmless_ones_are_not_read(tmp_path):
+    record = {"query": "q", "positives": ["p"], "query_image": None, "whatever": None, "source": "s", "id": 7}
+    assert read(tmp_path, record) == [Record("q", ["p"], [], None)]
+
+
+def test_a_field_that_is_not_null_is_an_error_that_fits_a_line(tmp_path):
+    record = {"query": "q", "positives": ["p"], "query_image": "a.png"} | {f"field_{n}" * 5: 1 for n in range(50)}
+    with pytest.raises(ValueError, match="unknown fields: query_image, .* and 48 more; ") as raised:
+        read(tmp_path, record)
+    assert "; docs/formats.md lists what is known: query, positives," in one_line(raised.value)
+
+
+def test_a_json_array_of_records_is_read_and_other_formats_are_named(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"query": "a", "pos": ["b"]}, {"query": "c", "pos": ["d"]}], indent=1))
+    assert [record.query for _, record in read_records(path)] == ["a", "c"]
+    for line, name in (("query,positive", "CSV"), ("query\tpositive", "TSV"), ("<xml>", "XML")):
+        path.write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=rf"train\.json:1: not JSON, .*it looks like {name}"):
+            next(read_records(path))
+
+
+def test_a_passage_with_a_null_text_has_its_title(tmp_path):
+    assert read(tmp_path, {"query": "q", "pos": [{"title": "t", "text": None}]}) == [Record("q", ["t"], [], None)]

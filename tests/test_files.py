@@ -1,8 +1,14 @@
 """Reading lines with their numbers; writing files and folders whole or not at all."""
 
+import bz2
+import codecs
 import gzip
+import io
+import lzma
 import os
 import stat
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,3 +247,71 @@ def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path):
         (tmp_path / "home" / name).write_text("text")
     with pytest.raises(FileExistsError, match="home: exists already, with 'thesis.tex' in it"):
         refuse_existing(tmp_path / "home", replaces={"docid", "index"})
+
+
+FOREIGN_FILES = {
+    "zip": lambda data: zipped(data),
+    "tar": lambda data: tarred(data, "w"),
+    "tar.gz": lambda data: tarred(data, "w:gz"),
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: b"\x28\xb5\x2f\xfd" + data,
+    "parquet": lambda data: b"PAR1\x15\x04" + data + b"PAR1",
+    "gz in gz": lambda data: gzip.compress(gzip.compress(data)),
+}
+NAMES = {
+    "zip": "is a zip archive, .* unpack it", "tar": "is a tar archive", "tar.gz": "is a tar archive",
+    "bz2": "is compressed by bzip2, .* bunzip2", "xz": "is compressed by xz", "zst": "is compressed by Zstandard",
+    "parquet": "is a Parquet file", "gz in gz": "is gzip in gzip",
+}  # fmt: skip
+
+
+def zipped(data):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("lines.txt", data)
+    return file.getvalue()
+
+
+def tarred(data, mode):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        info = tarfile.TarInfo("lines.txt")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_a_file_that_is_no_text_is_called_what_it_is(tmp_path, kind):
+    (tmp_path / "lines.jsonl").write_bytes(FOREIGN_FILES[kind](b'{"_id": "1", "text": "cat"}\n'))
+    with pytest.raises(ValueError, match=rf"lines\.jsonl: {NAMES[kind]}"):
+        list(read_lines(tmp_path / "lines.jsonl"))
+
+
+@pytest.mark.parametrize("start", ["BZh9\tcat", "PAR1\tcat", "PK\tcat", "7z cat"])
+def test_a_text_may_begin_as_the_name_of_a_compression(tmp_path, start):
+    (tmp_path / "lines.tsv").write_text(start)
+    assert list(read_lines(tmp_path / "lines.tsv")) == [(1, start.encode())]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_with_a_byte_order_mark_is_read_in_its_encoding_gzipped_too(tmp_path, encoding):
+    lines = [f"{number}: été, 東京 😀\u2028" for number in range(3000)]
+    data = "\r\n".join(lines).encode(encoding)
+    (tmp_path / "plain").write_bytes(data)
+    (tmp_path / "compressed").write_bytes(gzip.compress(data))
+    for name in ("plain", "compressed"):
+        assert [line.decode() for _, line in read_lines(tmp_path / name)] == lines
+
+
+def test_utf_16_of_the_other_byte_order_is_read_and_without_a_mark_or_cut_it_is_an_error(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(codecs.BOM_UTF16_BE + "cat\ndog".encode("utf-16-be"))
+    assert list(read_lines(path)) == [(1, b"cat"), (2, b"dog")]
+    path.write_bytes("cat".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"lines\.txt: holds NUL bytes, so it is binary, or UTF-16 without its mark"):
+        list(read_lines(path))
+    path.write_bytes("cat".encode("utf-16") + b"x")
+    with pytest.raises(ValueError, match=r"lines\.txt: invalid UTF-16.* \(truncated data\)"):
+        list(read_lines(path))

@@ -15,6 +15,7 @@ from effir_search.embeddings import PART_SIZE
 from effir_search.encoder import Encoder
 from effir_search.index import build_index, index_corpus, read_index, read_index_info, scale
 from effir_search.model.checkpoint import file_sha256
+from effir_search.search import search_text
 from effir_search.verify import cosine, verify_index
 
 
@@ -273,3 +274,20 @@ def test_folders_follow_the_umask(tmp_path, encoder):
     finally:
         os.umask(old)
     assert (tmp_path / "index").stat().st_mode & 0o777 == 0o750
+
+
+def test_the_field_of_the_id_is_recorded_and_read_again_and_old_records_without_it_open(tmp_path, bert_folder, encoder):
+    corpus = tmp_path / "docs.jsonl"
+    records = [{"pid": "p1", "docid": "d1", "passage": "hot soup"}, {"pid": "p2", "docid": "d2", "passage": "tea"}]
+    write_jsonl(corpus, records)
+    options = {"fields": ["passage"], "id_field": "docid", "dtype": "fp32", "device": "cpu"}
+    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index", **options)
+    assert (tmp_path / "index" / "docid").read_text() == "d1\nd2\n"
+    assert (info.corpus_fields, info.corpus_id_field) == (["passage"], "docid")
+    assert verify_index(tmp_path / "index", encoder).num_sampled == 2
+    settings = {"index_dir": tmp_path / "index", "corpora": [str(corpus)], "device": "cpu"}
+    assert {document.doc_id for _, document in search_text("soup", **settings)} == {"d1", "d2"}
+    record = json.loads((tmp_path / "index" / "effir.json").read_text())
+    del record["corpus_id_field"]
+    (tmp_path / "index" / "effir.json").write_text(json.dumps(record))
+    assert read_index_info(tmp_path / "index").corpus_id_field is None

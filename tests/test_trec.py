@@ -446,3 +446,153 @@ def test_a_score_that_is_no_finite_float32_is_an_error(score):
 def test_an_underscore_is_in_no_number(tmp_path, read, line):
     with pytest.raises(ValueError, match="1_0"):
         read(write(tmp_path / "file", line))
+
+
+# Other layouts of topics
+
+
+@pytest.mark.parametrize("tag", ["dom", "smry", "con", "fac", "anything-else"])
+def test_any_tag_ends_a_part_of_a_topic(tmp_path, tag):
+    path = write(
+        tmp_path / "topics",
+        *("<top>", "<num> Number: 051", f"<{tag}> Other: x", "<title> Topic: a", f"<{tag}> x", "<desc> b", f"<{tag}>"),
+        *("x", "</top>"),
+    )
+    assert read_topics(path) == [Query("051", "a")]
+    assert read_topics(path, field="description") == [Query("051", "b")]
+
+
+def test_html_in_a_part_and_what_only_looks_like_a_tag_does_not_end_it(tmp_path):
+    path = write(tmp_path / "topics", "<top><num> 1 <title> a <b>bold</b> x < y, p<q and r>s, <1 mg <me@b.org> </top>")
+    assert read_topics(path) == [Query("1", "a bold x < y, p<q and r>s, <1 mg <me@b.org>")]
+
+
+def test_entities_of_a_topic_are_decoded_once_and_only_with_their_semicolon(tmp_path):
+    text = "AT&amp;T &lt;b&gt; &#39;x&#x27; &amp;lt; R&D &copy=1 &unknown; <![CDATA[a <i> &amp; b]]><!-- not this -->"
+    path = write(tmp_path / "topics", f"<topics><topic number='1'><title>{text}</title></topic></topics>")
+    assert read_topics(path) == [Query("1", "AT&T <b> 'x' &lt; R&D &copy=1 &unknown; a <i> &amp; b")]
+
+
+def test_an_entity_bomb_is_refused_and_nothing_external_is_read(tmp_path):
+    bomb = '<!DOCTYPE t [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>\n<topics><topic number="1">&b;</topic></topics>'
+    with pytest.raises(ValueError, match="topics:1: the DOCTYPE declares names of its own, which are not read"):
+        read_topics(write(tmp_path / "topics", bomb))
+    (tmp_path / "secret").write_text("secret")
+    external = f'<!DOCTYPE t SYSTEM "file://{tmp_path}/secret">\n<topics><topic number="1">a &x;</topic></topics>'
+    assert read_topics(write(tmp_path / "topics", external)) == [Query("1", "a &x;")]
+
+
+def test_the_id_of_an_xml_topic_is_that_of_its_elements_before_its_attribute(tmp_path):
+    path = write(tmp_path / "topics", '<topics><topic number="9"><number>1</number><query>a</query></topic></topics>')
+    assert read_topics(path) == [Query("1", "a")]
+
+
+def test_errors_of_xml_topics_count_lines_that_are_blank(tmp_path):
+    path = write(tmp_path / "topics", "<topics>", "", '<topic number="1">a</topic>', "", "", "  b", "</topics>")
+    with pytest.raises(ValueError, match="topics:6: text outside <topic> ... </topic>"):
+        read_topics(path)
+    path = write(tmp_path / "topics", "<topics>", "", '<topic number="1"/>', "</topics>")
+    with pytest.raises(ValueError, match="topics:3: <topic> without </topic>"):
+        read_topics(path)
+    with pytest.raises(ValueError, match="topics: begins with <, and has no <top> or <topic>"):
+        read_topics(write(tmp_path / "topics", "<topics>", "</topics>"))
+
+
+def test_the_part_that_is_asked_for_is_not_replaced_by_another(tmp_path):
+    jsonl = write(tmp_path / "a", '{"id": "1", "text": "t", "narrative": "n"}')
+    tsv = write(tmp_path / "b", "qid\ttitle\tnarrative", "1\tt\tn")
+    for path in (jsonl, tsv):
+        assert read_topics(path) == [Query("1", "t")]
+        assert read_topics(path, field="narrative") == [Query("1", "n")]
+        with pytest.raises(ValueError, match="description"):
+            read_topics(path, field="description")
+    with pytest.raises(ValueError, match="b:1: no header names the columns, so none is the narrative"):
+        read_topics(write(tmp_path / "b", "1\tt"), field="narrative")
+
+
+def test_ir_datasets_topics_without_the_part_that_is_asked_for_are_an_error(irds):
+    with pytest.raises(ValueError, match=r"topic 1: has no description \(found: query_id, text\)"):
+        read_topics(irds, field="description")
+
+
+def test_rows_of_topics_that_do_not_fit_their_header_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="topics:2: 3 columns, expected 2"):
+        read_topics(write(tmp_path / "topics", "qid\tquery", "1\ta\tb"))
+
+
+def test_qrels_are_no_topics(tmp_path):
+    with pytest.raises(ValueError, match="topics:1: these are qrels, which hold no texts"):
+        read_topics(write(tmp_path / "topics", "query-id\tcorpus-id\tscore", "q1\td1\t1"))
+
+
+# Other layouts of qrels and runs
+
+
+def test_an_id_with_a_blank_between_tabs_is_an_error_in_qrels_and_runs(tmp_path):
+    for line in ("1\ta b\t1", "1\t0\ta b\t1"):
+        with pytest.raises(ValueError, match="qrels:1: the id 'a b' holds white space"):
+            read_qrels(write(tmp_path / "qrels", line))
+    with pytest.raises(ValueError, match="run:1: the id 'a b' holds white space"):
+        read_run(write(tmp_path / "run", "1\tQ0\ta b\t1\t0.5\ttag"))
+    # White space alone would make six columns of these five.
+    with pytest.raises(ValueError, match="run:1: 5 columns; a TREC run has 6"):
+        read_run(write(tmp_path / "run", "1\tQ0\ta b\t1\t0.5"))
+
+
+def test_all_lines_of_qrels_have_as_many_columns_as_the_first(tmp_path):
+    with pytest.raises(ValueError, match="qrels:2: 4 columns; the lines above have 3"):
+        read_qrels(write(tmp_path / "qrels", "q1 d1 1", "q1 d 2 1"))
+
+
+@pytest.mark.parametrize("column", [0, 1, 2, 3])
+def test_an_empty_column_of_qrels_does_not_move_the_others(tmp_path, column):
+    columns = ["7", "0", "8", "1"]
+    columns[column] = ""
+    path = write(tmp_path / "qrels", "\t".join(columns))
+    if column == 1:  # which nobody reads
+        assert read_qrels(path) == [Qrel("7", "8", 1)]
+    else:
+        with pytest.raises(ValueError, match="qrels:1: (empty id|the grade '' is not a whole number)"):
+            read_qrels(path)
+
+
+HEADERS = [
+    "qid iter docno rel", "topic 0 docid relevance", "query_id,doc_id,relevance", "query-id\tcorpus-id\tscore",
+    "Query_ID\tQ0\tDoc_ID\tLabel", "topic_id iteration document_id judgment", '"query_id","iteration","doc_id","rel"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_of_qrels_of_any_spelling_is_no_judgment(tmp_path, header):
+    separator = "," if "," in header else "\t" if "\t" in header else " "
+    row = ["q1", "d1", "2"] if header.count(separator) == 2 else ["q1", "0", "d1", "2"]
+    assert read_qrels(write(tmp_path / "qrels", header, separator.join(row))) == [Qrel("q1", "d1", 2)]
+
+
+def test_a_header_of_qrels_says_where_its_columns_are(tmp_path):
+    path = write(tmp_path / "qrels", "relevance\tdocid\tqid\titeration", "2\td1\tq1\t0")
+    assert read_qrels(path) == [Qrel("q1", "d1", 2)]
+    with pytest.raises(ValueError, match="qrels:1: it is not clear what the columns what docid qid are"):
+        read_qrels(write(tmp_path / "qrels", "what docid qid", "1 d1 q1"))
+
+
+def test_grades_with_a_decimal_point_are_whole_numbers_or_errors(tmp_path):
+    assert read_qrels(write(tmp_path / "qrels", "q 0 a 1.0", "q 0 b -1.", "q 0 c 2.000", "q 0 a 1")) == [
+        Qrel("q", "a", 1),
+        Qrel("q", "b", -1),
+        Qrel("q", "c", 2),
+    ]
+    with pytest.raises(ValueError, match="qrels:1: the grade '0.5' is not a whole number"):
+        read_qrels(write(tmp_path / "qrels", "q 0 a 0.5"))
+
+
+@pytest.mark.parametrize("read", [read_qrels, read_run])
+@pytest.mark.parametrize("line", ['{"q1": {"d1": 1}}', '[{"query_id": "q1"}]'])
+def test_json_is_named_where_columns_are_needed(tmp_path, read, line):
+    with pytest.raises(ValueError, match="file:1: it looks like JSON, not (qrels|a TREC run), which"):
+        read(write(tmp_path / "file", line))
+
+
+def test_quotes_of_csv_qrels_that_do_not_match_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="qrels:2: not CSV: "):
+        read_qrels(write(tmp_path / "qrels", "q1,d1,1", '"q1"x,d1,1'))

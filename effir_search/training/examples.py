@@ -366,7 +366,7 @@ def _fields(record: dict[str, object], where: str) -> dict[str, object]:
     if unknown:
         named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         known = ", ".join(FIELDS)
-        raise ValueError(f"{where}: unknown fields: {named}; known are {known} and what else docs/formats.md lists")
+        raise ValueError(f"{where}: unknown fields: {named}; docs/formats.md lists what is known: {known}, ...")
     for name, value in record.items():
         if value is None or name in UNREAD:
             continue
