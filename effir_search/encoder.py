@@ -21,7 +21,7 @@ from effir_search.corpus import Document, document_text
 from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
 from effir_search.model.packed import pack
 from effir_search.model.save import save_model
-from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
+from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
 from effir_search.pooling import POOLERS, without_prompt
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class Encoder:
         config: See ``EncoderConfig``.
         dtype: Of the transformer; pooling and everything after it is float32.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
+        stock_architecture: Whether it may be transformers' stock model in place of one with code of its own.
     """
 
     def __init__(
@@ -152,9 +153,10 @@ class Encoder:
         files: SentenceFiles,
         head: nn.Sequential | None = None,
         batch_tokens: int | None = None,
+        stock_architecture: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
-        self.name, self.files = name, files
+        self.name, self.files, self.stock_architecture = name, files, stock_architecture
         self.dtype, self.device = model.dtype, model.device
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
 
@@ -173,6 +175,7 @@ class Encoder:
         normalize: bool = False,
         dimension: int | None = None,
         batch_tokens: int | None = None,
+        stock_architecture: bool = False,
     ) -> "Encoder":
         """Load a Hugging Face or sentence-transformers model; what is None is taken from the model's own files.
 
@@ -189,17 +192,22 @@ class Encoder:
             normalize: Let vectors have length 1 and be compared by the cosine, whatever the model's files say.
             dimension: Leading components of a vector that are kept, for models trained so (Matryoshka).
             batch_tokens: See the class; None = by device.
+            stock_architecture: Of a model with code of its own, which is never run, take transformers' stock model and
+                tokenizer, whose vectors may be others, instead of raising ValueError.
 
         Raises:
             ValueError: The folder is not a model this project can run, or an option does not fit it.
             OSError: A file cannot be read.
         """
+        check_stock_encoder(path, stock_architecture=stock_architecture)  # before gigabytes are fetched
         folder = resolve_model(path)
         files = read_sentence_files(folder)
         torch_device = chosen_device(device)
         head = load_head(files.head).to(torch_device) if files.head else None
-        model = load_transformer(files.transformer_folder, dtype=_dtype(dtype, torch_device), device=torch_device)
-        tokenizer = load_tokenizer(files.transformer_folder, model)
+        stock = {"stock_architecture": stock_architecture}
+        numbers = _dtype(dtype, torch_device)
+        model = load_transformer(files.transformer_folder, dtype=numbers, device=torch_device, **stock)
+        tokenizer = load_tokenizer(files.transformer_folder, model, **stock)
         if files.lower_case:
             _lower_case(tokenizer)
         if files.pooling is None and tokenizer.chat_template:
@@ -209,7 +217,8 @@ class Encoder:
             pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
             append_eos=append_eos, normalize=normalize, dimension=dimension,
         )  # fmt: skip
-        encoder = cls(model, tokenizer, config, name=str(path), files=files, head=head, batch_tokens=batch_tokens)
+        parts = {"files": files, "head": head, "batch_tokens": batch_tokens}
+        encoder = cls(model, tokenizer, config, name=str(path), **parts, **stock)
         if dimension is not None and encoder.dimension < dimension:
             raise ValueError(f"--dimension {dimension}: the vectors of {path} have {encoder.dimension} components")
         return encoder

@@ -434,6 +434,75 @@ def test_remote_code_is_never_run(folder):
     assert not (folder / "ran").exists()
 
 
+CODE = [
+    {"AutoModel": "modeling_qwen.Qwen2Model"},
+    {"AutoConfig": "configuration_qwen.Qwen2Config"},
+    {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"},
+    {"AutoModel": "someone/else--modeling_qwen.Qwen2Model"},
+    {"AutoTokenizer": [None, "tokenization_qwen.Fast"]},
+    {"AutoModel": "modeling_effir.EffirModel"},  # a name of ours, but not a type of ours
+]
+
+
+@pytest.mark.parametrize("auto_map", CODE)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_the_weights_is_an_error_that_names_the_option(folder, auto_map, file):
+    edit(folder / file, auto_map=auto_map)
+    with pytest.raises(ValueError, match=rf"{file}: names code of its own \(.*which is not run; --stock-architecture"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("auto_map", [{}, {"AutoTokenizer": [None, None]}])
+def test_an_auto_map_that_names_nothing_is_no_code(folder, auto_map):
+    edit(folder / "config.json", auto_map=auto_map)
+    assert not Encoder.from_pretrained(folder).stock_architecture
+
+
+def test_the_stock_architecture_is_the_model_without_the_code_also_when_it_is_saved(folder, tmp_path):
+    plain = Encoder.from_pretrained(folder, dtype="fp32").encode_documents(TEXTS)
+    edit(folder / "config.json", auto_map=CODE[0])
+    edit(folder / "tokenizer_config.json", auto_map=CODE[4])
+    encoder = Encoder.from_pretrained(folder, dtype="fp32", stock_architecture=True)
+    np.testing.assert_array_equal(encoder.encode_documents(TEXTS), plain)
+    encoder.save(tmp_path / "saved")
+    for file in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "saved" / file).read_text())
+    saved = Encoder.from_pretrained(tmp_path / "saved", dtype="fp32")
+    np.testing.assert_array_equal(saved.encode_documents(TEXTS), plain)
+
+
+def test_code_of_the_transformer_of_a_folder_with_modules_is_found(tmp_path):
+    modules = [Transformer(str(save_model(tmp_path / "plain", "bert"))), Pooling(32, "mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "saved"))
+    inner = tmp_path / "saved" / "0_Transformer"
+    inner.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "saved" / name).rename(inner / name)
+    entries = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    entries[0]["path"] = inner.name
+    (tmp_path / "saved" / "modules.json").write_text(json.dumps(entries))
+    Encoder.from_pretrained(tmp_path / "saved")
+    edit(inner / "config.json", auto_map=CODE[0])
+    with pytest.raises(ValueError, match="0_Transformer/config.json: names code"):
+        Encoder.from_pretrained(tmp_path / "saved")
+
+
+def test_a_module_of_code_of_its_own_is_an_error(folder):
+    entries = json.loads((folder / "modules.json").read_text())
+    entries[0]["type"] = "custom_st.Transformer"
+    (folder / "modules.json").write_text(json.dumps(entries))
+    for stock in (False, True):
+        with pytest.raises(ValueError, match="module 0 is custom_st.Transformer, which is not supported"):
+            Encoder.from_pretrained(folder, stock_architecture=stock)
+
+
+def test_no_stock_architecture_is_an_error_that_does_not_offer_one(folder):
+    edit(folder / "config.json", model_type="mine", auto_map=CODE[0])
+    for stock in (False, True):
+        with pytest.raises(ValueError, match="no model of type 'mine' to take instead"):
+            Encoder.from_pretrained(folder, stock_architecture=stock)
+
+
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_an_error(folder):
     tokenizer = word_tokenizer(bos=True, eos=True)
     tokenizer.add_tokens([f"new{number}" for number in range(9)])

@@ -25,7 +25,7 @@ LEAVES = {
     "texts": {"files", "corpus", "trec"},
     "kinds": set(),
     "ranges": set(),
-    "model.checkpoint": {"files"},
+    "model.checkpoint": {"files", "model.modeling_effir"},
     "model.modeling_effir": set(),
     "model.packed": {"model.layers", "model.modeling_effir"},
     "model.layers": {"model.modeling_effir"},

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from effir_search.model.checkpoint import model_configs, read_config_file, read_json, weight_files
+from effir_search.model.checkpoint import (
+    check_config,
+    check_stock,
+    model_configs,
+    read_config_file,
+    read_json,
+    weight_files,
+)
 from effir_search.model.modeling_effir import family_of
 
 logger = logging.getLogger(__name__)
@@ -127,18 +134,34 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     )
 
 
-def prunable_config(name: str) -> PretrainedConfig:
+def check_stock_encoder(name: str | Path, *, stock_architecture: bool) -> None:
+    """Raise ValueError if an encoder or a cross-encoder is code of its own; its weights need not be there.
+
+    Args:
+        name: Model folder or hub name.
+        stock_architecture: See ``check_stock``.
+    """
+    with model_configs(name) as folder:
+        for _module, place in _entries(folder)[:1]:
+            if (path := folder / place / "config.json").is_file():
+                check_config(path, stock_architecture=stock_architecture)
+            check_stock(folder / place / "tokenizer_config.json", stock_architecture=stock_architecture)
+
+
+def prunable_config(name: str, *, stock_architecture: bool = False) -> PretrainedConfig:
     """Return the config of an encoder's transformer; its weights need not be there.
 
     Args:
         name: Model folder or hub name.
+        stock_architecture: See ``check_stock``.
 
     Raises:
         ValueError: No such config, or of a family that cannot be pruned.
         OSError: Neither a folder nor a hub model that can be had.
     """
     with model_configs(name) as folder:
-        config = read_config_file(read_sentence_files(folder).transformer_folder / "config.json")
+        path = read_sentence_files(folder).transformer_folder / "config.json"
+        config = read_config_file(path, stock_architecture=stock_architecture)
     family_of(config)
     return config
 
@@ -190,18 +213,24 @@ def _transformer_settings(folder: Path) -> dict:
     return next((read_json(folder / name) for name in TRANSFORMER_CONFIGS if (folder / name).is_file()), {})
 
 
-def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Return ``(kind, path)`` of each module, checked: Transformer, then at most Pooling, then Dense and Normalize."""
+def _entries(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(type, path)`` of each module, as modules.json has them; without one the folder is a transformer's."""
     path = folder / "modules.json"
     if not path.is_file():
         return [("Transformer", "")]
     try:
-        entries = json.loads(path.read_bytes())
-        named = [(entry["type"], entry.get("path", "")) for entry in entries]
+        return [(entry["type"], entry.get("path", "")) for entry in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(kind, path)`` of each module, checked: Transformer, then at most Pooling, then Dense and Normalize."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return _entries(folder)
     kinds = []
-    for position, (name, place) in enumerate(named):
+    for position, (name, place) in enumerate(_entries(folder)):
         package, _, kind = str(name).rpartition(".")
         allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
         if not f"{package}.".startswith("sentence_transformers.") or kind not in allowed:

@@ -143,6 +143,7 @@ def finetune(
     keep_checkpoints: bool = False,
     prepared: Path | None = None,
     teacher_options: Mapping[str, object] | None = None,
+    stock_architecture: bool = False,
     **text_options: object,
 ) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
@@ -162,6 +163,7 @@ def finetune(
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
         teacher_options: As text_options, of the teacher, if it is a bi-encoder; None = as ``data.teacher_reading``.
+        stock_architecture: As ``Encoder.from_pretrained`` takes it, of all models.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -176,16 +178,16 @@ def finetune(
     refuse_existing(output, replaces=())
     check_training(recipe, data, device)
     given = {name: value for name, value in text_options.items() if value is not None}
-    encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **given
-    )
+    stock = {"stock_architecture": True} if stock_architecture else {}
+    machine = {"device": device, "batch_tokens": batch_tokens} | stock
+    encoder = Encoder.from_pretrained(encoder_name, dtype="saved", max_length=max_length, **machine, **given)
     # The others wait while one process prepares the data, which may take hours.
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
     if teacher_options is None:
         teacher_options = teacher_reading(data, encoder)
-    teacher = imitated(data, encoder, device, **teacher_options)
+    teacher = imitated(data, encoder, device, **teacher_options, **stock)
     recipe = resolved_recipe(recipe, data, encoder.model, encoder.device)
     losses = resolved(losses, data, encoder, teacher)
     files = hashes(data)
@@ -208,7 +210,7 @@ def finetune(
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            reading = {"teacher_options": teacher_options}
+            reading = {"teacher_options": {**teacher_options, **stock}}
             prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart, **reading)
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
