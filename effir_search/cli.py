@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from effir_search.messages import show_messages
 
 # What the library's tables hold, written out: importing them would make --help wait for torch. A test compares them.
-POOLINGS = ("cls", "last", "mean")
+POOLINGS = ("cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
@@ -24,7 +24,7 @@ REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
 SAMPLES = ("random", "top")
 # Packages of the extra "train".
-EXTRA = ("accelerate", "peft", "sentence_transformers")
+EXTRA = ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +39,7 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:
-            if ctx.params["debug"] or error.name not in EXTRA:
+            if ctx.params["debug"] or (error.name or "").partition(".")[0] not in EXTRA:
                 raise
             advice = "pip install '.[train]' in a clone of effir_search, or make install"
             raise click.ClickException(f"{error.name} is not installed; {advice}") from error

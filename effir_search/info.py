@@ -139,8 +139,9 @@ def describe_model(
     settings = own_config(files, model, load_tokenizer(files.transformer_folder, model, **stock))
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # no embedding depends on it
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embeddings = sum(table.weight.numel() for table in tables)
+    # A table that several modules share counts once, as in the number of all parameters.
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = sum(table.numel() for table in tables)
     parameters = model.num_parameters()
     config = model.config
     weights = [file for place in files.weight_folders for file in weight_files(place)]

@@ -35,7 +35,7 @@ class Text:
         normalize: Let vectors have length 1 and be compared by the cosine.
     """
 
-    pooling: Literal["cls", "last", "mean"] | None = None
+    pooling: Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"] | None = None
     query_prompt: str | None = None
     document_prompt: str | None = None
     append_eos: bool = False

@@ -31,7 +31,7 @@ LEAVES = {
     "model.layers": {"model.modeling_effir"},
     "model.surgery": {"model.layers", "model.modeling_effir"},
     "model.arithmetic": {"model.layers", "model.modeling_effir"},
-    "model.sentence_files": {"model.checkpoint", "model.modeling_effir"},
+    "model.sentence_files": {"model.checkpoint", "model.modeling_effir", "pooling"},
     "model.save": {"files", "model.arithmetic", "model.checkpoint", "model.modeling_effir", "model.sentence_files"},
     "demo_collection.standard_library": {"corpus"},
 }

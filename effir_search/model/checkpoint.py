@@ -241,7 +241,8 @@ def _check_whole_layers(settings: dict[str, object], path: Path) -> None:
 
 
 def _auto_class(config: PretrainedConfig) -> type[AutoModel | AutoModelForTextEncoding]:
-    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    """The class of an encoder alone, where there is a decoder or, as in a T5EncoderModel that was saved, was one."""
+    return AutoModelForTextEncoding if config.is_encoder_decoder or type(config).is_encoder_decoder else AutoModel
 
 
 def load_tokenizer(folder: Path, model: nn.Module, *, stock_architecture: bool = False) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from effir_search.model.checkpoint import (
     weight_files,
 )
 from effir_search.model.modeling_effir import family_of
+from effir_search.pooling import pooling_modes
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ TRANSFORMER_CONFIGS = ("sentence_bert_config.json",) + tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 SETTINGS_FILE = "config_sentence_transformers.json"
-POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+# Flags of a pooling in config.json before it had one name, in the order in which several are put behind one another.
 LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -38,6 +39,9 @@ LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Poolings that are called otherwise here.
+OUR_NAMES = {"lasttoken": "last"}
+THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 # Settings of the Transformer module that change nothing here; any other that is set changes the embedding.
 HARMLESS = {
     "max_seq_length",
@@ -95,6 +99,12 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     if "message" in transformer.get("modality_config", {}):
         raise ValueError(f"{transformer_folder}: models that read texts through a chat template are not supported")
 
+    length = transformer.get("max_seq_length")
+    if length is not None and not (type(length) in (int, float) and length >= 1):
+        raise ValueError(
+            f"{transformer_folder}: max_seq_length {length!r} is no number of tokens; put right or remove it"
+        )
+
     pooling, include_prompt = None, True
     if len(modules) > 1:
         pooling, include_prompt = _pooling(folder / modules[1][1])
@@ -129,7 +139,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         document_prompt=prompts.get("document") or "",
         similarity=similarity,
         dimension=settings.get("truncate_dim"),
-        max_length=transformer.get("max_seq_length"),
+        max_length=length,
         lower_case=bool(transformer.get("do_lower_case")),
     )
 
@@ -189,7 +199,11 @@ def write_sentence_files(output: Path, files: SentenceFiles, *, hidden_size: int
         for i, (kind, path) in enumerate(modules)
     ]
     pooling = {"word_embedding_dimension": hidden_size, "include_prompt": files.include_prompt}
-    pooling |= {flag: POOLING_NAMES.get(mode) == files.pooling for flag, mode in LEGACY_POOLING.items()}
+    modes = [THEIR_NAMES.get(mode, mode) for mode in pooling_modes(files.pooling)]
+    # Older versions read the flags alone, which do not tell an order.
+    flags = {flag: mode in modes for flag, mode in LEGACY_POOLING.items()}
+    in_order = [mode for flag, mode in LEGACY_POOLING.items() if flags[flag]] == modes
+    pooling |= flags if in_order else {"pooling_mode": modes}
     transformer = _transformer_settings(files.transformer_folder)
     transformer |= {"max_seq_length": files.max_length, "do_lower_case": files.lower_case}
     source = files.folder / SETTINGS_FILE
@@ -251,11 +265,10 @@ def _pooling(folder: Path) -> tuple[str, bool]:
         settings.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if settings.get(key)] or "mean"
     )
     modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) > 1 or modes[0] not in POOLING_NAMES:
-        raise ValueError(
-            f"{path}: pooling {'+'.join(map(str, modes))} is not supported; known are {', '.join(POOLING_NAMES)}"
-        )
-    return POOLING_NAMES[modes[0]], settings.get("include_prompt", True)
+    if unknown := [mode for mode in modes if mode not in LEGACY_POOLING.values()]:
+        known = ", ".join(LEGACY_POOLING.values())
+        raise ValueError(f"{path}: pooling {unknown[0]} is not supported; known are {known}")
+    return "+".join(OUR_NAMES.get(mode, mode) for mode in modes), settings.get("include_prompt", True)
 
 
 class Dense(nn.Module):
