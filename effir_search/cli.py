@@ -527,7 +527,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."
 )
-@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
@@ -608,7 +608,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
-@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, or what depends on changed settings.")
 @click.option(

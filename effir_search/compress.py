@@ -25,7 +25,7 @@ from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
 from effir_search.slim import check_cut, slim_encoder
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
-from effir_search.training.finetune import check_batch, check_training, finetune, resolved_recipe
+from effir_search.training.finetune import check_processes, check_training, finetune, resolved_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def compress(
     _check(compression, device)
     # Whoever asks first says what the processes are: the others wait while one does all stages but fine-tuning.
     process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
-    check_batch(compression.finetune, process.num_processes)
+    check_processes(compression.finetune, process.num_processes, device)
     folder = stages_of(output)
     stock = {"stock_architecture": True} if compression.stock_architecture else {}
     machine = {"device": device, "batch_tokens": batch_tokens} | stock

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
-from effir_search.encoder import LARGE, Encoder, computes_in_bf16, own_config
+from effir_search.encoder import LARGE, Encoder, chosen_device, computes_in_bf16, own_config
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
@@ -203,7 +203,7 @@ def finetune(
     }
     dtype = encoder.dtype
     # What can be wrong is found before hours go into teachers' scores.
-    check_batch(recipe, process.num_processes)
+    check_processes(recipe, process.num_processes, device)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
     objective = objective_of(encoder, losses, teacher, bf16=recipe.bf16)
@@ -276,8 +276,7 @@ def _warn_of_cosines(examples: Sequence[Example], losses: LossSettings) -> None:
 
 def check_training(recipe: Recipe, data: Data, device: str) -> None:
     """Raise ValueError or OSError for what does not fit this machine or this data."""
-    if device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
+    chosen_device(device)
     for package in recipe.log_to:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
@@ -287,8 +286,10 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 
 
-def check_batch(recipe: Recipe, processes: int) -> None:
-    """Raise ValueError if a batch cannot be divided among processes."""
+def check_processes(recipe: Recipe, processes: int, device: str) -> None:
+    """Raise ValueError if a batch cannot be divided among processes, or all of them were to take one GPU."""
+    if processes > 1 and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: each of the {processes} processes takes a GPU of its own; give auto")
     if recipe.batch_size % processes:
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
 
