@@ -136,3 +136,6 @@ def test_a_cross_encoder_with_code_of_its_own_is_an_error_that_names_the_option(
     with pytest.raises(ValueError, match=r"names code of its own \(modeling_own.Scorer\).*--stock-architecture"):
         load_teacher(reranker=folder)
     assert load_teacher(reranker=folder, device="cpu", stock_architecture=True)(PAIRS[:3]) == expected
+    (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "custom_st.Transformer"}]))
+    with pytest.raises(ValueError, match="module 0 is custom_st.Transformer, which is not supported"):
+        load_teacher(reranker=folder, stock_architecture=True)

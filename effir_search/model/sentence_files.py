@@ -228,14 +228,18 @@ def _transformer_settings(folder: Path) -> dict:
 
 
 def _entries(folder: Path) -> list[tuple[str, str]]:
-    """Return ``(type, path)`` of each module, as modules.json has them; without one the folder is a transformer's."""
+    """Return ``(type, path)`` of each module of sentence-transformers that modules.json lists, if it is there."""
     path = folder / "modules.json"
     if not path.is_file():
         return [("Transformer", "")]
     try:
-        return [(entry["type"], entry.get("path", "")) for entry in json.loads(path.read_bytes())]
+        entries = [(str(entry["type"]), entry.get("path", "")) for entry in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
+    for position, (name, _place) in enumerate(entries):
+        if not name.startswith("sentence_transformers."):
+            raise ValueError(f"{path}: module {position} is {name}, which is not supported: code of the model's own")
+    return entries
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -245,9 +249,9 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
         return _entries(folder)
     kinds = []
     for position, (name, place) in enumerate(_entries(folder)):
-        package, _, kind = str(name).rpartition(".")
+        kind = name.rpartition(".")[2]
         allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
-        if not f"{package}.".startswith("sentence_transformers.") or kind not in allowed:
+        if kind not in allowed:
             raise ValueError(
                 f"{path}: module {position} is {name}, which is not supported; expected {' or '.join(allowed)}"
             )
