@@ -20,6 +20,7 @@ from ir_measures import Qrel, ScoredDoc
 from effir_search.corpus import document_text, read_corpus
 from effir_search.encoder import Encoder, Tokens
 from effir_search.evaluate import evaluate_queries, parse_measures
+from effir_search.index import scale
 from effir_search.model.layers import KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import sample_texts
@@ -53,11 +54,14 @@ def read_collection(folder: Path, encoder: Encoder) -> Collection:
 
 
 def hits(encoder: Encoder, collection: Collection, depth: int = 100) -> Iterator[ScoredDoc]:
-    """Yield each topic's best documents by the inner product."""
-    documents = encoder.encode_tokens(collection.documents).embeddings
-    scores = encoder.encode_tokens(collection.queries).embeddings @ documents.T
+    """Yield each topic's best documents by the model's similarity, as a search finds them."""
+    documents, queries = (
+        scale(encoder.encode_tokens(tokens).embeddings, encoder.config)
+        for tokens in (collection.documents, collection.queries)
+    )
+    scores = queries @ documents.T
     for query_id, of_query in zip(collection.query_ids, scores, strict=True):
-        for row in np.argpartition(-of_query, depth)[:depth]:
+        for row in np.argsort(-of_query, kind="stable")[:depth]:
             yield ScoredDoc(query_id, collection.doc_ids[row], float(of_query[row]))
 
 

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from effir_search.messages import show_messages
 
 # What the library's tables hold, written out: importing them would make --help wait for torch. A test compares them.
-POOLINGS = ("cls", "last", "mean")
+POOLINGS = ("cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 REPORT_FORMATS = ("text", "json", "csv", "markdown")
 COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
@@ -24,7 +24,7 @@ REPORTERS = ("tensorboard", "wandb")
 TOPIC_FIELDS = ("title", "description", "narrative")
 SAMPLES = ("random", "top")
 # Packages of the extra "train".
-EXTRA = ("accelerate", "peft", "sentence_transformers")
+EXTRA = ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w")
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +39,7 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:
-            if ctx.params["debug"] or error.name not in EXTRA:
+            if ctx.params["debug"] or (error.name or "").partition(".")[0] not in EXTRA:
                 raise
             advice = "pip install '.[train]' in a clone of effir_search, or make install"
             raise click.ClickException(f"{error.name} is not installed; {advice}") from error
@@ -74,6 +74,12 @@ def with_options(command: Callable, options: Sequence[Callable]) -> Callable:
     return command
 
 
+def stock_option(default: bool | None = False) -> Callable[[Callable], Callable]:
+    """Return what adds the option that takes models with code of their own; a search's default is the index's."""
+    told = "Instead of a model's own code, which is never run, take transformers' stock model; vectors may be others."
+    return click.option("--stock-architecture", is_flag=True, default=default, help=told)
+
+
 def text_options(command: Callable) -> Callable:
     """Add the options that say how a text becomes one vector."""
     choice = click.Choice
@@ -93,6 +99,7 @@ def encoder_options(command: Callable) -> Callable:
         click.option("--dtype", type=click.Choice(DTYPES), help=DTYPE_HELP),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
+        stock_option(None),
     ]  # fmt: skip
     return text_options(with_options(command, options))
 
@@ -291,13 +298,14 @@ def compare(
 @click.option("--sample", type=click.Choice(SAMPLES), default="random", help="Which of the candidates to take.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of a random sample.")
 @click.option("--device", default="auto", help="Of the teacher: auto, cpu, cuda, cuda:1, ...")
+@stock_option()
 def mine(run_file: Path, qrels: str, corpus: str, topics: str, output: Path, sample: str, **options: object) -> None:
     """Make training data of a run: what it ranks high and is no positive is a hard negative."""
     from effir_search.training.mine import describe_mined
     from effir_search.training.mine import mine as mine_negatives
 
     if options["teacher"] is None and options["reranker"] is None:
-        refuse(["teacher_ratio", "device"], "goes with --teacher or --reranker")
+        refuse(["teacher_ratio", "device", "stock_architecture"], "goes with --teacher or --reranker")
     if sample == "top":
         refuse(["seed"], "goes with --sample random")
     mined = mine_negatives(run_file, qrels, corpus, topics, output, sample=sample, **options)
@@ -340,6 +348,7 @@ def texts_options(*, required: bool, length: str) -> Callable[[Callable], Callab
             ),
             click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
+            stock_option(),
         ]
         return with_options(command, options)
 
@@ -402,6 +411,7 @@ def data_options(command: Callable) -> Callable:
         click.option("--num-texts", type=click.IntRange(1), help="Take a sample of so many texts.  [default: all]"),
         click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train."),
         click.option("--reranker", help="Cross-encoder whose scores to learn with --train."),
+        stock_option(),
     ]
     return with_options(command, options)
 
@@ -518,7 +528,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option(
     "--log-to", multiple=True, type=click.Choice(REPORTERS), help="Report there besides log.jsonl; repeatable."
 )
-@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
@@ -599,7 +609,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
-@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, or what depends on changed settings.")
 @click.option(
@@ -643,6 +653,7 @@ IN_RECIPE = {
     "output": ("output",),
     "max_length": ("max_length",),
     "seed": ("seed",),
+    "stock_architecture": ("stock_architecture",),
     "drop_mlp": ("prune", "drop_mlp"),
     "drop_attention": ("prune", "drop_attention"),
     "drop_block": ("prune", "drop_block"),
@@ -676,6 +687,7 @@ def given_settings(options: dict[str, object]) -> dict[str, object]:
 @click.option("--drop-mlp-layers", type=Numbers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
 @click.option("--drop-attention-layers", type=Numbers(), help="Layers without attention.  [default: config.json's]")
 @text_options
+@stock_option()
 def convert(source: str, output: Path, **options: object) -> None:
     """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""
     from effir_search.model.convert import convert as convert_checkpoint
@@ -699,6 +711,7 @@ def convert(source: str, output: Path, **options: object) -> None:
     "--dtype", type=click.Choice(DTYPES[1:]), help="Of the weights whose bytes are told.  [default: the model's]"
 )
 @click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="Format of the answer.")
+@stock_option()
 def info(model_or_index: str | None, **options: object) -> None:
     """Say what a model or an index is, or on paper what a pruned model would be."""
     from effir_search.info import describe
@@ -711,12 +724,15 @@ def info(model_or_index: str | None, **options: object) -> None:
 @click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
 @click.option("--corpus", help="Where the documents are.  [default: where they were]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-def verify(index_dir: Path, encoder: str | None, corpus: str | None, device: str) -> None:
+@stock_option(None)
+def verify(
+    index_dir: Path, encoder: str | None, corpus: str | None, device: str, stock_architecture: bool | None
+) -> None:
     """Check an index: counts, hashes, a sample encoded again."""
     from effir_search.search import load_encoder
     from effir_search.verify import verify_index
 
-    model = load_encoder(index_dir, encoder, device=device)
+    model = load_encoder(index_dir, encoder, device=device, stock_architecture=stock_architecture)
     checked = verify_index(index_dir, model, corpus=corpus)
     click.echo(
         f"{index_dir}: {checked.num_documents} documents, hashes right; {checked.num_sampled} encoded again, "

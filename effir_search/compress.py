@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import PretrainedConfig
 
 from effir_search.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.corpus import document_text, read_corpus
@@ -24,7 +25,7 @@ from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
 from effir_search.slim import check_cut, slim_encoder
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
-from effir_search.training.finetune import check_batch, check_training, finetune, resolved_recipe
+from effir_search.training.finetune import check_processes, check_training, finetune, resolved_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +68,17 @@ def compress(
     _check(compression, device)
     # Whoever asks first says what the processes are: the others wait while one does all stages but fine-tuning.
     process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
-    check_batch(compression.finetune, process.num_processes)
+    check_processes(compression.finetune, process.num_processes, device)
     folder = stages_of(output)
-    machine = {"device": device, "batch_tokens": batch_tokens}
+    stock = {"stock_architecture": True} if compression.stock_architecture else {}
+    machine = {"device": device, "batch_tokens": batch_tokens} | stock
     data, main = compression.data, process.is_main_process
     files = hashes(data)
     settings = job_settings(compression, files)
     keep = (DATA, *unchanged_stages(settings, folder)) if main else ()
     with job_folder(folder, settings, restart=restart, keep=keep) if main else nullcontext():
         if main:
-            reading = _teacher_options(compression)
+            reading = _teacher_options(compression) | stock
             prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
             loaded = load(folder, data, compression.seed)
             _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
@@ -134,7 +136,7 @@ def with_numbers(compression: Compression) -> Compression:
     """
     if compression.prune.drop_mlp is not None:
         return compression
-    half = len(parts_of(empty_model(prunable_config(compression.encoder)), "mlp")) // 2
+    half = len(parts_of(empty_model(_config(compression)), "mlp")) // 2
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
@@ -143,7 +145,7 @@ def _check(compression: Compression, device: str) -> None:
     data, slim = compression.data, compression.slim
     check_training(compression.finetune, data, device)
     drops = _drops(compression)
-    left = empty_model(planned(prunable_config(compression.encoder), **drops))
+    left = empty_model(planned(_config(compression), **drops))
     resolved_recipe(compression.finetune, data, left, chosen_device(device))
     if slim.narrow:
         widths = {layer_idx: width for layer_idx, width in enumerate(mlp_widths(left)) if width}
@@ -160,6 +162,10 @@ def _check(compression: Compression, device: str) -> None:
             raise ValueError(f"{collection}: two collections to evaluate on have this name; rename one")
         names.add(collection.name)
         collection_files(collection, evaluated.split)
+
+
+def _config(compression: Compression) -> PretrainedConfig:
+    return prunable_config(compression.encoder, stock_architecture=compression.stock_architecture)
 
 
 def _drops(compression: Compression) -> dict[str, int]:
@@ -306,7 +312,7 @@ def describe_compressed(measured: Benchmark, output: Path) -> str:
 def describe_plan(compression: Compression) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
-    config = prunable_config(compression.encoder)
+    config = _config(compression)
     left = planned(config, narrow=compression.slim.narrow, **_drops(compression))
     sizes = format_facts(facts(empty_model(config)), facts(empty_model(left)), names=("full", "compressed"))
     return f"{format_recipe(compression)}\n{sizes}"

@@ -1,5 +1,6 @@
 """Text in, float32 vectors out: the one forward pass, and the batching around it."""
 
+import inspect
 import json
 import logging
 import os
@@ -21,8 +22,8 @@ from effir_search.corpus import Document, document_text
 from effir_search.model.checkpoint import load_tokenizer, load_transformer, read_json, resolve_model, weights_sha256
 from effir_search.model.packed import pack
 from effir_search.model.save import save_model
-from effir_search.model.sentence_files import SentenceFiles, load_head, read_sentence_files
-from effir_search.pooling import POOLERS, without_prompt
+from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
+from effir_search.pooling import pool, pooling_modes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ DTYPES = {
 }
 # Texts that are tokenized and sorted by length together.
 WINDOW = 4096
+# A length of a text from which on it is no bound, and tokens that are read where there is none.
+UNBOUNDED, NO_LENGTH = 10**9, 512
 # Parameters from which on a model is large.
 LARGE = 1_000_000_000
 
@@ -49,7 +52,7 @@ class EncoderConfig:
     """How a text becomes a vector, beyond the weights: what an index and its searches must agree on.
 
     Attributes:
-        pooling: A key of ``POOLERS``.
+        pooling: See ``pooling.pooling_modes``.
         normalize: Whether vectors are scaled to length 1.
         similarity: "cosine" or "dot": what the inner product in an index stands for.
         query_prompt: Put before every query, with nothing between.
@@ -71,8 +74,7 @@ class EncoderConfig:
     dimension: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLERS:
-            raise ValueError(f"pooling {self.pooling!r} is unknown; known are {', '.join(POOLERS)}")
+        pooling_modes(self.pooling)
         if self.similarity not in ("cosine", "dot"):
             raise ValueError(f"similarity {self.similarity!r} is unknown; known are cosine, dot")
         if self.max_length < 1:
@@ -121,8 +123,7 @@ def vectors(
     prompt_length: int = 0,
 ) -> Tensor:
     """Return what ``embed`` makes of a transformer's output, ``(batch, seq, hidden_size)``."""
-    mask = without_prompt(attention_mask, prompt_length) if prompt_length else attention_mask
-    embeddings = POOLERS[config.pooling](hidden_states.float(), mask)
+    embeddings = pool(hidden_states.float(), attention_mask, config.pooling, prompt_length=prompt_length)
     if head is not None:
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = head(embeddings)
@@ -140,6 +141,7 @@ class Encoder:
         config: See ``EncoderConfig``.
         dtype: Of the transformer; pooling and everything after it is float32.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
+        stock_architecture: Whether it may be transformers' stock model in place of one with code of its own.
     """
 
     def __init__(
@@ -152,10 +154,13 @@ class Encoder:
         files: SentenceFiles,
         head: nn.Sequential | None = None,
         batch_tokens: int | None = None,
+        stock_architecture: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
-        self.name, self.files = name, files
+        self.name, self.files, self.stock_architecture = name, files, stock_architecture
         self.dtype, self.device = model.dtype, model.device
+        # Where no types are given, BERT takes zeros and GPT-2 none at all, so zeros are handed on like any others.
+        self._takes_types = "token_type_ids" in inspect.signature(model.base_model.forward).parameters
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
 
     @classmethod
@@ -164,7 +169,7 @@ class Encoder:
         path: str | Path,
         *,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         pooling: str | None = None,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
@@ -173,15 +178,16 @@ class Encoder:
         normalize: bool = False,
         dimension: int | None = None,
         batch_tokens: int | None = None,
+        stock_architecture: bool = False,
     ) -> "Encoder":
         """Load a Hugging Face or sentence-transformers model; what is None is taken from the model's own files.
 
         Args:
             path: Model folder, or a name on the Hugging Face hub.
             device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one, under a launcher each process its own.
-            dtype: A key of ``DTYPES``; "auto" is bf16 where the processor computes in it, float32 elsewhere; "saved" is
-                that of the weights.
-            pooling: A key of ``POOLERS``.
+            dtype: A key of ``DTYPES`` or one of its values; "auto" is bf16 where the processor computes in it, float32
+                elsewhere; "saved" is that of the weights.
+            pooling: See ``pooling.pooling_modes``.
             query_prompt: Put before every query.
             document_prompt: Put before every document.
             max_length: Tokens of a text that are read, special tokens included.
@@ -189,17 +195,22 @@ class Encoder:
             normalize: Let vectors have length 1 and be compared by the cosine, whatever the model's files say.
             dimension: Leading components of a vector that are kept, for models trained so (Matryoshka).
             batch_tokens: See the class; None = by device.
+            stock_architecture: Of a model with code of its own, which is never run, take transformers' stock model and
+                tokenizer, whose vectors may be others, instead of raising ValueError.
 
         Raises:
             ValueError: The folder is not a model this project can run, or an option does not fit it.
             OSError: A file cannot be read.
         """
+        check_stock_encoder(path, stock_architecture=stock_architecture)  # before gigabytes are fetched
         folder = resolve_model(path)
         files = read_sentence_files(folder)
         torch_device = chosen_device(device)
         head = load_head(files.head).to(torch_device) if files.head else None
-        model = load_transformer(files.transformer_folder, dtype=_dtype(dtype, torch_device), device=torch_device)
-        tokenizer = load_tokenizer(files.transformer_folder, model)
+        stock = {"stock_architecture": stock_architecture}
+        numbers = _dtype(dtype, torch_device)
+        model = load_transformer(files.transformer_folder, dtype=numbers, device=torch_device, **stock)
+        tokenizer = load_tokenizer(files.transformer_folder, model, **stock)
         if files.lower_case:
             _lower_case(tokenizer)
         if files.pooling is None and tokenizer.chat_template:
@@ -209,7 +220,8 @@ class Encoder:
             pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
             append_eos=append_eos, normalize=normalize, dimension=dimension,
         )  # fmt: skip
-        encoder = cls(model, tokenizer, config, name=str(path), files=files, head=head, batch_tokens=batch_tokens)
+        parts = {"files": files, "head": head, "batch_tokens": batch_tokens}
+        encoder = cls(model, tokenizer, config, name=str(path), **parts, **stock)
         if dimension is not None and encoder.dimension < dimension:
             raise ValueError(f"--dimension {dimension}: the vectors of {path} have {encoder.dimension} components")
         return encoder
@@ -249,14 +261,19 @@ class Encoder:
         files = self.files._replace(**settings)
         save_model(self.model, self.tokenizer, files, output, training=training, beside=beside, measured=measured)
 
-    @cached_property
+    @property
     def dimension(self) -> int:
-        """Components of a vector."""
+        """Components of a vector, by the config as it is."""
         with torch.inference_mode():
-            tokens = {
-                name: torch.ones(1, 1, dtype=torch.long, device=self.device) for name in ("input_ids", "attention_mask")
-            }
-            return embed(self.model, tokens, self.config, head=self.head).shape[1]
+            mask = torch.ones(1, 1, dtype=torch.long, device=self.device)
+            return vectors(self._states_of_one_token, mask, self.config, head=self.head).shape[1]
+
+    @cached_property
+    def _states_of_one_token(self) -> Tensor:
+        """States as the model makes them, ``(1, 1, hidden_size)``; only their size is of use."""
+        with torch.inference_mode():
+            token = torch.ones(1, 1, dtype=torch.long, device=self.device)
+            return self.model(input_ids=token, attention_mask=token).last_hidden_state
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         """Return ``(texts, dimension)`` float32, rows in input order, each text with the query prompt before it."""
@@ -285,15 +302,11 @@ class Encoder:
         # What the tokenizer returns, without the offsets and copies it makes: a call of it sets its backend up.
         self.tokenizer("", truncation=True, max_length=self.config.max_length)
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast([prompt + text for text in texts])
-        types = None
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            types = [encoding.type_ids for encoding in encodings]
-            if not any(map(any, types)):
-                types = None  # all zero is what every model takes by itself
+        has_types = self._takes_types and "token_type_ids" in self.tokenizer.model_input_names
         return Tokens(
             texts=texts,
             input_ids=[encoding.ids for encoding in encodings],
-            token_type_ids=types,
+            token_type_ids=[encoding.type_ids for encoding in encodings] if has_types else None,
             prompt_length=0 if self.config.include_prompt else self._prompt_length(prompt),
             num_truncated=sum(bool(encoding.overflowing) for encoding in encodings),
         )
@@ -343,7 +356,7 @@ class Encoder:
 
 
 class Tokens(NamedTuple):
-    """Tokenized texts, not yet padded; ``token_type_ids`` is None where all are 0."""
+    """Tokenized texts, not yet padded; ``token_type_ids`` is None where the tokenizer or the model has none."""
 
     texts: Sequence[str]
     input_ids: list[list[int]]
@@ -455,7 +468,6 @@ def own_config(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrain
     That is last-token pooling for causal language models and mean pooling for others, no prompts, no normalisation.
     ``model`` may be on the meta device.
     """
-    lengths = [files.max_length or tokenizer.model_max_length, _longest_input(model)]
     return EncoderConfig(
         pooling=files.pooling or ("last" if _is_causal(model) else "mean"),
         normalize=files.normalize,
@@ -463,7 +475,7 @@ def own_config(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrain
         query_prompt=files.query_prompt,
         document_prompt=files.document_prompt,
         include_prompt=files.include_prompt,
-        max_length=min(length for length in lengths if length is not None),
+        max_length=_own_length(files, model, tokenizer) or NO_LENGTH,
         dimension=files.dimension,
     )
 
@@ -495,6 +507,8 @@ def encoder_config(
         append_eos=append_eos,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if max_length is None and _own_length(files, model, tokenizer) is None:
+        logger.warning("the model sets no length of a text: %d tokens are read; --max-length sets another", NO_LENGTH)
     if max_length is not None:
         config = replace(config, max_length=checked_max_length(max_length, model, tokenizer))
     if normalize:
@@ -516,11 +530,22 @@ def _longest_input(model: PreTrainedModel) -> int | None:
     return positions - _position_offset(model) if positions > 0 else None
 
 
+def _own_length(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens of a text that are read by what the model's files say; None where they set no bound, as of T5 and BLOOM.
+
+    A tokenizer without a length says 10^30.
+    """
+    lengths = [files.max_length or tokenizer.model_max_length, _longest_input(model)]
+    return min((int(length) for length in lengths if length is not None and length < UNBOUNDED), default=None)
+
+
 def checked_max_length(asked: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a number of tokens of a text that a model can read; ValueError if it cannot."""
     longest = _longest_input(model)
     if longest is not None and asked > longest:
         raise ValueError(f"--max-length {asked}: the model takes at most {longest} tokens")
+    if asked >= UNBOUNDED:
+        raise ValueError(f"--max-length {asked}: must be below {UNBOUNDED:,} tokens")
     if asked <= (special := tokenizer.num_special_tokens_to_add()):
         raise ValueError(f"--max-length {asked}: {special} special tokens leave no room for text")
     return asked
@@ -559,7 +584,9 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | None:
+def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+    if isinstance(name, torch.dtype) and name in DTYPES.values():
+        return name
     if name == "saved":
         return None
     if name == "auto":

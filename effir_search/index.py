@@ -64,6 +64,7 @@ class IndexInfo:
         docid_sha256: Of the file "docid".
         created: UTC time, ISO 8601.
         versions: Of Python and of the packages that the vectors depend on.
+        stock_architecture: Whether the model's own code, if it has any, was passed over, see ``Encoder``.
     """
 
     model: str
@@ -85,6 +86,7 @@ class IndexInfo:
     docid_sha256: str = ""
     created: str = ""
     versions: dict[str, str] | None = None
+    stock_architecture: bool = False
 
 
 def build_index(
@@ -187,6 +189,7 @@ def build_index(
                 corpus_id_field=corpus_id_field,
                 corpus_sha256=found_sha256,
                 kind=kind,
+                stock_architecture=encoder.stock_architecture,
             )
             if num_documents is None:
                 _announce(kind, info.dimension, info.num_documents, train_size)

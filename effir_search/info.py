@@ -36,6 +36,7 @@ def describe(
     config_file: Path | None = None,
     length: int = LENGTH,
     dtype: str | None = None,
+    stock_architecture: bool = False,
     **plan: float,
 ) -> str:
     """Return a description of an index folder, a store, a model, or a plan for a model: ``effir info``.
@@ -46,6 +47,7 @@ def describe(
         config_file: A model's config.json, instead.
         length: Tokens of the text whose FLOPs are told.
         dtype: Of the weights whose bytes are told, a key of ``DTYPES``; None = the model's.
+        stock_architecture: As ``Encoder.from_pretrained`` takes it.
         **plan: As ``arithmetic.planned`` takes it: what would be dropped and narrowed.
 
     Raises:
@@ -58,7 +60,7 @@ def describe(
         raise ValueError("give a model, an index, or --config with a model's config.json")
     path = Path(model_or_index or "")
     if config_file is not None:
-        config = read_config_file(config_file)
+        config = read_config_file(config_file, stock_architecture=stock_architecture)
         told: Facts = {"config": str(config_file), "model_type": config.model_type}
     elif (path / DOCID_FILE).is_file() or (path / INFO_FILE).is_file():
         if plan:
@@ -69,7 +71,7 @@ def describe(
             raise ValueError(f"{path}: is {describe_store(store)}; a plan is for a model")
         config, told = None, facts_of_store(store)
     else:
-        config, told = describe_model(model_or_index, length=length)
+        config, told = describe_model(model_or_index, length=length, stock_architecture=stock_architecture)
     if config is not None and (plan or config_file is not None or isinstance(config, EffirConfig)):
         told |= compare_sizes(config, plan, length=length, dtype=dtype)
     if form == "json":
@@ -126,16 +128,20 @@ def facts_of_store(store: Store) -> Facts:
     return told | {name: value for name, value in asdict(settings).items() if name != "encoder"}
 
 
-def describe_model(name: str, *, length: int = LENGTH) -> tuple[PretrainedConfig, Facts]:
+def describe_model(
+    name: str, *, length: int = LENGTH, stock_architecture: bool = False
+) -> tuple[PretrainedConfig, Facts]:
     """Return a model's config, its sizes, counted on the meta device, and its settings as an encoder."""
     folder = resolve_model(name)
     files = read_sentence_files(folder)
-    model = empty_transformer(files.transformer_folder)
-    settings = own_config(files, model, load_tokenizer(files.transformer_folder, model))
+    stock = {"stock_architecture": stock_architecture}
+    model = empty_transformer(files.transformer_folder, **stock)
+    settings = own_config(files, model, load_tokenizer(files.transformer_folder, model, **stock))
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # no embedding depends on it
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embeddings = sum(table.weight.numel() for table in tables)
+    # A table that several modules share counts once, as in the number of all parameters.
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = sum(table.numel() for table in tables)
     parameters = model.num_parameters()
     config = model.config
     weights = [file for place in files.weight_folders for file in weight_files(place)]

@@ -35,7 +35,7 @@ class Text:
         normalize: Let vectors have length 1 and be compared by the cosine.
     """
 
-    pooling: Literal["cls", "last", "mean"] | None = None
+    pooling: Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"] | None = None
     query_prompt: str | None = None
     document_prompt: str | None = None
     append_eos: bool = False
@@ -98,6 +98,7 @@ class Compression:
         output: The new folder; None = it is said elsewhere.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
+        stock_architecture: Of models with code of their own, which is never run, take transformers' stock ones.
         text: How a text becomes one vector.
         data: What is learned from.
         prune: What is dropped.
@@ -112,6 +113,7 @@ class Compression:
     output: str | None = None
     max_length: Positive | None = None
     seed: NonNegative = 0
+    stock_architecture: bool = False
     text: Text = Text()
     prune: Depth = Depth()
     slim: Width = Width()

@@ -282,6 +282,7 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         "append_eos": info.encoder.append_eos,
         "dimension": info.encoder.dimension,
     }
+    recorded |= {"stock_architecture": info.stock_architecture}
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
     return Encoder.from_pretrained(name or info.model, **(recorded | given)).pack()

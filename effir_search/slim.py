@@ -127,6 +127,7 @@ def slim_encoder(
     restart: bool = False,
     prepared: Path | None = None,
     teacher_options: Mapping[str, object] | None = None,
+    stock_architecture: bool = False,
     **text_options: object,
 ) -> Slimmed:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
@@ -154,6 +155,7 @@ def slim_encoder(
         restart: Discard what a stopped job left.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.slimming``.
         teacher_options: As text_options, of the teacher, if it is a bi-encoder; None = as ``data.teacher_reading``.
+        stock_architecture: As ``Encoder.from_pretrained`` takes it, of all models.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -168,10 +170,10 @@ def slim_encoder(
         raise ValueError(
             f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
         )
-    prunable_config(encoder_name)
-    encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
-    )
+    stock = {"stock_architecture": True} if stock_architecture else {}
+    prunable_config(encoder_name, **stock)
+    machine = {"device": device, "batch_tokens": batch_tokens} | stock
+    encoder = Encoder.from_pretrained(encoder_name, dtype="saved", max_length=max_length, **machine, **text_options)
     if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
         raise ValueError(
             "--criterion taylor: the teacher is the encoder itself, so the loss is at its minimum and tells no unit "
@@ -194,14 +196,14 @@ def slim_encoder(
         files = hashes(data) if data is not None else {}
         loaded = sample = reference = cosine = None
         if data is not None:
-            reading = {"teacher_options": teacher_options}
+            reading = {"teacher_options": {**teacher_options, **stock}}
             prepare(prepared or folder, data, seed, device, files=files, restart=restart, **reading)
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)
         teacher = None
         if data is not None and criterion not in WITHOUT_TEXTS:
-            teacher = imitated(data, encoder, device, **teacher_options)
+            teacher = imitated(data, encoder, device, **teacher_options, **stock)
             losses = resolved(losses, data, encoder, teacher)
         scores, settings = _scored(encoder, loaded, teacher, scoring, losses, folder / GATES_FILE, files)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)

@@ -167,6 +167,7 @@ def save_sentence_files(
     (folder / "modules.json").write_text(json.dumps(entries))
     (folder / "1_Pooling").mkdir(exist_ok=True)
     flags = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+    flags |= {"weightedmean": "weightedmean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens"}
     settings = {f"pooling_mode_{flag}": name == pooling for name, flag in flags.items()}
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"word_embedding_dimension": 32, "include_prompt": include_prompt, **settings})

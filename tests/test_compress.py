@@ -295,7 +295,7 @@ def test_the_plan_is_the_whole_recipe_and_its_sizes(tmp_path, models):
         (["--narrow", 0.97], "lower --narrow or --floor"),
         (["--drop-mlp", 0, "--unit-criterion", "taylor"], "--unit-criterion taylor: nothing is dropped"),
         (["--recipe", "{tmp}/lora.toml"], "--lora-alpha and --lora-dropout go with LoRA"),
-        (["--device", "cuda:1"], "give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES=1"),
+        (["--device", "cuda:99"], "--device cuda:99: this torch ("),
         (["--dev", "{tmp}"], "--dev takes a BEIR folder"),
         (["--reranker", "x"], "--reranker scores the candidates of --train examples"),
         (["--recipe", "{tmp}/missing.toml"], "missing.toml: No such file"),

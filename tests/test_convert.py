@@ -753,3 +753,22 @@ def test_the_line_about_mistral_7b_has_the_figures_of_the_paper():
     # 16 MLPs of 176,160,768 weights, and their norms: 7.11 - 2.82 = 4.29.
     assert describe_converted(config) == "mistral, 16 of 32 MLPs dropped, 4.29 B parameters (7.11 B)"
     assert describe_converted(EffirConfig(base)).startswith("mistral, nothing dropped, 7.11 B")
+
+
+def test_code_that_is_not_llm_drops_is_an_error_that_names_the_option(tmp_path, copied):
+    edit(copied / "config.json", auto_map={"AutoModel": "modeling_qwen.Qwen2Model"})
+    with pytest.raises(ValueError, match=r"names code of its own \(modeling_qwen.Qwen2Model\).*--stock-architecture"):
+        convert(copied, tmp_path / "one")
+    convert(copied, tmp_path / "one", stock_architecture=True)
+    assert Encoder.from_pretrained(tmp_path / "one").config.pooling == "last"
+
+
+def test_code_of_the_base_of_a_lora_is_an_error_that_names_the_option(tmp_path):
+    model = language_model()
+    base = save_checkpoint(tmp_path / "base", model)
+    save_adapter(tmp_path / "lora", model)
+    edit(base / "config.json", auto_map={"AutoModel": "modeling_dropped_mistral.Dropped"})  # without lists no LLM-Drop
+    given = {"base": base, "drop_mlp_layers": [1]}
+    with pytest.raises(ValueError, match="base/config.json: names code of its own.*--stock-architecture"):
+        convert(tmp_path / "lora", tmp_path / "one", **given)
+    convert(tmp_path / "lora", tmp_path / "one", **given, stock_architecture=True)

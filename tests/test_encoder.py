@@ -1,19 +1,20 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, FAMILIES, SPECIAL, WORDS, save_model, save_sentence_files, word_tokenizer
+from conftest import DOCUMENTS, FAMILIES, SPECIAL, WORDS, save_model, save_sentence_files, tiny_config, word_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5EncoderModel
 
 from effir_search.corpus import Document, document_text
-from effir_search.encoder import Encoder, EncoderConfig, append_eos_token, batches_by_length
+from effir_search.encoder import DTYPES, Encoder, EncoderConfig, append_eos_token, batches_by_length
 
 TEXTS = [document_text(Document(doc_id, text, title)) for doc_id, (title, text) in DOCUMENTS.items()] + [
     "the " * 100,
@@ -43,7 +44,7 @@ def test_plain_causal_model_equals_sentence_transformers(tmp_path, family):
     assert_equals_sentence_transformers(folder)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("pooling", Pooling.POOLING_MODES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_sentence_files_equal_sentence_transformers(tmp_path, family, pooling, normalize):
@@ -62,9 +63,103 @@ def test_prompt_names_are_those_sentence_transformers_uses(tmp_path, prompts):
     assert_equals_sentence_transformers(tmp_path)
 
 
-def test_prompt_left_out_of_pooling_equals_sentence_transformers(tmp_path):
-    save_sentence_files(save_model(tmp_path, "bert"), prompts={"query": "red hot "}, include_prompt=False)
+@pytest.mark.parametrize("pooling", Pooling.POOLING_MODES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompt_left_out_of_pooling_equals_sentence_transformers(tmp_path, pooling, side):
+    save_model(tmp_path, "llama", padding_side=side)
+    save_sentence_files(tmp_path, pooling=pooling, prompts={"query": "red hot "}, include_prompt=False)
     assert_equals_sentence_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("modes", [["cls", "mean"], ["weightedmean", "max", "lasttoken"]])
+def test_several_poolings_equal_sentence_transformers_also_when_they_are_saved(tmp_path, modes):
+    plain = save_model(tmp_path / "plain", "bert")
+    width = 32 * len(modes)
+    modules = [Transformer(str(plain)), Pooling(32, modes, include_prompt=False), Dense(width, 8)]
+    prompts = {"query": "red hot ", "document": "green "}
+    SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save(str(tmp_path / "saved"))
+    assert_equals_sentence_transformers(tmp_path / "saved")
+    encoder = Encoder.from_pretrained(tmp_path / "saved", dtype="fp32")
+    assert encoder.config.pooling == "+".join(modes).replace("lasttoken", "last")
+    encoder.save(tmp_path / "again")
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    np.testing.assert_allclose(encoder.encode_queries(QUERIES), again.encode_query(QUERIES), atol=1e-5)
+
+
+def test_a_text_that_is_all_prompt_is_a_zero_vector_where_the_prompt_is_left_out(tmp_path):
+    save_model(tmp_path, "llama", bos=False)
+    for pooling in ("mean", "max", "weightedmean", "mean_sqrt_len_tokens"):
+        save_sentence_files(tmp_path, pooling=pooling, prompts={"query": "red hot "}, include_prompt=False)
+        vectors = Encoder.from_pretrained(tmp_path).encode_queries(["", "soup"])
+        assert not vectors[0].any() and vectors[1].any(), pooling
+
+
+def test_a_t5_encoder_as_sentence_transformers_saves_it_is_equal(tmp_path, caplog):
+    torch.manual_seed(0)
+    T5EncoderModel(tiny_config("t5")).save_pretrained(tmp_path / "plain")
+    word_tokenizer(eos=True, model_max_length=int(1e30)).save_pretrained(tmp_path / "plain")
+    linear = Dense(32, 16, bias=False, activation_function=torch.nn.Identity())
+    modules = [Transformer(str(tmp_path / "plain")), Pooling(32, "mean"), linear, Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["is_encoder_decoder"] is False
+    encoder = Encoder.from_pretrained(tmp_path / "saved", dtype="fp32")
+    expected = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode_document(TEXTS)
+    np.testing.assert_allclose(encoder.encode_documents(TEXTS), expected, atol=1e-6)
+    assert caplog.messages == ["the model sets no length of a text: 512 tokens are read; --max-length sets another"]
+
+
+@pytest.mark.parametrize("types", [False, True])
+def test_gpt2_equals_sentence_transformers_with_and_without_types(tmp_path, types):
+    # GPT-2 adds the embedding of token 0 to every token whose type is 0, and nothing without types.
+    sizes = dict(vocab_size=len(SPECIAL) + len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=48)
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+    model.save_pretrained(tmp_path)
+    names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    word_tokenizer(bos=True, model_input_names=names, model_max_length=int(1e30)).save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path).config.max_length == 48
+    assert_equals_sentence_transformers(tmp_path)
+
+
+def test_a_model_without_a_length_reads_512_tokens_or_as_many_as_are_asked_for(tmp_path, caplog):
+    save_model(tmp_path, "t5", model_max_length=int(1e30))
+    long = Encoder.from_pretrained(tmp_path).encode(["tea " * 600])
+    assert long.num_truncated == 1 and len(caplog.messages) == 1
+    caplog.clear()
+    encoder = Encoder.from_pretrained(tmp_path, max_length=700)
+    assert encoder.encode(["tea " * 600]).num_truncated == 0 and not caplog.messages
+    with pytest.raises(ValueError, match="--max-length 1000000000000: must be below 1,000,000,000"):
+        Encoder.from_pretrained(tmp_path, max_length=10**12)
+
+
+@pytest.mark.parametrize("length", ["long", True, -1, [64]])
+def test_a_length_that_is_no_number_of_tokens_is_an_error(tmp_path, length):
+    save_sentence_files(save_model(tmp_path, "bert"), max_length=length)
+    with pytest.raises(ValueError, match="max_seq_length .* is no number of tokens"):
+        Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_a_dtype_of_torch_is_as_good_as_its_name(bert_folder, name):
+    encoder = Encoder.from_pretrained(bert_folder, dtype=DTYPES[name])
+    assert encoder.dtype == Encoder.from_pretrained(bert_folder, dtype=name).dtype == DTYPES[name]
+
+
+def test_another_dtype_of_torch_is_an_error(bert_folder):
+    for dtype in (torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=rf"--dtype {dtype!r}: known are auto, saved, fp32, bf16"):
+            Encoder.from_pretrained(bert_folder, dtype=dtype)
+
+
+def test_the_dimension_is_that_of_the_config_as_it_is(bert_folder):
+    encoder = Encoder.from_pretrained(bert_folder)
+    for changes, dimension in (({}, 32), ({"dimension": 5}, 5), ({"pooling": "cls+max"}, 64), ({"dimension": 40}, 32)):
+        config = encoder.config
+        encoder.config = replace(config, **changes)
+        assert encoder.dimension == encoder.encode_documents(TEXTS).shape[1] == dimension
+        encoder.config = config
 
 
 def test_left_padding_tokenizer_equals_sentence_transformers(tmp_path):
@@ -221,7 +316,7 @@ def test_tokens_are_those_the_tokenizer_gives(bert_folder, make, prompt):
     expected = make()([prompt + text for text in texts], truncation=True, max_length=9)
     types = expected.get("token_type_ids")
     assert tokens.input_ids == expected["input_ids"]
-    assert tokens.token_type_ids == (types if types and any(map(any, types)) else None)
+    assert tokens.token_type_ids == types
     full = make()([prompt + text for text in texts], truncation=False, padding=False)["input_ids"]
     assert tokens.num_truncated == sum(len(ids) > 9 for ids in full) > 0
 
@@ -434,6 +529,75 @@ def test_remote_code_is_never_run(folder):
     assert not (folder / "ran").exists()
 
 
+CODE = [
+    {"AutoModel": "modeling_qwen.Qwen2Model"},
+    {"AutoConfig": "configuration_qwen.Qwen2Config"},
+    {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"},
+    {"AutoModel": "someone/else--modeling_qwen.Qwen2Model"},
+    {"AutoTokenizer": [None, "tokenization_qwen.Fast"]},
+    {"AutoModel": "modeling_effir.EffirModel"},  # a name of ours, but not a type of ours
+]
+
+
+@pytest.mark.parametrize("auto_map", CODE)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_the_weights_is_an_error_that_names_the_option(folder, auto_map, file):
+    edit(folder / file, auto_map=auto_map)
+    with pytest.raises(ValueError, match=rf"{file}: names code of its own \(.*which is not run; --stock-architecture"):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("auto_map", [{}, {"AutoTokenizer": [None, None]}])
+def test_an_auto_map_that_names_nothing_is_no_code(folder, auto_map):
+    edit(folder / "config.json", auto_map=auto_map)
+    assert not Encoder.from_pretrained(folder).stock_architecture
+
+
+def test_the_stock_architecture_is_the_model_without_the_code_also_when_it_is_saved(folder, tmp_path):
+    plain = Encoder.from_pretrained(folder, dtype="fp32").encode_documents(TEXTS)
+    edit(folder / "config.json", auto_map=CODE[0])
+    edit(folder / "tokenizer_config.json", auto_map=CODE[4])
+    encoder = Encoder.from_pretrained(folder, dtype="fp32", stock_architecture=True)
+    np.testing.assert_array_equal(encoder.encode_documents(TEXTS), plain)
+    encoder.save(tmp_path / "saved")
+    for file in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "saved" / file).read_text())
+    saved = Encoder.from_pretrained(tmp_path / "saved", dtype="fp32")
+    np.testing.assert_array_equal(saved.encode_documents(TEXTS), plain)
+
+
+def test_code_of_the_transformer_of_a_folder_with_modules_is_found(tmp_path):
+    modules = [Transformer(str(save_model(tmp_path / "plain", "bert"))), Pooling(32, "mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "saved"))
+    inner = tmp_path / "saved" / "0_Transformer"
+    inner.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "saved" / name).rename(inner / name)
+    entries = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    entries[0]["path"] = inner.name
+    (tmp_path / "saved" / "modules.json").write_text(json.dumps(entries))
+    Encoder.from_pretrained(tmp_path / "saved")
+    edit(inner / "config.json", auto_map=CODE[0])
+    with pytest.raises(ValueError, match="0_Transformer/config.json: names code"):
+        Encoder.from_pretrained(tmp_path / "saved")
+
+
+def test_a_module_of_code_of_its_own_is_an_error(folder):
+    entries = json.loads((folder / "modules.json").read_text())
+    entries[0]["type"] = "custom_st.Transformer"
+    (folder / "modules.json").write_text(json.dumps(entries))
+    for stock in (False, True):
+        with pytest.raises(ValueError, match="module 0 is custom_st.Transformer, which is not supported"):
+            Encoder.from_pretrained(folder, stock_architecture=stock)
+
+
+def test_no_stock_architecture_is_an_error_that_does_not_offer_one(folder):
+    edit(folder / "config.json", model_type="mine", auto_map=CODE[0])
+    for stock in (False, True):
+        with pytest.raises(ValueError, match="no model of type 'mine' to take instead"):
+            Encoder.from_pretrained(folder, stock_architecture=stock)
+
+
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_an_error(folder):
     tokenizer = word_tokenizer(bos=True, eos=True)
     tokenizer.add_tokens([f"new{number}" for number in range(9)])
@@ -462,14 +626,10 @@ def test_a_module_of_another_package_is_an_error_that_names_it(folder):
 def test_an_unknown_pooling_is_an_error_that_names_it(folder):
     with pytest.raises(ValueError, match="median"):
         Encoder.from_pretrained(folder, pooling="median")
-    edit(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_max_tokens=True)
-    with pytest.raises(ValueError, match="pooling max"):
-        Encoder.from_pretrained(folder)
-
-
-def test_two_poolings_at_once_are_an_error_that_names_them(folder):
-    edit(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=True)
-    with pytest.raises(ValueError, match=r"cls\+mean"):
+    with pytest.raises(ValueError, match=r"pooling 'cls\+' is unknown; known are .* as in cls\+mean"):
+        Encoder.from_pretrained(folder, pooling="cls+")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode=["mean", "median"])
+    with pytest.raises(ValueError, match="pooling median is not supported; known are cls, max, mean"):
         Encoder.from_pretrained(folder)
 
 

@@ -35,7 +35,7 @@ from effir_search.model.surgery import prune
 from effir_search.training.data import Shuffled, teacher_reading
 from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.examples import Examples
-from effir_search.training.finetune import Data, Recipe, finetune
+from effir_search.training.finetune import Data, Recipe, check_processes, finetune
 from effir_search.training.objective import LossSettings
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
 from effir_search.training.trainer import last_whole_checkpoint
@@ -629,3 +629,25 @@ def test_vectors_cut_to_a_dimension_are_searched_by_cosine(tmp_path, bert_folder
         command, [str(a) for a in ("index", *options[:-4], "--dimension", 99, "--output", tmp_path / "x")]
     )
     assert "--dimension 99: the vectors of" in result.output and result.exit_code == 1
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"--device cuda:99: this torch \(.*\) sees \d+ CUDA devices"):
+        finetune(
+            "no-model", tmp_path / "out", Data(train="x"), recipe=Recipe(), losses=LossSettings(), device="cuda:99"
+        )
+
+
+def test_one_gpu_for_several_processes_is_an_error():
+    check_processes(Recipe(), 1, "cuda:1")
+    check_processes(Recipe(), 2, "auto")
+    with pytest.raises(ValueError, match="--device cuda:1: each of the 2 processes takes a GPU of its own; give auto"):
+        check_processes(Recipe(), 2, "cuda:1")
+
+
+@pytest.mark.gpu
+def test_it_trains_on_the_last_gpu(tmp_path, bert_folder, examples):
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    options = {"recipe": Recipe(max_steps=2, batch_size=4), "losses": LossSettings(), "device": device}
+    done = finetune(str(bert_folder), tmp_path / "out", Data(train=str(examples)), **options)
+    assert done.steps == 2 and torch.cuda.current_device() == torch.cuda.device_count() - 1

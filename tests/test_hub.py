@@ -13,6 +13,9 @@ import pytest
 import torch
 from conftest import save_model, save_sentence_files, write_jsonl
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 REVISION = "1" * 40
 
@@ -21,34 +24,38 @@ REVISION = "1" * 40
 def hub(tmp_path):
     """A hub of one model, tiny/bert: its address and the list of files that were fetched from it."""
     model, fetched = save_sentence_files(save_model(tmp_path / "bert", "bert")), []
-    files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
-    entries = [
-        {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-        for name, content in files.items()
-    ]
-    answers = {
-        "/api/models/tiny/bert/revision/main": {"id": "tiny/bert", "sha": REVISION, "siblings": []},
-        f"/api/models/tiny/bert/tree/{REVISION}": entries,
-    }
+    info, tree = "/api/models/tiny/bert/revision/main", f"/api/models/tiny/bert/tree/{REVISION}"
+
+    def content_of(path):
+        """What the hub answers, of the files that are in the folder at that moment; None = nothing."""
+        if path == info:
+            return json.dumps({"id": "tiny/bert", "sha": REVISION, "siblings": []}).encode()
+        if path == tree:
+            files = [file for file in sorted(model.rglob("*")) if file.is_file()]
+            facts = [(file.relative_to(model).as_posix(), file.read_bytes()) for file in files]
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in facts
+            ]
+            return json.dumps(entries).encode()
+        file = model / path.removeprefix("/tiny/bert/resolve/").partition("/")[2]  # after the revision, also as "main"
+        return file.read_bytes() if path.startswith("/tiny/bert/resolve/") and file.is_file() else None
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             path = self.path.partition("?")[0]
-            name = path.removeprefix("/tiny/bert/resolve/").partition("/")[2]  # after the revision, also as "main"
-            if path in answers:
-                content, headers = json.dumps(answers[path]).encode(), {}
-            elif name in files:
-                content = files[name]
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
-            else:
+            content = content_of(path)
+            if content is None:
                 return self.send_error(404)
+            is_file = path not in (info, tree)
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION} if is_file else {}
             self.send_response(200)
             for header in (headers | {"Content-Length": len(content)}).items():
                 self.send_header(*map(str, header))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(content)
-                fetched.append(name)
+                fetched.extend([path.removeprefix("/tiny/bert/resolve/").partition("/")[2]] if is_file else [])
 
         do_HEAD = do_GET
 
@@ -96,6 +103,55 @@ def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
     assert done.stderr.strip().splitlines() == [
         "Error: tiny/other: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
     ]
+
+
+def test_a_model_with_code_of_its_own_is_an_error_before_its_weights_are_fetched(tmp_path, hub):
+    address, fetched = hub
+    config = tmp_path / "bert" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "modeling_own.Model"}}))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    done = effir(tmp_path, address, "index", "--corpus", corpus, "--encoder", "tiny/bert", "--output", "one")
+    assert done.returncode == 1 and "names code of its own (modeling_own.Model)" in done.stderr
+    assert "config.json" in fetched and "model.safetensors" not in fetched
+
+
+def test_weights_of_the_older_format_are_fetched_where_there_are_no_others(tmp_path, hub):
+    address, fetched = hub
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    given = ["index", "--corpus", corpus, "--encoder", "tiny/bert", "--output"]
+    model = tmp_path / "bert"
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    (model / "training_args.bin").write_bytes(b"no weights")
+    newer = effir(tmp_path, address, *given, "newer")
+    assert newer.returncode == 0, newer.stderr
+    assert "model.safetensors" in fetched and not [name for name in fetched if name.endswith(".bin")]
+
+    shutil.rmtree(tmp_path / "cache")
+    (model / "model.safetensors").unlink()
+    older = effir(tmp_path, address, *given, "older")
+    assert older.returncode == 0, older.stderr
+    assert [name for name in fetched if name.endswith(".bin")] == ["pytorch_model.bin"]
+    again = effir(tmp_path, "http://127.0.0.1:9", *given, "again", offline=True)
+    assert again.returncode == 0, again.stderr
+    for name in ("older", "again"):
+        assert (tmp_path / name / "index").read_bytes() == (tmp_path / "newer" / "index").read_bytes()
+
+
+def test_an_older_dense_module_beside_newer_weights_is_fetched_too(tmp_path, hub):
+    address, fetched = hub
+    model = tmp_path / "bert"
+    modules = [Transformer(str(model)), Pooling(32, "mean"), Dense(32, 8)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "saved"))
+    shutil.rmtree(model)
+    (tmp_path / "saved").rename(model)
+    torch.save(load_file(model / "2_Dense" / "model.safetensors"), model / "2_Dense" / "pytorch_model.bin")
+    (model / "2_Dense" / "model.safetensors").unlink()
+    torch.save({}, model / "pytorch_model.bin")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
+    done = effir(tmp_path, address, "index", "--corpus", corpus, "--encoder", "tiny/bert", "--output", "one")
+    assert done.returncode == 0, done.stderr
+    assert [name for name in fetched if name.endswith(".bin")] == ["2_Dense/pytorch_model.bin"]
 
 
 def test_weights_of_the_older_format_in_the_cache_are_enough(tmp_path, hub):

@@ -145,3 +145,16 @@ def test_wrong_questions_are_one_line(tmp_path, mistral, toy_index, bert_folder)
     assert "no model_type" in error_of("--config", mistral)
     mistral.write_text('{"model_type": "unheard-of"}')
     assert "unheard-of" in error_of("--config", mistral)
+
+
+def test_a_t5_encoder_is_counted_without_a_decoder_and_its_shared_table_once(tmp_path):
+    folder = save_model(tmp_path, "t5", model_max_length=int(1e30))
+    config = json.loads((folder / "config.json").read_text())
+    for whole in (True, False):
+        (folder / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": whole}))
+        told = json.loads(info(folder, "--format", "json"))
+        # By layer q, k, v, o of 32 x 32, 2 matrices of 32 x 48, 2 norms of 32; a norm at the end.
+        assert told["parameters_without_embeddings"] == 4 * (4 * 32 * 32 + 2 * 32 * 48 + 2 * 32) + 32
+        # 70 tokens of 32, and 32 distances for each of 4 heads.
+        assert told["parameters"] == told["parameters_without_embeddings"] + 70 * 32 + 32 * 4
+        assert (told["architecture"], told["max_length"]) == ("T5EncoderModel", 512)

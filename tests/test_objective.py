@@ -72,6 +72,18 @@ def test_embeddings_are_those_of_the_encoder(bert_folder):
     np.testing.assert_allclose(found.detach().numpy(), encoder.encode_documents(TEXTS), atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["max", "weightedmean", "mean_sqrt_len_tokens", "cls+last"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_embeddings_are_those_of_the_encoder_by_every_pooling_also_without_the_prompt(tmp_path, pooling, cached):
+    save_sentence_files(save_model(tmp_path, "bert"), prompts={"query": "soup "}, include_prompt=False)
+    encoder = load(tmp_path, pooling=pooling, batch_tokens=20)
+    objective = RetrievalObjective(encoder, LossSettings(temperature=0.1, cached=cached))
+    embeddings = objective.embed_texts(QUERIES, "soup ")
+    np.testing.assert_allclose(embeddings.detach().numpy(), encoder.encode_queries(QUERIES), atol=1e-6)
+    embeddings.square().sum().backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(objective).values())
+
+
 def test_the_loss_is_infonce_with_known_positives_left_out(bert_folder):
     encoder = load(bert_folder)
     examples = [e._replace(scores=None) for e in EXAMPLES]

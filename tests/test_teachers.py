@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 
@@ -124,3 +125,17 @@ def test_a_teacher_is_one_or_the_other(bert_folder, reranker):
     for both in ((None, None), (bert_folder, reranker)):
         with pytest.raises(ValueError, match="give one teacher: either --teacher, a bi-encoder, or --reranker"):
             load_teacher(*both)
+
+
+def test_a_cross_encoder_with_code_of_its_own_is_an_error_that_names_the_option(tmp_path):
+    folder = save_cross_encoder(tmp_path / "reranker")
+    expected = load_teacher(reranker=folder, device="cpu")(PAIRS[:3])
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoModelForSequenceClassification": "modeling_own.Scorer"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    with pytest.raises(ValueError, match=r"names code of its own \(modeling_own.Scorer\).*--stock-architecture"):
+        load_teacher(reranker=folder)
+    assert load_teacher(reranker=folder, device="cpu", stock_architecture=True)(PAIRS[:3]) == expected
+    (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "custom_st.Transformer"}]))
+    with pytest.raises(ValueError, match="module 0 is custom_st.Transformer, which is not supported"):
+        load_teacher(reranker=folder, stock_architecture=True)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
@@ -26,15 +27,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from effir_search.files import decode
+from effir_search.model.modeling_effir import EffirConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-# What the hub is asked for: no code and no pickle.
+# What the hub is asked for: no code, and no pickle but weights of which there are no others.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 # How huggingface_hub looks in its cache alone.
 CACHE = {"local_files_only": True}
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
+# The file beside the weights of this project's models, which run by the same code as it is installed.
+OWN_CODE = "modeling_effir."
+# What LLM-Drop's files are called, before the name of the family.
+LLM_DROP_CODE = ("configuration_dropped_", "modeling_dropped_")
 # Where LLM-Drop's config.json says what was dropped.
 DROP_LISTS = {"mlp": "drop_mlp_list", "attention": "drop_attn_list"}
 # What files and folders are called that have a name of their own only together with the folder they are in.
@@ -93,17 +99,26 @@ def _checked(folder: Path, name: str | Path, *, adapter: bool = False) -> Path:
     return folder
 
 
-def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+def load_transformer(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device, stock_architecture: bool = False
+) -> PreTrainedModel:
     """Return a folder's transformer in eval mode, without LM head, its cache off; of an encoder-decoder, the encoder.
 
     Its dtype is the given one or, for None, that of the weights.
 
     Nothing in the folder is executed, and nothing is left to random numbers but the pooler, whose output is not used.
 
+    Args:
+        folder: The model's.
+        dtype: Of the weights.
+        device: Where they go.
+        stock_architecture: See ``check_stock``.
+
     Raises:
-        ValueError: No model folder, an unknown architecture, or a weight that is missing, damaged or of another shape.
+        ValueError: No model folder, an unknown architecture, code of its own, or a weight that is missing, damaged or
+            of another shape.
     """
-    config = _read_config(folder)
+    config = _read_config(folder, stock_architecture)
     for file in weight_files(folder):
         check_whole(file)
     with named_errors(folder):
@@ -125,40 +140,93 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.d
     return model.to(device).eval()
 
 
-def empty_transformer(folder: Path) -> PreTrainedModel:
+def empty_transformer(folder: Path, *, stock_architecture: bool = False) -> PreTrainedModel:
     """Return a folder's transformer on the meta device: all shapes, no weights, no memory."""
-    config = _read_config(folder)
+    config = _read_config(folder, stock_architecture)
     with named_errors(folder), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=False)
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _read_config(folder: Path, stock_architecture: bool) -> PretrainedConfig:
     for names in (("config.json",), WEIGHTS, TOKENIZERS):
         if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
-    settings = read_json(folder / "config.json")
-    if "model_type" not in settings:
-        raise ValueError(f"{folder / 'config.json'}: no model_type, so it is not a Hugging Face model")
-    _check_whole_layers(settings, folder)
+    check_config(folder / "config.json", stock_architecture=stock_architecture)
     with named_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.__dict__.pop("auto_map", None)  # the code it names will not lie beside a copy that is saved
     config.use_cache = False
     return config
 
 
-def read_config_file(path: Path) -> PretrainedConfig:
+def read_config_file(path: Path, *, stock_architecture: bool = False) -> PretrainedConfig:
     """Return the config of a model from its config.json alone; nothing else is needed, nor downloaded.
 
+    Args:
+        path: The file.
+        stock_architecture: See ``check_stock``.
+
     Raises:
-        ValueError: No config, or of an architecture that transformers does not know.
+        ValueError: No config, or of an architecture that transformers does not know, or of code of its own.
+        OSError: The file cannot be read.
+    """
+    settings = check_config(path, stock_architecture=stock_architecture)
+    settings.pop("auto_map", None)
+    with named_errors(path):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def check_config(path: Path, *, stock_architecture: bool = False) -> dict:
+    """Return what a config.json says, if transformers' stock model is what it describes; see ``check_stock``.
+
+    Raises:
+        ValueError: No config of a model, one of code of its own, or LLM-Drop's of a model without some parts.
         OSError: The file cannot be read.
     """
     settings = read_json(path)
     if "model_type" not in settings:
         raise ValueError(f"{path}: no model_type, so it is not a Hugging Face model's config")
     _check_whole_layers(settings, path)
-    with named_errors(path):
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    check_stock(path, stock_architecture=stock_architecture)
+    return settings
+
+
+def check_stock(path: Path, *, stock_architecture: bool = False) -> None:
+    """Raise ValueError if a config.json or tokenizer_config.json names code of the model's own, which is never run.
+
+    The weights would then run through transformers' stock model of that type, for which they may not have been made:
+    gte-Qwen2 attends in both directions by its own code, the stock model in one. What this project's code and
+    LLM-Drop's do is known.
+
+    Args:
+        path: The file; it need not be there.
+        stock_architecture: Whether that is wanted.
+    """
+    settings = read_json(path) if path.is_file() else {}
+    kind = settings.get("model_type")
+    known = (OWN_CODE,) if kind == EffirConfig.model_type else ()
+    known += LLM_DROP_CODE if settings.keys() & {*DROP_LISTS.values()} else ()
+    code = [name for name in _strings(settings.get("auto_map")) if not name.rpartition("--")[2].startswith(known)]
+    if not code:
+        return
+    if kind is not None and kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: names code of its own ({code[-1]}), which is not run, and transformers has no model of type "
+            f"{kind!r} to take instead"
+        )
+    if not stock_architecture:
+        stock = f"model of type {kind!r}" if kind is not None else "tokenizer"
+        raise ValueError(
+            f"{path}: names code of its own ({code[-1]}), which is not run; --stock-architecture takes transformers' "
+            f"stock {stock} instead, whose vectors may be others"
+        )
+
+
+def _strings(value: object) -> list[str]:
+    """Return the names of classes in an auto_map: of a dict, a list or one name."""
+    if isinstance(value, dict | list):
+        return [name for part in (value.values() if isinstance(value, dict) else value) for name in _strings(part)]
+    return [] if value is None else [str(value)]
 
 
 def _check_whole_layers(settings: dict[str, object], path: Path) -> None:
@@ -173,17 +241,26 @@ def _check_whole_layers(settings: dict[str, object], path: Path) -> None:
 
 
 def _auto_class(config: PretrainedConfig) -> type[AutoModel | AutoModelForTextEncoding]:
-    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    """The class of an encoder alone, where there is a decoder or, as in a T5EncoderModel that was saved, was one."""
+    return AutoModelForTextEncoding if config.is_encoder_decoder or type(config).is_encoder_decoder else AutoModel
 
 
-def load_tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, model: nn.Module, *, stock_architecture: bool = False) -> PreTrainedTokenizerBase:
     """Return a folder's tokenizer.
 
+    Args:
+        folder: The model's.
+        model: What reads its tokens.
+        stock_architecture: See ``check_stock``.
+
     Raises:
-        ValueError: It cannot be read, is not a fast one, or has more tokens than the model has embeddings.
+        ValueError: It cannot be read, is not a fast one, is code of its own, or has more tokens than the model has
+            embeddings.
     """
+    check_stock(folder / "tokenizer_config.json", stock_architecture=stock_architecture)
     with named_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.init_kwargs.pop("auto_map", None)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
     num_embeddings = model.get_input_embeddings().num_embeddings
@@ -291,6 +368,10 @@ def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object], need
             # A cache may hold no more than the config or the tokenizer that another program looked at.
             if way != ways[-1] and not any(any(folder.rglob(file)) for file in needed):
                 continue
+            if needed == WEIGHTS and (older := _older_weights(folder)):
+                if way != ways[-1]:
+                    continue
+                snapshot_download(name, allow_patterns=older, **way)
             return folder
         except HFValidationError as error:
             raise FileNotFoundError(f"{name}: no such model folder") from error
@@ -298,6 +379,18 @@ def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object], need
             failure = error
     unreachable = f"{name}: no such folder, and no such model in the Hugging Face cache or reachable on the hub"
     raise FileNotFoundError(unreachable) from failure
+
+
+def _older_weights(folder: Path) -> list[str]:
+    """Return the names of PyTorch's weights for those parts of a hub model of which there are no weights so far."""
+    names = []
+    for config in (folder / "config.json", *sorted(folder.glob("[0-9]_*/config.json"))):
+        # Transformers have a model_type, Dense modules in_features; other modules have no weights.
+        has_weights = config.is_file() and read_json(config).keys() & {"model_type", "in_features"}
+        files = weight_files(config.parent)
+        if has_weights and not (files and all(file.is_file() for file in files)):
+            names.append(config.with_name("pytorch_model*.bin").relative_to(folder).as_posix())
+    return names
 
 
 @contextmanager

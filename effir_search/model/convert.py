@@ -24,6 +24,7 @@ from effir_search.model.arithmetic import count, empty_model
 from effir_search.model.checkpoint import (
     DROP_LISTS,
     TOKENIZERS,
+    check_stock,
     hub_revision,
     load_tokenizer,
     named_errors,
@@ -72,6 +73,7 @@ def convert(
     document_prompt: str | None = None,
     max_length: int | None = None,
     append_eos: bool | None = None,
+    stock_architecture: bool = False,
 ) -> EffirConfig:
     """Write a checkpoint as a pruned model folder, whole or not at all, and return its config.
 
@@ -89,11 +91,12 @@ def convert(
         document_prompt: Put before every document.
         max_length: Tokens of a text that are read, special tokens included.
         append_eos: Let the tokenizer end every text with the EOS token.
+        stock_architecture: Pass over code that the model names besides LLM-Drop's, as ``Encoder.from_pretrained``.
 
     Raises:
-        ValueError: A folder of another format or family, accounts of what is dropped that are malformed, disagree or
-            are missing, a tensor that is missing, left over or of another shape, a file that cannot be read safely, a
-            setting of the adapter that cannot be merged, or peft missing.
+        ValueError: A folder of another format or family, code of the model's own, accounts of what is dropped that are
+            malformed, disagree or are missing, a tensor that is missing, left over or of another shape, a file that
+            cannot be read safely, a setting of the adapter that cannot be merged, or peft missing.
         OSError: A file cannot be read, or ``output`` exists or cannot be written.
     """
     refuse_existing(output, replaces=())
@@ -103,9 +106,9 @@ def convert(
     if (adapter := _adapter_folder(folder)) is None:
         if base is not None:
             raise ValueError(f"{source}: is no LoRA folder, so it goes without --base")
-        model, tokenizer, files = _read_llm_drop(folder, given, origin)
+        model, tokenizer, files = _read_llm_drop(folder, given, origin, stock_architecture)
     else:
-        model, tokenizer, files = _read_lora(folder, adapter, base, given, origin)
+        model, tokenizer, files = _read_lora(folder, adapter, base, given, origin, stock_architecture)
     config = encoder_config(
         files, model, tokenizer,
         pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
@@ -126,30 +129,31 @@ def describe_converted(config: EffirConfig) -> str:
     return f"{config.base_config.model_type}, {what} dropped, {now} parameters ({before})"
 
 
-def _read_llm_drop(folder: Path, given: Given, origin: dict) -> Loaded:
+def _read_llm_drop(folder: Path, given: Given, origin: dict, stock: bool) -> Loaded:
     settings = _settings(folder)
     if not settings.keys() & {*DROP_LISTS.values()} and settings.get("model_type") != EffirConfig.model_type:
         raise ValueError(
             f"{folder}: is neither an LLM-Drop checkpoint (config.json with drop_mlp_list or drop_attn_list) nor an "
             f"EffiR LoRA folder ({ADAPTER_CONFIG}, in it or in a checkpoint-N)"
         )
-    base_config = _base_config(folder)
+    base_config = _base_config(folder, stock)
     num_layers = base_config.num_hidden_layers
     plan = _agreed(_said(folder, num_layers) | _given(given, num_layers)) or {kind: [] for kind in DROP_LISTS}
     config = _pruned_config(base_config, plan, {"source": "LLM-Drop"} | origin)
     config.base_model = _hub_name(settings.get("_name_or_path"))
     model = _load(folder, config)
     files = read_sentence_files(folder)
-    return model, load_tokenizer(folder, model), files._replace(pooling=files.pooling or "last")
+    tokenizer = load_tokenizer(folder, model, stock_architecture=stock)
+    return model, tokenizer, files._replace(pooling=files.pooling or "last")
 
 
-def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Given, origin: dict) -> Loaded:
+def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Given, origin: dict, stock: bool) -> Loaded:
     settings = read_json(adapter / ADAPTER_CONFIG)
     base_name = settings.get("base_model_name_or_path")
     if base is None:
         raise ValueError(f"{folder}: is a LoRA adapter of {base_name or 'a base model'}; give that one with --base")
     base_folder = resolve_model(base)
-    base_config = _base_config(base_folder)
+    base_config = _base_config(base_folder, stock)
     num_layers = base_config.num_hidden_layers
     plan = _agreed(_said(folder, num_layers) | _said(base_folder, num_layers) | _given(given, num_layers))
     if plan is None:
@@ -175,7 +179,7 @@ def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Give
     if files.pooling is None:
         contract = {"pooling": "last", "normalize": True, "similarity": "cosine", "query_prompt": QUERY_PROMPT}
         files = files._replace(**contract, max_length=MAX_LENGTH)
-    return model, load_tokenizer(tokenizer_folder, model), files
+    return model, load_tokenizer(tokenizer_folder, model, stock_architecture=stock), files
 
 
 # What was dropped
@@ -237,8 +241,8 @@ def _settings(folder: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def _base_config(folder: Path) -> PretrainedConfig:
-    """Return the config of the stock model; that the checkpoint asks for code of its own is forgotten."""
+def _base_config(folder: Path, stock_architecture: bool) -> PretrainedConfig:
+    """Return the config of the stock model; that the checkpoint asks for LLM-Drop's code is forgotten."""
     model_type = str(_settings(folder).get("model_type"))
     if model_type == EffirConfig.model_type:
         raise ValueError(f"{folder}: is a pruned model of this project already; every command takes it as it is")
@@ -247,6 +251,7 @@ def _base_config(folder: Path) -> PretrainedConfig:
         raise ValueError(
             f"{folder}: models of type {model_type!r} cannot be converted; those that can: {', '.join(causal)}"
         )
+    check_stock(folder / "config.json", stock_architecture=stock_architecture)
     with named_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for name in ("auto_map", *DROP_LISTS.values()):

@@ -12,8 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from effir_search.model.checkpoint import model_configs, read_config_file, read_json, weight_files
+from effir_search.model.checkpoint import (
+    check_config,
+    check_stock,
+    model_configs,
+    read_config_file,
+    read_json,
+    weight_files,
+)
 from effir_search.model.modeling_effir import family_of
+from effir_search.pooling import pooling_modes
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +30,7 @@ TRANSFORMER_CONFIGS = ("sentence_bert_config.json",) + tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 SETTINGS_FILE = "config_sentence_transformers.json"
-POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+# Flags of a pooling in config.json before it had one name, in the order in which several are put behind one another.
 LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -31,6 +39,9 @@ LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Poolings that are called otherwise here.
+OUR_NAMES = {"lasttoken": "last"}
+THEIR_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 # Settings of the Transformer module that change nothing here; any other that is set changes the embedding.
 HARMLESS = {
     "max_seq_length",
@@ -88,6 +99,12 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     if "message" in transformer.get("modality_config", {}):
         raise ValueError(f"{transformer_folder}: models that read texts through a chat template are not supported")
 
+    length = transformer.get("max_seq_length")
+    if length is not None and not (type(length) in (int, float) and length >= 1):
+        raise ValueError(
+            f"{transformer_folder}: max_seq_length {length!r} is no number of tokens; put right or remove it"
+        )
+
     pooling, include_prompt = None, True
     if len(modules) > 1:
         pooling, include_prompt = _pooling(folder / modules[1][1])
@@ -122,23 +139,39 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         document_prompt=prompts.get("document") or "",
         similarity=similarity,
         dimension=settings.get("truncate_dim"),
-        max_length=transformer.get("max_seq_length"),
+        max_length=length,
         lower_case=bool(transformer.get("do_lower_case")),
     )
 
 
-def prunable_config(name: str) -> PretrainedConfig:
+def check_stock_encoder(name: str | Path, *, stock_architecture: bool) -> None:
+    """Raise ValueError if an encoder or a cross-encoder is code of its own; its weights need not be there.
+
+    Args:
+        name: Model folder or hub name.
+        stock_architecture: See ``check_stock``.
+    """
+    with model_configs(name) as folder:
+        for _module, place in _entries(folder)[:1]:
+            if (path := folder / place / "config.json").is_file():
+                check_config(path, stock_architecture=stock_architecture)
+            check_stock(folder / place / "tokenizer_config.json", stock_architecture=stock_architecture)
+
+
+def prunable_config(name: str, *, stock_architecture: bool = False) -> PretrainedConfig:
     """Return the config of an encoder's transformer; its weights need not be there.
 
     Args:
         name: Model folder or hub name.
+        stock_architecture: See ``check_stock``.
 
     Raises:
         ValueError: No such config, or of a family that cannot be pruned.
         OSError: Neither a folder nor a hub model that can be had.
     """
     with model_configs(name) as folder:
-        config = read_config_file(read_sentence_files(folder).transformer_folder / "config.json")
+        path = read_sentence_files(folder).transformer_folder / "config.json"
+        config = read_config_file(path, stock_architecture=stock_architecture)
     family_of(config)
     return config
 
@@ -166,7 +199,11 @@ def write_sentence_files(output: Path, files: SentenceFiles, *, hidden_size: int
         for i, (kind, path) in enumerate(modules)
     ]
     pooling = {"word_embedding_dimension": hidden_size, "include_prompt": files.include_prompt}
-    pooling |= {flag: POOLING_NAMES.get(mode) == files.pooling for flag, mode in LEGACY_POOLING.items()}
+    modes = [THEIR_NAMES.get(mode, mode) for mode in pooling_modes(files.pooling)]
+    # Older versions read the flags alone, which do not tell an order.
+    flags = {flag: mode in modes for flag, mode in LEGACY_POOLING.items()}
+    in_order = [mode for flag, mode in LEGACY_POOLING.items() if flags[flag]] == modes
+    pooling |= flags if in_order else {"pooling_mode": modes}
     transformer = _transformer_settings(files.transformer_folder)
     transformer |= {"max_seq_length": files.max_length, "do_lower_case": files.lower_case}
     source = files.folder / SETTINGS_FILE
@@ -190,21 +227,31 @@ def _transformer_settings(folder: Path) -> dict:
     return next((read_json(folder / name) for name in TRANSFORMER_CONFIGS if (folder / name).is_file()), {})
 
 
-def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Return ``(kind, path)`` of each module, checked: Transformer, then at most Pooling, then Dense and Normalize."""
+def _entries(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(type, path)`` of each module of sentence-transformers that modules.json lists, if it is there."""
     path = folder / "modules.json"
     if not path.is_file():
         return [("Transformer", "")]
     try:
-        entries = json.loads(path.read_bytes())
-        named = [(entry["type"], entry.get("path", "")) for entry in entries]
+        entries = [(str(entry["type"]), entry.get("path", "")) for entry in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
+    for position, (name, _place) in enumerate(entries):
+        if not name.startswith("sentence_transformers."):
+            raise ValueError(f"{path}: module {position} is {name}, which is not supported: code of the model's own")
+    return entries
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Return ``(kind, path)`` of each module, checked: Transformer, then at most Pooling, then Dense and Normalize."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return _entries(folder)
     kinds = []
-    for position, (name, place) in enumerate(named):
-        package, _, kind = str(name).rpartition(".")
+    for position, (name, place) in enumerate(_entries(folder)):
+        kind = name.rpartition(".")[2]
         allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
-        if not f"{package}.".startswith("sentence_transformers.") or kind not in allowed:
+        if kind not in allowed:
             raise ValueError(
                 f"{path}: module {position} is {name}, which is not supported; expected {' or '.join(allowed)}"
             )
@@ -222,11 +269,10 @@ def _pooling(folder: Path) -> tuple[str, bool]:
         settings.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if settings.get(key)] or "mean"
     )
     modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) > 1 or modes[0] not in POOLING_NAMES:
-        raise ValueError(
-            f"{path}: pooling {'+'.join(map(str, modes))} is not supported; known are {', '.join(POOLING_NAMES)}"
-        )
-    return POOLING_NAMES[modes[0]], settings.get("include_prompt", True)
+    if unknown := [mode for mode in modes if mode not in LEGACY_POOLING.values()]:
+        known = ", ".join(LEGACY_POOLING.values())
+        raise ValueError(f"{path}: pooling {unknown[0]} is not supported; known are {known}")
+    return "+".join(OUR_NAMES.get(mode, mode) for mode in modes), settings.get("include_prompt", True)
 
 
 class Dense(nn.Module):

@@ -80,7 +80,8 @@ def analyze(
         OSError: The folder exists, or a file cannot be read or written.
     """
     refuse_existing(output, replaces=())
-    num_layers = prunable_config(encoder_name).num_hidden_layers
+    stock = bool(options.get("stock_architecture"))
+    num_layers = prunable_config(encoder_name, stock_architecture=stock).num_hidden_layers
     calibration = sample_texts(sources, size=size, seed=seed)
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, **({"dtype": "saved"} | given))

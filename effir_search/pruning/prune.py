@@ -83,7 +83,7 @@ def prune_encoder(
         raise ValueError("nothing to drop: give --drop-mlp N or --drop-mlp-layers 3,5, or the same for other parts")
     if any(numbers.values()) and not sources:
         raise ValueError("--texts is needed to find the parts that matter least; --drop-mlp-layers needs none")
-    prunable_config(encoder_name)
+    prunable_config(encoder_name, stock_architecture=bool(options.get("stock_architecture")))
     calibration = sample_texts(sources, size=size, seed=seed) if sources else None
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, dtype="saved", **given)

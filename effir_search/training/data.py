@@ -151,7 +151,8 @@ def prepare(
         device: Of the teacher, as ``Encoder.from_pretrained`` takes it.
         files: The data's ``hashes``.
         restart: Discard data that is there and of other settings, instead of raising.
-        teacher_options: Of a bi-encoder that scores candidates, as ``Encoder.from_pretrained`` takes them.
+        teacher_options: Of a bi-encoder that scores candidates, as ``Encoder.from_pretrained`` takes them; of a
+            cross-encoder ``stock_architecture`` counts.
 
     Raises:
         ValueError: Bad data, a model that cannot be a teacher, or data of other settings in the folder.

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
-from effir_search.encoder import LARGE, Encoder, computes_in_bf16, own_config
+from effir_search.encoder import LARGE, Encoder, chosen_device, computes_in_bf16, own_config
 from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
@@ -143,6 +143,7 @@ def finetune(
     keep_checkpoints: bool = False,
     prepared: Path | None = None,
     teacher_options: Mapping[str, object] | None = None,
+    stock_architecture: bool = False,
     **text_options: object,
 ) -> Finetuned | None:
     """Fine-tune an encoder and save it as a model folder; after a stop, the same call goes on from the last checkpoint.
@@ -162,6 +163,7 @@ def finetune(
         keep_checkpoints: Keep ``OUTPUT.training``.
         prepared: The folder of ``data.prepare`` with the data; None = ``OUTPUT.training``.
         teacher_options: As text_options, of the teacher, if it is a bi-encoder; None = as ``data.teacher_reading``.
+        stock_architecture: As ``Encoder.from_pretrained`` takes it, of all models.
         text_options: Pooling, prompts, normalisation as ``Encoder.from_pretrained`` takes them, which the saved model
             keeps.
 
@@ -176,16 +178,16 @@ def finetune(
     refuse_existing(output, replaces=())
     check_training(recipe, data, device)
     given = {name: value for name, value in text_options.items() if value is not None}
-    encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **given
-    )
+    stock = {"stock_architecture": True} if stock_architecture else {}
+    machine = {"device": device, "batch_tokens": batch_tokens} | stock
+    encoder = Encoder.from_pretrained(encoder_name, dtype="saved", max_length=max_length, **machine, **given)
     # The others wait while one process prepares the data, which may take hours.
     process = PartialState(cpu=encoder.device.type == "cpu", timeout=timedelta(days=7))
     if not process.is_main_process:
         logging.getLogger("effir_search").setLevel(logging.WARNING)
     if teacher_options is None:
         teacher_options = teacher_reading(data, encoder)
-    teacher = imitated(data, encoder, device, **teacher_options)
+    teacher = imitated(data, encoder, device, **teacher_options, **stock)
     recipe = resolved_recipe(recipe, data, encoder.model, encoder.device)
     losses = resolved(losses, data, encoder, teacher)
     files = hashes(data)
@@ -201,14 +203,14 @@ def finetune(
     }
     dtype = encoder.dtype
     # What can be wrong is found before hours go into teachers' scores.
-    check_batch(recipe, process.num_processes)
+    check_processes(recipe, process.num_processes, device)
     measure = _dev_measure(data) if process.is_main_process or not data.dev else ("nDCG@10", None)
     _make_trainable(encoder, recipe)
     objective = objective_of(encoder, losses, teacher, bf16=recipe.bf16)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, settings, restart=restart, keep=(DATA,)) if process.is_main_process else nullcontext():
         if process.is_main_process:
-            reading = {"teacher_options": teacher_options}
+            reading = {"teacher_options": {**teacher_options, **stock}}
             prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart, **reading)
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
@@ -274,8 +276,7 @@ def _warn_of_cosines(examples: Sequence[Example], losses: LossSettings) -> None:
 
 def check_training(recipe: Recipe, data: Data, device: str) -> None:
     """Raise ValueError or OSError for what does not fit this machine or this data."""
-    if device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: give cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device[5:]}")
+    chosen_device(device)
     for package in recipe.log_to:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
@@ -285,8 +286,10 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 
 
-def check_batch(recipe: Recipe, processes: int) -> None:
-    """Raise ValueError if a batch cannot be divided among processes."""
+def check_processes(recipe: Recipe, processes: int, device: str) -> None:
+    """Raise ValueError if a batch cannot be divided among processes, or all of them were to take one GPU."""
+    if processes > 1 and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: each of the {processes} processes takes a GPU of its own; give auto")
     if recipe.batch_size % processes:
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
 

@@ -63,6 +63,7 @@ def mine(
     sample: str = "random",
     seed: int = 0,
     device: str = "auto",
+    stock_architecture: bool = False,
 ) -> Mined:
     """Write training data with hard negatives of a run, readable by ``read_records``.
 
@@ -89,6 +90,7 @@ def mine(
         sample: A key of ``SAMPLES``: which of the candidates are taken.
         seed: Of a random sample; what a query gets does not depend on other queries.
         device: Of the teacher.
+        stock_architecture: Of the teacher, as ``Encoder.from_pretrained`` takes it.
 
     Raises:
         ValueError: Ranks, numbers or a share that cannot be, a run and qrels that share no query, an id that topics or
@@ -129,7 +131,9 @@ def mine(
     _check_found(topics, "topic", mined, queries)
     _check_found(corpus, "document", doc_ids, texts)
 
-    score = load_teacher(teacher, reranker, device=device) if teacher is not None or reranker is not None else None
+    score = None
+    if teacher is not None or reranker is not None:
+        score = load_teacher(teacher, reranker, device=device, stock_architecture=stock_architecture)
     without_positive = sum(not positives.get(query_id) for query_id in hits)
     num_queries = num_negatives = without_negative = 0
     with whole_file(output) as file, tqdm(total=len(mined), unit="query", disable=None) as progress:

@@ -11,6 +11,7 @@ import torch
 from effir_search.encoder import Encoder
 from effir_search.index import scale
 from effir_search.model.checkpoint import named_errors, resolve_model
+from effir_search.model.sentence_files import check_stock_encoder
 from effir_search.training.examples import Pair, Scorer, checked_scores
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def load_teacher(
     reranker: str | Path | None = None,
     *,
     device: str = "auto",
+    stock_architecture: bool = False,
     **text_options: object,
 ) -> Scorer:
     """Return what scores ``(query, document)`` pairs: a bi-encoder or a cross-encoder.
@@ -33,6 +35,7 @@ def load_teacher(
         teacher: Bi-encoder, folder or hub name.
         reranker: Cross-encoder, folder or hub name.
         device: As for ``Encoder.from_pretrained``.
+        stock_architecture: Likewise.
         text_options: Of a bi-encoder, likewise.
 
     Raises:
@@ -42,9 +45,10 @@ def load_teacher(
     if (teacher is None) == (reranker is None):
         raise ValueError("give one teacher: either --teacher, a bi-encoder, or --reranker, a cross-encoder")
     if teacher is not None:
-        encoder = Encoder.from_pretrained(teacher, device=device, **text_options)
+        encoder = Encoder.from_pretrained(teacher, device=device, stock_architecture=stock_architecture, **text_options)
         return functools.partial(bi_encoder_scores, encoder.pack())
-    return functools.partial(cross_encoder_scores, load_cross_encoder(reranker, device=device))
+    model = load_cross_encoder(reranker, device=device, stock_architecture=stock_architecture)
+    return functools.partial(cross_encoder_scores, model)
 
 
 def bi_encoder_scores(encoder: Encoder, pairs: Sequence[Pair]) -> list[float]:
@@ -73,21 +77,23 @@ def bi_encoder_scores(encoder: Encoder, pairs: Sequence[Pair]) -> list[float]:
     return scores
 
 
-def load_cross_encoder(name: str | Path, *, device: str = "auto") -> "CrossEncoder":
+def load_cross_encoder(name: str | Path, *, device: str = "auto", stock_architecture: bool = False) -> "CrossEncoder":
     """Load a sentence-transformers or Hugging Face cross-encoder; nothing in its folder is executed.
 
     Args:
         name: Folder or hub name.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
+        stock_architecture: As for ``Encoder.from_pretrained``.
 
     Raises:
-        ValueError: sentence-transformers is not installed, or the folder is no cross-encoder.
+        ValueError: sentence-transformers is not installed, the folder is no cross-encoder, or one with code of its own.
         OSError: A file cannot be read.
     """
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as error:
         raise ValueError("cross-encoders need sentence-transformers: pip install 'effir_search[train]'") from error
+    check_stock_encoder(name, stock_architecture=stock_architecture)
     folder = resolve_model(name)
     with named_errors(folder):
         model = CrossEncoder(

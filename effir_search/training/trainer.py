@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import ParallelMode
 
 from effir_search.encoder import NotFiniteError
 from effir_search.files import whole_file
@@ -36,6 +37,11 @@ class ObjectiveTrainer(Trainer):
         self, objective: Objective, measure: Measure | None, args: TrainingArguments, **kwargs: object
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for several processes, not for threads of one
+        device = objective.encoder.device
+        if device.type == "cuda" and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+            # transformers takes the first GPU for a process that is alone, accelerate the current one.
+            args.__dict__["_setup_devices"] = device
+            torch.cuda.set_device(device)
         super().__init__(objective, args, **kwargs)
         self.objective, self.measure = objective, measure
         self.remove_callback(PrinterCallback)
