@@ -169,8 +169,9 @@ def slim_encoder(
             f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
         )
     prunable_config(encoder_name)
+    given = {name: value for name, value in text_options.items() if value is not None}
     encoder = Encoder.from_pretrained(
-        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **text_options
+        encoder_name, device=device, dtype="saved", max_length=max_length, batch_tokens=batch_tokens, **given
     )
     if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
         raise ValueError(
