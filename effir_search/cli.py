@@ -25,6 +25,8 @@ TOPIC_FIELDS = ("title", "description", "narrative")
 SAMPLES = ("random", "top")
 # Packages of the extra "train".
 EXTRA = ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w")
+# What --max-length changes where a model is saved.
+OWN_LENGTH = "Tokens of a text read for {}; the saved model keeps its own.  [default: the model's]"
 ERROR_LENGTH = 300
 PATH = click.Path(path_type=Path)
 
@@ -80,28 +82,38 @@ def stock_option(default: bool | None = False) -> Callable[[Callable], Callable]
     return click.option("--stock-architecture", is_flag=True, default=default, help=told)
 
 
-def text_options(command: Callable) -> Callable:
-    """Add the options that say how a text becomes one vector."""
+def text_options(*, length: str, field: str = "max_length", normalize: bool = False) -> Callable[[Callable], Callable]:
+    """Return what adds the options that say how a text becomes one vector.
+
+    Args:
+        length: Help of --max-length: what it changes.
+        field: The parameter that takes it.
+        normalize: Whether there is --normalize too.
+    """
     choice = click.Choice
     options = [
         click.option("--pooling", type=choice(POOLINGS), help="Token states to one vector.  [default: the model's]"),
         click.option("--query-prompt", help="Text before every query.  [default: the model's]"),
         click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
-        click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]"),
+        click.option("--max-length", field, type=click.IntRange(1), help=length),
         click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
+        click.option(
+            "--normalize", is_flag=True, default=None,
+            help="Vectors of length 1, compared by the cosine.  [default: the model's]",
+        ),
     ]  # fmt: skip
-    return with_options(command, options)
+    return lambda command: with_options(command, options if normalize else options[:-1])
 
 
-def encoder_options(command: Callable) -> Callable:
-    """Add the options that say how texts are encoded."""
+def encoder_options(*, length: str) -> Callable[[Callable], Callable]:
+    """Return what adds the options that say how texts are encoded; ``length`` as in ``text_options``."""
     options = [
         click.option("--dtype", type=click.Choice(DTYPES), help=DTYPE_HELP),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
         stock_option(None),
     ]  # fmt: skip
-    return text_options(with_options(command, options))
+    return lambda command: text_options(length=length)(with_options(command, options))
 
 
 class Numbers(click.ParamType):
@@ -156,7 +168,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--devices", help="One process on each, sharing the work: cuda:0,cuda:1.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared]")
 @click.option("--dimension", type=click.IntRange(1), help="Leading components of a vector to keep.  [default: all]")
-@encoder_options
+@encoder_options(length="Tokens of a text read, here and in a search.  [default: the model's]")
 def index(
     corpus: str | None,
     encoder: str | None,
@@ -210,7 +222,7 @@ def index(
 @click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128]")
 @click.option("--nprobe", type=click.IntRange(1), help="Lists of an IVF that are searched.  [default: a sixteenth]")
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
-@encoder_options
+@encoder_options(length="Tokens of a query read; an index that says how many allows no other.  [default: the index's]")
 def search(
     query: str | None,
     corpora: tuple[str, ...],
@@ -326,8 +338,8 @@ def depth_options(command: Callable) -> Callable:
     return command
 
 
-def texts_options(*, required: bool, length: str) -> Callable[[Callable], Callable]:
-    """Return what adds the options that say which texts a model is measured on; ``length`` is what takes their own."""
+def texts_options(*, required: bool, length: str, field: str = "max_length") -> Callable[[Callable], Callable]:
+    """Return what adds the options that say what a model is measured on; ``length`` and ``field`` as there."""
 
     def add(command: Callable) -> Callable:
         options = [
@@ -340,17 +352,11 @@ def texts_options(*, required: bool, length: str) -> Callable[[Callable], Callab
             ),
             click.option("--num-texts", "size", type=click.IntRange(1), default=256, help="How many texts to take."),
             click.option("--seed", type=click.IntRange(0), default=0, help="Seed of their sample."),
-            click.option(
-                "--max-length",
-                length,
-                type=click.IntRange(1),
-                help="Tokens of a text that is measured on.  [default: as many as the model reads]",
-            ),
             click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
             click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
             stock_option(),
         ]
-        return with_options(command, options)
+        return with_options(text_options(length=length, field=field, normalize=True)(command), options)
 
     return add
 
@@ -366,8 +372,9 @@ def texts_options(*, required: bool, length: str) -> Callable[[Callable], Callab
     default=("cosine", "embedding"),
     help="What tells which parts matter least; may be repeated.",
 )
+@click.option("--curves", is_flag=True, help="Measure drift against size too: up to 8 passes a kind and criterion.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: that of the weights]")
-@texts_options(required=True, length="max_length")
+@texts_options(required=True, length="Tokens of a text read for measuring.  [default: the model's]")
 def analyze(encoder: str, output: Path, **options: object) -> None:
     """Measure how much each MLP, attention and block of a model matters; write tables and figures."""
     from effir_search.pruning.analyze import analyze, format_analysis
@@ -381,7 +388,7 @@ def analyze(encoder: str, output: Path, **options: object) -> None:
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @depth_options
 @click.option("--criterion", type=click.Choice(CRITERIA), default="cosine", help="What tells which parts matter least.")
-@texts_options(required=False, length="calibration_length")
+@texts_options(required=False, length=OWN_LENGTH.format("measuring"), field="calibration_length")
 def prune(encoder: str, output: Path, **options: object) -> None:
     """Drop the MLPs, attentions or blocks of a model that matter least, and save what is left."""
     from effir_search.pruning.prune import NAMES, describe_pruned, prune_encoder
@@ -466,10 +473,10 @@ def loss_options(command: Callable) -> Callable:
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 beside float32 weights.  [default: where it is fast]")
 @loss_options
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of order, samples and random scores.")
-@click.option("--max-length", type=click.IntRange(1), help="Tokens of a text read.  [default: the model's]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard the data that a stopped job has prepared.")
+@text_options(length=OWN_LENGTH.format("scoring"), normalize=True)
 def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
     """Cut the units of a model's MLPs that a retrieval loss needs least, and save what is left.
 
@@ -532,8 +539,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, instead of continuing it.")
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
-@text_options
-@click.option("--normalize", is_flag=True, help="Vectors of length 1, compared by the cosine.  [default: the model's]")
+@text_options(length=OWN_LENGTH.format("training"), normalize=True)
 def finetune(encoder: str, output: Path, full: bool, **options: object) -> None:
     """Fine-tune an encoder for retrieval, or let it imitate a teacher; after a stop, the same command continues."""
     from effir_search.training.finetune import Data, Recipe, describe_finetuned, finetune
@@ -594,7 +600,7 @@ def data_given(options: dict[str, object]) -> object:
 @click.option(
     "--max-length",
     type=click.IntRange(1),
-    help="Tokens of a text that analysis and training read.  [default: the model's]",
+    help=OWN_LENGTH.format("all stages but the evaluation"),
 )
 @click.option(
     "--lora-rank", type=click.IntRange(0), help="Train LoRA; 0 = all weights.  [default: 32 from 1 billion on]"
@@ -686,7 +692,7 @@ def given_settings(options: dict[str, object]) -> dict[str, object]:
 @click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")
 @click.option("--drop-mlp-layers", type=Numbers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
 @click.option("--drop-attention-layers", type=Numbers(), help="Layers without attention.  [default: config.json's]")
-@text_options
+@text_options(length="Tokens of a text that the saved model reads.  [default: the model's]")
 @stock_option()
 def convert(source: str, output: Path, **options: object) -> None:
     """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""

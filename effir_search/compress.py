@@ -17,7 +17,7 @@ from effir_search.files import refuse_existing, whole_file
 from effir_search.job import job_folder, read_settings
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
 from effir_search.model.checkpoint import lasting_name, read_json, resolve_model, weights_sha256
-from effir_search.model.layers import mlp_widths, parts_of
+from effir_search.model.layers import Kind, mlp_widths, parts_of
 from effir_search.model.save import TRAINING_FILE
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
@@ -209,31 +209,46 @@ def _begins(folder: Path, name: str, what: str) -> bool:
     return not done
 
 
+def _numbers(compression: Compression) -> dict[Kind, int]:
+    """Return how many parts to drop by kind, in the order in which kinds go."""
+    return {kind: number for kind in NAMES if (number := getattr(compression.prune, f"drop_{kind}"))}
+
+
 def _analyze(compression: Compression, folder: Path, machine: dict) -> None:
+    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``_drop`` to use."""
     if _begins(folder, ANALYSIS, "where the model is redundant"):
-        sources = [str(folder / CALIBRATION_FILE)]
-        given = machine | {"max_length": compression.max_length, "size": compression.prune.num_texts}
-        given |= _text_options(compression, compression.encoder)
-        analyze(compression.encoder, folder / ANALYSIS, sources=sources, **given)
+        numbers = _numbers(compression)
+        analyze(
+            compression.encoder,
+            folder / ANALYSIS,
+            sources=[str(folder / CALIBRATION_FILE)],
+            criteria=["cosine", compression.prune.criterion] if numbers else ["cosine"],
+            greedy_numbers=dict(list(numbers.items())[:1]),
+            size=compression.prune.num_texts,
+            max_length=compression.max_length,
+            **_text_options(compression, compression.encoder),
+            **machine,
+        )
 
 
 def _drop(compression: Compression, folder: Path, machine: dict) -> None:
-    settings = compression.prune
-    numbers = {"block": settings.drop_block, "mlp": settings.drop_mlp, "attention": settings.drop_attention}
-    told = ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items() if number)
+    numbers = _numbers(compression)
+    told = ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items())
     if told and _begins(folder, DROPPED, f"dropping {told}"):
-        prune_encoder(
+        pruned = prune_encoder(
             compression.encoder,
             folder / DROPPED,
             numbers=numbers,
             layers={},
-            criterion=settings.criterion,
+            criterion=compression.prune.criterion,
             sources=[str(folder / CALIBRATION_FILE)],
-            size=settings.num_texts,
+            size=compression.prune.num_texts,
             calibration_length=compression.max_length,
+            analysis=folder / ANALYSIS,
             **_text_options(compression, compression.encoder),
             **machine,
         )
+        logger.info("mean cosine of the embeddings to those before: %.4f", pruned.cosine)
 
 
 def _narrow(compression: Compression, folder: Path, machine: dict) -> None:

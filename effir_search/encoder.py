@@ -364,6 +364,14 @@ class Tokens(NamedTuple):
     prompt_length: int
     num_truncated: int
 
+    def of(self, rows: np.ndarray) -> "Tokens":
+        """Return those of some texts."""
+        return self._replace(
+            texts=[self.texts[row] for row in rows],
+            input_ids=[self.input_ids[row] for row in rows],
+            token_type_ids=None if self.token_type_ids is None else [self.token_type_ids[row] for row in rows],
+        )
+
     def batch(self, rows: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
         """Return these rows padded on the right, where no position shifts: each tensor is ``(rows, longest)``."""
         longest = max(len(self.input_ids[row]) for row in rows)

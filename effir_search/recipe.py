@@ -96,7 +96,8 @@ class Compression:
     Attributes:
         encoder: The model that is compressed, folder or hub name.
         output: The new folder; None = it is said elsewhere.
-        max_length: Tokens of a text that are read in scoring and training; None = the model's.
+        max_length: Tokens of a text that are read in all stages but the evaluation; the saved model keeps its own.
+            None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
         stock_architecture: Of models with code of their own, which is never run, take transformers' stock ones.
         text: How a text becomes one vector.

@@ -173,7 +173,8 @@ def slim_encoder(
     stock = {"stock_architecture": True} if stock_architecture else {}
     prunable_config(encoder_name, **stock)
     machine = {"device": device, "batch_tokens": batch_tokens} | stock
-    encoder = Encoder.from_pretrained(encoder_name, dtype="saved", max_length=max_length, **machine, **text_options)
+    given = {name: value for name, value in text_options.items() if value is not None}
+    encoder = Encoder.from_pretrained(encoder_name, dtype="saved", max_length=max_length, **machine, **given)
     if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
         raise ValueError(
             "--criterion taylor: the teacher is the encoder itself, so the loss is at its minimum and tells no unit "

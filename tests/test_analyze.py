@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,9 +24,8 @@ FILES = ["README.md", "analysis.json", "curves.csv", "curves.png", "importance.c
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, llama_folder, collection):
     folder = tmp_path_factory.mktemp("report") / "analysis"
-    analysis = analyze(
-        str(llama_folder), folder, sources=[str(collection)], criteria=list(CRITERIA), size=8, dtype="fp32"
-    )
+    options = {"criteria": list(CRITERIA), "curves": True, "size": 8, "dtype": "fp32"}
+    analysis = analyze(str(llama_folder), folder, sources=[str(collection)], **options)
     return folder, analysis
 
 
@@ -96,6 +96,53 @@ def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(repor
         assert not legend.get_window_extent().overlaps(panel.get_tightbbox())
 
 
+def test_curves_are_measured_only_if_they_are_asked_for(tmp_path, bert_folder, collection, caplog):
+    with caplog.at_level("INFO"):
+        analysis = analyze(str(bert_folder), tmp_path / "r", sources=[str(collection)], criteria=["cosine"])
+    assert caplog.messages[-1] == "measuring on 11 texts: cosine 1 pass"
+    assert analysis.curves == {}
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [n for n in FILES if not n.startswith("curves")]
+    page = (tmp_path / "r" / "README.md").read_text()
+    assert "curves" not in page and f"effir prune --encoder {bert_folder} --drop-mlp-layers " in page
+
+
+def test_greedy_orders_only_as_many_parts_as_are_asked_for(tmp_path, bert_folder, collection):
+    options = {"sources": [str(collection)], "criteria": ["cosine", "greedy"], "dtype": "fp32"}
+    analysis = analyze(str(bert_folder), tmp_path / "r", greedy_numbers={"mlp": 2}, **options)
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    tokens = encoder.tokenize(sample_texts([str(collection)]).texts)
+    expected = CRITERIA["greedy"](encoder, tokens, ["mlp"], 2)["mlp"]
+    assert analysis.order["greedy"] == {"attention": [], "mlp": expected, "block": []}
+    # A part that was not asked for is there all the same.
+    assert "dropped" not in format_analysis(analysis)
+
+
+def test_texts_become_vectors_as_the_options_say_and_the_record_says_how(tmp_path, llama_folder, collection):
+    arguments = ["analyze", "--encoder", llama_folder, "--texts", collection, "--output", tmp_path / "r"]
+    arguments += ["--pooling", "mean", "--append-eos", "--normalize", "--query-prompt", "hot ", "--max-length", 9]
+    arguments += ["--document-prompt", "the ", "--dtype", "fp32", "--criterion", "embedding"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    options = {"pooling": "mean", "append_eos": True, "normalize": True, "query_prompt": "hot ", "max_length": 9}
+    encoder = Encoder.from_pretrained(llama_folder, dtype="fp32", document_prompt="the ", **options)
+    record = json.loads((tmp_path / "r" / "analysis.json").read_text())
+    assert record["encoder"] == asdict(encoder.config) and record["encoder"]["pooling"] == "mean"
+    tokens = encoder.tokenize(sample_texts([str(collection)]).texts, prompt="the ")
+    expected = CRITERIA["embedding"](encoder, tokens, ["mlp"], None)["mlp"]
+    assert record["order"]["embedding"]["mlp"] == list(map(list, expected))
+
+
+def test_a_report_on_a_model_without_mlps_names_parts_that_it_has(tmp_path, bert_folder, collection):
+    encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    encoder.model = prune(encoder.model, mlp=range(4), attention=[0, 1])
+    encoder.save(tmp_path / "no mlp")
+    analysis = analyze(str(tmp_path / "no mlp"), tmp_path / "r", sources=[str(collection)], criteria=["cosine"])
+    first = analysis.order["cosine"]["attention"][0].layer_idx
+    page = (tmp_path / "r" / "README.md").read_text()
+    # One of the two that are left: without both, nothing would be.
+    assert f"effir prune --encoder '{tmp_path / 'no mlp'}' --drop-attention-layers {first} --output" in page
+
+
 def test_a_pruned_model_s_report_says_what_is_gone(tmp_path, bert_folder, collection):
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     encoder.model = prune(encoder.model, mlp=[1], block=[2])
@@ -117,9 +164,8 @@ def test_curves_have_few_points_however_many_layers(tmp_path, collection):
     )
     save_model(tmp_path / "deep", "llama")
     AutoModel.from_config(config).save_pretrained(tmp_path / "deep")
-    analysis = analyze(
-        str(tmp_path / "deep"), tmp_path / "report", sources=[str(collection)], criteria=["cosine"], dtype="fp32"
-    )
+    options = {"sources": [str(collection)], "criteria": ["cosine"], "curves": True, "dtype": "fp32"}
+    analysis = analyze(str(tmp_path / "deep"), tmp_path / "report", **options)
     numbers = [point[0] for point in analysis.curves["cosine"]["mlp"]]
     assert len(numbers) == 9 and numbers[0] == 0 and numbers[-1] == 20 and numbers == sorted(numbers)
     assert not np.isnan([point[2] for point in analysis.curves["cosine"]["mlp"]]).any()

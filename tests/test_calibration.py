@@ -71,6 +71,12 @@ def test_a_source_without_text_is_an_error(tmp_path):
         sample_texts([str(empty)])
 
 
+def test_fewer_texts_than_sources_are_an_error_since_a_source_would_be_ignored(numbered, collection):
+    assert len(sample_texts([numbered, str(collection)], size=2).texts) == 2
+    with pytest.raises(ValueError, match="1 texts cannot be taken from 2 sources; give --num-texts 2"):
+        sample_texts([numbered, str(collection)], size=1)
+
+
 def test_bad_lines_and_missing_files_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"_id": "1", "text": "a"}\n{"_id": "2"}\n')
     with pytest.raises(ValueError, match=r'bad.jsonl:2: no "text"'):

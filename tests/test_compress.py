@@ -15,7 +15,10 @@ from safetensors.numpy import load_file, save_file
 from effir_search.cli import cli as command
 from effir_search.compress import compress
 from effir_search.encoder import Encoder
+from effir_search.pruning.importance import greedily
+from effir_search.pruning.prune import prune_encoder
 from effir_search.recipe import as_compression, merged, read_recipe
+from effir_search.texts import read_texts
 from effir_search.training.teachers import bi_encoder_scores
 
 UNITS = 2 * 48  # of the two MLPs that half of four dropped leaves
@@ -91,6 +94,44 @@ def test_the_whole_recipe_leaves_a_folder_of_each_stage_and_a_model_of_the_size_
     kept = as_compression(read_recipe(output / "recipe.toml"))
     assert (kept.prune.drop_mlp, kept.slim.narrow, kept.finetune.max_steps) == (2, 0.25, 4)
     assert Encoder.from_pretrained(output, device="cpu").dimension == 32
+
+
+@pytest.mark.parametrize("numbers", [{"mlp": 2}, {"block": 1, "mlp": 1}])
+def test_importance_is_measured_once_and_the_model_is_that_of_a_stage_that_measures_itself(
+    tmp_path, models, texts, recipe, numbers, caplog
+):
+    options = [option for kind, number in numbers.items() for option in (f"--drop-{kind}", number)]
+    options += ["--recipe", recipe, "--encoder", models["llama"], "--texts", texts, "--max-length", 9, *OPTIONS]
+    with caplog.at_level("INFO"):
+        result = run(*options, "--narrow", 0, "--output", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    stages = tmp_path / "small.stages"
+    analysis = read_json(stages / "1-analysis" / "analysis.json")
+    assert list(analysis["order"]) == ["cosine", "greedy"] and analysis["curves"] == {}
+    # One analysis; what kinds besides the first are chosen by is measured on what that has left.
+    measured = [message for message in caplog.messages if message.startswith("measuring on 16 texts")]
+    assert len(measured) == len(numbers)
+    sources = [str(stages / "calibration.jsonl")]
+    options = {"numbers": numbers, "layers": {}, "criterion": "greedy", "sources": sources, "size": 16, "device": "cpu"}
+    prune_encoder(str(models["llama"]), tmp_path / "dropped", calibration_length=9, **options)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "dropped" / name).read_bytes() == (stages / "2-dropped" / name).read_bytes()
+
+
+def test_how_the_recipe_reads_texts_is_how_importance_is_measured(tmp_path, models, texts, recipe):
+    given = read_recipe(recipe)
+    text = {"pooling": "mean", "append_eos": True, "normalize": True, "document_prompt": "hot "}
+    given |= {"encoder": str(models["llama"]), "data": {"texts": [str(texts)]}, "text": text, "slim": {"narrow": 0.0}}
+    given["finetune"] |= {"max_steps": 1}
+    compress(as_compression(merged(given, {"prune": {"drop_mlp": 1}})), tmp_path / "small", device="cpu")
+    stages = tmp_path / "small.stages"
+    analysis = read_json(stages / "1-analysis" / "analysis.json")
+    assert {name: analysis["encoder"][name] for name in text} == text
+    encoder = Encoder.from_pretrained(models["llama"], device="cpu", dtype="saved", **text)
+    tokens = encoder.tokenize(list(read_texts(str(stages / "calibration.jsonl"))), prompt="hot ")
+    (first,) = greedily(encoder, tokens, ["mlp"], 1)["mlp"]
+    assert read_json(stages / "2-dropped" / "config.json")["plan"][0]["scores"] == {str(first.layer_idx): first.score}
+    assert Encoder.from_pretrained(tmp_path / "small").config.document_prompt == "hot "
 
 
 def test_labels_train_all_stages_too(tmp_path, models, recipe):

@@ -1,4 +1,6 @@
+import contextlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -6,11 +8,21 @@ import torch
 from conftest import PRUNABLE, prunable_model, save_model, save_sentence_files
 from torch.nn import functional as F
 
-from effir_search.encoder import Encoder
-from effir_search.model.layers import KINDS, layers_of, parts_of
+from effir_search.encoder import Encoder, Tokens
+from effir_search.model.layers import KINDS, layers_of, left_out, parts_of
 from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
-from effir_search.pruning.importance import CRITERIA, by_cosine, by_embedding, drift, greedily, importance
+from effir_search.pruning.importance import (
+    CRITERIA,
+    announce,
+    by_cosine,
+    by_embedding,
+    drift,
+    drifts,
+    greedily,
+    importance,
+    num_passes,
+)
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 pre_norm_families = pytest.mark.parametrize(
@@ -173,6 +185,90 @@ def test_greedy_takes_the_best_next_part_with_those_before_really_gone(family, k
         drifts = {i: drift_without([*before, i]) for i in range(4) if i not in before}
         assert score == pytest.approx(drifts[layer_idx], abs=2e-6)
         assert drifts[layer_idx] <= min(drifts.values()) + 2e-6
+
+
+@every_family
+@pytest.mark.parametrize("gone", [{}, {"mlp": [1], "attention": [2]}, {"block": [0], "mlp": [2]}])
+def test_passes_that_begin_at_the_first_part_left_out_give_what_whole_passes_give(family, gone, folders):
+    encoder = Encoder.from_pretrained(folders(family), dtype="fp32", device="cpu", batch_tokens=16)
+    encoder.model = prune(prunable_model(family), **gone)  # kinds of attention are mixed, windows short
+    tokens = encoder.tokenize([*TEXTS, "milk and honey"])
+    assert len(list(encoder.batches(tokens))) > 1
+    reference = encoder.encode_tokens(tokens).embeddings
+    plans = [[(kind, layer_idx)] for kind in KINDS for layer_idx in parts_of(encoder.model, kind)]
+    mlps, attentions = list(parts_of(encoder.model, "mlp")), list(parts_of(encoder.model, "attention"))
+    plans += [[("mlp", layer_idx) for layer_idx in mlps[1:]], [("mlp", mlps[-1]), ("attention", attentions[-1])]]
+    expected = []
+    for plan in plans:
+        with contextlib.ExitStack() as out:
+            for part in plan:
+                out.enter_context(left_out(encoder.model, *part))
+            expected.append(drift(encoder, tokens, reference))
+    assert drifts(encoder, tokens, plans, reference) == expected and min(expected) > 1e-6
+    assert np.array_equal(encoder.encode_tokens(tokens).embeddings, reference) and not hooks_of(encoder.model)
+
+
+def test_layers_before_the_first_part_left_out_do_not_run_again(folders):
+    encoder = load(folders("llama"))
+    tokens = encoder.tokenize(TEXTS)
+    runs, _ = [0] * 4, encoder.dimension
+    for layer_idx, layer in enumerate(layers_of(encoder.model)):
+
+        def count(_module, _args, _output, layer_idx=layer_idx):
+            runs[layer_idx] += 1
+
+        layer.input_layernorm.register_forward_hook(count)
+    by_embedding(encoder, tokens, ["mlp"])
+    # The reference, the pass whose states are kept, and those without the MLP of this layer or of one before.
+    assert runs == [2 + 1, 2 + 2, 2 + 3, 2 + 4]
+    assert num_passes(encoder.model, "embedding", ["mlp"]) == round(sum(runs) / 4)
+
+
+@pytest.mark.parametrize(("number", "kinds"), [(None, KINDS), (2, ["mlp"]), (0, KINDS)])
+def test_passes_of_greedy_are_about_those_that_are_told(number, kinds, folders):
+    encoder = load(folders("llama"))
+    runs, _ = [], encoder.dimension
+    for layer in layers_of(encoder.model):
+        layer.register_forward_hook(lambda *_call: runs.append(1) if "forward" not in vars(_call[0]) else None)
+    greedily(encoder, encoder.tokenize(TEXTS), kinds, number)
+    assert num_passes(encoder.model, "greedy", kinds, number) == pytest.approx(len(runs) / 4, rel=0.1)
+
+
+def test_how_many_passes_there_will_be_and_how_long_they_take_is_said_beforehand(folders, caplog):
+    encoder = load(folders("bert"))
+    with caplog.at_level("INFO"):
+        announce(encoder, encoder.tokenize(TEXTS), {"cosine": 1, "greedy": 7})
+        announce(encoder, encoder.tokenize(TEXTS), {"cosine": 1})
+    assert re.fullmatch(r"measuring on 4 texts: cosine 1 pass, greedy 7 passes; about \d+ s in all", caplog.messages[0])
+    assert caplog.messages[1] == "measuring on 4 texts: cosine 1 pass"
+
+
+def test_texts_that_are_cut_or_equal_to_the_model_are_counted(folders, caplog):
+    encoder = Encoder.from_pretrained(folders("llama"), dtype="fp32", max_length=4)
+    with caplog.at_level("INFO"):  # <s> and three words are read
+        announce(encoder, encoder.tokenize(["the cat eats fish", "tea", "the cat eats butter"]), {"cosine": 1})
+    assert caplog.messages[0] == "measuring on 3 texts (2 of them cut): cosine 1 pass"
+    assert caplog.messages[1] == "1 of these texts have the tokens of another one, so they tell nothing new"
+
+
+def test_states_that_are_not_finite_are_an_error_and_no_part_that_is_gone(folders):
+    encoder = load(folders("llama"))
+    with torch.no_grad():
+        layers_of(encoder.model)[2].mlp.down_proj.weight[:, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layer 2: what enters or leaves its mlp is not finite in torch.float32"):
+        by_cosine(encoder, encoder.tokenize(TEXTS), ["mlp"])
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_texts_without_a_token_are_an_error(name, folders):
+    encoder = load(folders("llama"))
+    tokens = Tokens(["a", "b"], [[], []], None, 0, 0)  # as of blanks, by a tokenizer that adds no special token
+    for measure in (
+        lambda: CRITERIA[name](encoder, tokens, ["mlp"], None),
+        lambda: announce(encoder, tokens, {name: 1}),
+    ):
+        with pytest.raises(ValueError, match="texts with at least one token, got none"):
+            measure()
 
 
 @pytest.mark.parametrize("name", CRITERIA)

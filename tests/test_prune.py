@@ -11,6 +11,7 @@ from effir_search.cli import cli
 from effir_search.encoder import Encoder
 from effir_search.model.checkpoint import file_sha256
 from effir_search.model.surgery import prune
+from effir_search.pruning.analyze import analyze
 from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.importance import CRITERIA
 from effir_search.pruning.prune import prune_encoder
@@ -82,6 +83,74 @@ def test_the_length_that_is_measured_on_is_recorded_and_not_that_of_the_model(tm
     assert result.exit_code == 0, result.output
     assert config_of(tmp_path / "small")["plan"][0]["calibration"]["max_length"] == 4 < own
     assert Encoder.from_pretrained(tmp_path / "small").config.max_length == own
+
+
+def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(tmp_path, llama_folder, sources):
+    arguments = ["prune", "--encoder", llama_folder, "--drop-mlp", 1, "--texts", sources[0], "--criterion", "embedding"]
+    arguments += ["--pooling", "mean", "--append-eos", "--normalize", "--query-prompt", "hot ", "--max-length", 9]
+    arguments += ["--document-prompt", "the ", "--output", tmp_path / "small"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    options = {"pooling": "mean", "normalize": True, "query_prompt": "hot ", "document_prompt": "the "}
+    encoder = Encoder.from_pretrained(llama_folder, dtype="fp32", append_eos=True, max_length=9, **options)
+    tokens = encoder.tokenize(sample_texts(sources[:1]).texts, prompt="the ")
+    expected = CRITERIA["embedding"](encoder, tokens, ["mlp"], None)["mlp"]
+    assert config_of(tmp_path / "small")["plan"][0]["scores"] == {str(i): score for i, score in sorted(expected)}
+    saved = Encoder.from_pretrained(tmp_path / "small", dtype="fp32")
+    assert {name: getattr(saved.config, name) for name in options} == options
+    assert saved.tokenize(["tea"]).input_ids[0][-1] == saved.tokenizer.eos_token_id
+    assert saved.config.max_length == Encoder.from_pretrained(llama_folder).config.max_length
+
+
+@pytest.fixture
+def analysis(tmp_path, llama_folder, sources):
+    options = {"sources": sources, "size": 9, "criteria": ["cosine", "embedding", "greedy"], "pooling": "mean"}
+    analyze(str(llama_folder), tmp_path / "analysis", greedy_numbers={"mlp": 2}, **options)
+    return tmp_path / "analysis"
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_what_an_analysis_measured_is_used_and_gives_the_same_model(
+    tmp_path, llama_folder, sources, analysis, criterion, caplog
+):
+    numbers = {"mlp": 2, "attention": 1}  # attentions are measured on what is left then
+    options = {"numbers": numbers, "layers": {}, "criterion": criterion, "sources": sources, "size": 9}
+    prune_encoder(str(llama_folder), tmp_path / "measured", pooling="mean", **options)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        prune_encoder(str(llama_folder), tmp_path / "known", pooling="mean", analysis=analysis, **options)
+    assert [message.startswith("measuring on 7 texts") for message in caplog.messages] == [True]  # the attentions
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "known" / name).read_bytes() == (tmp_path / "measured" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 6}, "analysis.json is of another calibration, so importance is measured"),
+        ({"seed": 1}, "is of another calibration"),
+        ({"pooling": "last"}, "is of another encoder"),
+        ({"calibration_length": 5}, "is of another encoder"),
+        ({"criterion": "greedy", "numbers": {"mlp": 3}}, "does not order 3 MLPs by greedy"),
+        ({"criterion": "greedy", "numbers": {"block": 1}}, "does not order 1 blocks by greedy"),
+    ],
+)
+def test_an_analysis_of_anything_else_is_not_used_and_that_is_said(
+    tmp_path, llama_folder, sources, analysis, options, message, caplog
+):
+    options = {"numbers": {"mlp": 2}, "layers": {}, "sources": sources, "size": 9, "pooling": "mean", **options}
+    with caplog.at_level("INFO"):
+        prune_encoder(str(llama_folder), tmp_path / "small", analysis=analysis, **options)
+    assert any(message in told for told in caplog.messages)
+    prune_encoder(str(llama_folder), tmp_path / "measured", **options)
+    assert config_of(tmp_path / "small") == config_of(tmp_path / "measured")
+
+
+def test_an_analysis_of_other_weights_is_not_used(tmp_path, bert_folder, sources, analysis, caplog):
+    options = {"numbers": {"mlp": 2}, "layers": {}, "sources": sources, "size": 9, "analysis": analysis}
+    with caplog.at_level("INFO"):
+        prune_encoder(str(bert_folder), tmp_path / "small", **options)
+    assert any("is of another model_sha256, so importance is measured" in told for told in caplog.messages)
 
 
 @pytest.mark.parametrize(("length", "message"), [(500, "the model takes at most 96"), (1, "leave no room for text")])

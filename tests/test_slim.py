@@ -121,6 +121,24 @@ def test_a_unit_that_writes_nothing_is_cut_first(tmp_path, bert_folder, data, cr
     np.testing.assert_allclose(vectors(tmp_path / "slim"), vectors(tmp_path / "model"), atol=1e-5)
 
 
+def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(tmp_path, llama_folder, data):
+    options = ["--pooling", "mean", "--normalize", "--append-eos", "--query-prompt", "hot ", "--document-prompt", "a "]
+    given = ["--texts", *data["texts"].texts, "--teacher", data["texts"].teacher, "--max-length", 9, "--steps", 1]
+    arguments = ["--encoder", llama_folder, "--narrow", 0.25, "--output", tmp_path / "slim", *given, *options]
+    result = run(*arguments, "--criterion", "taylor", "--device", "cpu", "--no-bf16")
+    assert result.exit_code == 0, result.output
+    saved = Encoder.from_pretrained(tmp_path / "slim", device="cpu")
+    config = saved.config
+    assert (config.pooling, config.normalize, config.query_prompt, config.document_prompt) == (
+        "mean",
+        True,
+        "hot ",
+        "a ",
+    )
+    assert saved.tokenize(["tea"]).input_ids[0][-1] == saved.tokenizer.eos_token_id
+    assert config.max_length == Encoder.from_pretrained(llama_folder).config.max_length
+
+
 def test_slimming_again_composes(tmp_path, bert_folder, data):
     slim(bert_folder, tmp_path / "once", 0.25, data["texts"])
     slim(tmp_path / "once", tmp_path / "twice", 0.5, criterion="magnitude")

@@ -4,15 +4,14 @@ Everything here takes a base model as AutoModel loads it, or an ``EffirModel``. 
 base model, also after pruning.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, family_of, has_part
+from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, class_without, family_of, has_part
 
 Kind = Literal["attention", "mlp", "block"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
@@ -98,43 +97,52 @@ def watched(
 
 @contextmanager
 def left_out(model: PreTrainedModel, kind: Kind, layer_idx: int) -> Iterator[None]:
-    """Inside the block, let a model compute what it would with one more part dropped, at no saving of time.
+    """Inside the block, let a model compute what it would with one more part dropped, in the time that this takes.
 
-    Such blocks may be nested for parts of different layers.
+    Such blocks may be nested.
 
     Raises:
         ValueError: The model has no such part, or is of a family that cannot be pruned.
     """
-    layer = layers_of(model)[layer_idx]
-    if kind != "block" and not (has_part(layer, "attention") and has_part(layer, "mlp")):
-        # What is left of a post-norm layer is one LayerNorm too many without its last part.
-        if not has_part(layer, kind):
-            raise ValueError(f"layer {layer_idx} has no {kind} any more")
-        kind = "block"
-    parts = parts_of(model, kind)
-    if layer_idx not in parts:
+    family, layer = family_of(model.config), layers_of(model)[layer_idx]
+    kinds = ("attention", "mlp") if kind == "block" else (kind,)
+    if not any(has_part(layer, name) for name in kinds):
         raise ValueError(f"layer {layer_idx} has no {kind} any more")
-    part = parts[layer_idx]
-    seen: list[Tensor] = []
-
-    def remember(_module: nn.Module, args: tuple) -> None:
-        seen.append(args[0])
-
-    def replace(module: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        x = seen.pop()
-        if part.adds:
-            instead = torch.zeros_like(x)
-        else:
-            # Of a post-norm sub-layer its LayerNorm is left; forward() does not come back to this hook.
-            instead = x if kind == "block" else module.forward(x)
-        return (instead, *output[1:]) if isinstance(output, tuple) else instead
-
-    handles = [part.reads.register_forward_pre_hook(remember), part.writes.register_forward_hook(replace)]
+    whole = type(layer)
+    layer.__class__ = class_without(layer, family, attention="attention" in kinds, mlp="mlp" in kinds)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        layer.__class__ = whole
+
+
+@contextmanager
+def recorded(model: PreTrainedModel) -> Iterator[list[Tensor | tuple]]:
+    """Inside the block, add to the list that is given what each layer returns, in their order, for ``replayed``."""
+    outputs: list[Tensor | tuple] = []
+    hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in layers_of(model)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replayed(model: PreTrainedModel, outputs: Sequence[Tensor | tuple], first: int) -> Iterator[None]:
+    """Inside the block, let a model compute nothing in the layers before ``first``: they return what was recorded.
+
+    The model must be given the same tokens as when they were. Its own forward pass makes masks, positions and the final
+    norm, so this holds for every family.
+    """
+    skipped = layers_of(model)[:first]
+    try:
+        for layer, output in zip(skipped, outputs, strict=False):
+            layer.forward = lambda *_args, output=output, **_options: output
+        yield
+    finally:
+        for layer in skipped:
+            vars(layer).pop("forward", None)
 
 
 def mlp_output(model: PreTrainedModel, layer_idx: int) -> nn.Linear:

@@ -309,10 +309,19 @@ def has_part(layer: nn.Module, kind: str) -> bool:
     return getattr(layer, f"{kind}_left", True)
 
 
-def drop_parts(layer: nn.Module, family: Family, *, attention: bool, mlp: bool) -> None:
-    """Take the attention, the MLP or both out of a layer, in place; what is out already stays out."""
+def class_without(layer: nn.Module, family: Family, *, attention: bool, mlp: bool) -> type[nn.Module]:
+    """Return the class by which a layer computes without its attention, its MLP or both; what is out stays out."""
     attention_left = has_part(layer, "attention") and not attention
     mlp_left = has_part(layer, "mlp") and not mlp
+    if attention_left and mlp_left:
+        return type(layer)
+    return _pruned_class(getattr(layer, "layer_class", type(layer)), family, attention_left, mlp_left)
+
+
+def drop_parts(layer: nn.Module, family: Family, *, attention: bool, mlp: bool) -> None:
+    """Take the attention, the MLP or both out of a layer, in place; what is out already stays out."""
+    layer.__class__ = class_without(layer, family, attention=attention, mlp=mlp)
+    attention_left, mlp_left = has_part(layer, "attention"), has_part(layer, "mlp")
     if attention_left and mlp_left:
         return
     if not attention_left and not mlp_left:
@@ -324,8 +333,6 @@ def drop_parts(layer: nn.Module, family: Family, *, attention: bool, mlp: bool) 
         holder = layer.get_submodule(parent)
         if hasattr(holder, name):
             delattr(holder, name)
-    layer_class = getattr(layer, "layer_class", type(layer))
-    layer.__class__ = _pruned_class(layer_class, family, attention_left, mlp_left)
 
 
 @torch.no_grad()

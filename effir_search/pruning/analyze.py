@@ -2,9 +2,8 @@
 
 import csv
 import json
-import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from effir_search.encoder import Encoder, Tokens
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
 from effir_search.model.checkpoint import dtype_name, lasting_name
-from effir_search.model.layers import KINDS, Kind, left_out
+from effir_search.model.layers import KINDS, Kind, parts_of
 from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
-from effir_search.pruning.figures import FIGURES
-from effir_search.pruning.importance import CRITERIA, Dropped, drift
+from effir_search.pruning.figures import CURVES, FIGURES
+from effir_search.pruning.importance import CRITERIA, Dropped, announce, drifts, num_passes
 
-logger = logging.getLogger(__name__)
-
-# Points of a curve of drift, at most: each takes a forward pass.
+# Points of a curve of drift, at most: each takes a forward pass, or the end of one.
 POINTS = 8
 
 
@@ -36,17 +33,22 @@ class Analysis:
         model_sha256: See ``model.checkpoint.weights_sha256``.
         dtype: Of the arithmetic.
         num_hidden_layers: Layers of the base model.
+        encoder: How texts became vectors: the fields of ``encoder.EncoderConfig``.
         calibration: See ``Calibration.record``, and the number of tokens.
+        layers: By kind, the layers that still have such a part.
         order: By criterion and kind, the parts ``(layer_idx, score)`` in the order of dropping.
         curves: By criterion and kind, ``(number, share, drift)``: with so many parts dropped in that order, the share
             of the parameters outside the embeddings that is left, and ``1 - cos`` of the embeddings to the model's own.
+            Empty where they were not asked for.
     """
 
     model: str
     model_sha256: str
     dtype: str
     num_hidden_layers: int
+    encoder: dict
     calibration: dict
+    layers: dict[Kind, list[int]]
     order: dict[str, dict[Kind, list[Dropped]]]
     curves: dict[str, dict[Kind, list[tuple[int, float, float]]]]
 
@@ -57,13 +59,15 @@ def analyze(
     *,
     sources: Sequence[str],
     criteria: Sequence[str] = ("cosine", "embedding"),
+    curves: bool = False,
+    greedy_numbers: Mapping[Kind, int] | None = None,
     size: int = NUM_TEXTS,
     seed: int = 0,
     **options: object,
 ) -> Analysis:
     """Measure how much each part of a model matters, and write a report: ``effir analyze``.
 
-    The folder holds ``analysis.json`` (see ``Analysis``), ``importance.csv``, ``curves.csv``, and a page,
+    The folder holds ``analysis.json`` (see ``Analysis``), ``importance.csv``, with curves ``curves.csv``, and a page,
     ``README.md``, with its figures. It appears whole or not at all.
 
     Args:
@@ -71,6 +75,8 @@ def analyze(
         output: The new folder.
         sources: Texts to measure on, see ``calibration.read_texts``.
         criteria: Keys of ``importance.CRITERIA``.
+        curves: Also measure how far embeddings drift as more and more parts are dropped, in at most ``POINTS`` steps.
+        greedy_numbers: How many parts of each kind the criterion greedy chooses; None = all, of a kind not named none.
         size: How many texts.
         seed: Of their sample.
         options: As ``Encoder.from_pretrained`` takes them; None = its default.
@@ -86,37 +92,56 @@ def analyze(
     given = {name: value for name, value in options.items() if value is not None}
     encoder = Encoder.from_pretrained(encoder_name, **({"dtype": "saved"} | given))
     tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
-    logger.info("measuring by %s on %d texts", ", ".join(dict.fromkeys(criteria)), len(calibration.texts))
-    order = {name: CRITERIA[name](encoder, tokens, KINDS, None) for name in dict.fromkeys(criteria)}
+    wanted = {name: _wanted(name, greedy_numbers) for name in dict.fromkeys(criteria)}
+    passes = {name: sum(num_passes(encoder.model, name, *one) for one in of_name) for name, of_name in wanted.items()}
+    if curves:
+        passes["curves, at most"] = 2 + POINTS * len(KINDS) * len(wanted)
+    announce(encoder, tokens, passes)
+    order: dict[str, dict[Kind, list[Dropped]]] = {name: {kind: [] for kind in KINDS} for name in wanted}
+    for name, of_name in wanted.items():
+        for kinds, number in of_name:
+            order[name] |= CRITERIA[name](encoder, tokens, kinds, number)
     analysis = Analysis(
         model=encoder_name,
         model_sha256=encoder.weights_sha256,
         dtype=dtype_name(encoder.dtype),
         num_hidden_layers=num_layers,
+        encoder=asdict(encoder.config),
         calibration=calibration.record(encoder.config.max_length) | {"tokens": sum(map(len, tokens.input_ids))},
+        layers={kind: list(parts_of(encoder.model, kind)) for kind in KINDS},
         order=order,
-        curves=_curves(encoder, tokens, order),
+        curves=_curves(encoder, tokens, order) if curves else {},
     )
     with whole_folder(output) as folder:
         text = json.dumps(asdict(analysis), indent=1, ensure_ascii=False)
         (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
         _write_csv(folder / "importance.csv", ("criterion", "kind", "rank", "layer", "score"), _order_rows(analysis))
-        columns = ("criterion", "kind", "number_dropped", "share_left", "drift")
-        _write_csv(folder / "curves.csv", columns, _curve_rows(analysis))
+        if curves:
+            columns = ("criterion", "kind", "number_dropped", "share_left", "drift")
+            _write_csv(folder / "curves.csv", columns, _curve_rows(analysis))
         for name, draw in FIGURES.items():
-            draw(analysis).savefig(folder / name, format="png")
+            if curves or name != CURVES:
+                draw(analysis).savefig(folder / name, format="png")
         (folder / "README.md").write_text(_page(analysis), encoding="utf-8")
     return analysis
+
+
+def _wanted(name: str, greedy_numbers: Mapping[Kind, int] | None) -> list[tuple[Sequence[Kind], int | None]]:
+    """Return the kinds that a criterion measures, and how many of each it orders; None = all."""
+    if name != "greedy" or greedy_numbers is None:
+        return [(KINDS, None)]
+    return [([kind], number) for kind, number in greedy_numbers.items()]
 
 
 def _curves(
     encoder: Encoder, tokens: Tokens, order: dict[str, dict[Kind, list[Dropped]]]
 ) -> dict[str, dict[Kind, list[tuple[int, float, float]]]]:
     """Return ``Analysis.curves``; a set of parts whose drift is known already is not left out again."""
-    reference = encoder.encode_tokens(tokens).embeddings
     sizes = {
-        kind: {part.layer_idx: part_parameters(encoder.model, kind, part.layer_idx) for part in parts}
-        for kind, parts in next(iter(order.values())).items()
+        kind: {
+            layer_idx: part_parameters(encoder.model, kind, layer_idx) for layer_idx in parts_of(encoder.model, kind)
+        }
+        for kind in KINDS
     }
     whole = sum(sizes["block"].values())
     known: dict[tuple[Kind, frozenset[int]], float] = {}
@@ -126,21 +151,28 @@ def _curves(
     for kind, parts in order.get("embedding", {}).items():
         known |= {(kind, frozenset([layer_idx])): score for layer_idx, score in parts}
 
-    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]] = {}
-    for name, of_kinds in order.items():
-        curves[name] = {}
-        for kind, parts in of_kinds.items():
-            numbers = sorted({round(n) for n in np.linspace(1, len(parts), POINTS)}) if parts else []
-            curves[name][kind] = [(0, 1.0, 0.0)]
-            for number in tqdm(numbers, desc=f"{name}, {kind}", unit=" points", disable=None, leave=False):
-                layers = frozenset(part.layer_idx for part in parts[:number])
-                if (kind, layers) not in known:
-                    with ExitStack() as out:
-                        for layer_idx in layers:
-                            out.enter_context(left_out(encoder.model, kind, layer_idx))
-                        known[kind, layers] = drift(encoder, tokens, reference)
-                left = 1 - sum(sizes[kind][layer_idx] for layer_idx in layers) / whole
-                curves[name][kind].append((number, left, known[kind, layers]))
+    points = {
+        (name, kind): [
+            frozenset(part.layer_idx for part in parts[:number])
+            for number in (sorted({round(n) for n in np.linspace(1, len(parts), POINTS)}) if parts else [])
+        ]
+        for name, of_kinds in order.items()
+        for kind, parts in of_kinds.items()
+    }
+    plans = list(dict.fromkeys((kind, layers) for (_, kind), sets in points.items() for layers in sets))
+    plans = [plan for plan in plans if plan not in known]
+    reference = encoder.encode_tokens(tokens).embeddings
+    total = len(plans) * sum(map(bool, tokens.input_ids))
+    with tqdm(total=total, desc="curves", unit=" texts", disable=None) as progress:
+        parts = [[(kind, layer_idx) for layer_idx in sorted(layers)] for kind, layers in plans]
+        known |= dict(zip(plans, drifts(encoder, tokens, parts, reference, done=progress.update), strict=True))
+
+    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]] = {name: {} for name in order}
+    for (name, kind), sets in points.items():
+        curves[name][kind] = [(0, 1.0, 0.0)]
+        for layers in sets:
+            left = 1 - sum(sizes[kind][layer_idx] for layer_idx in layers) / whole
+            curves[name][kind].append((len(layers), left, known[kind, layers]))
     return curves
 
 
@@ -162,11 +194,16 @@ def _tables(analysis: Analysis) -> dict[str, list[list[str]]]:
             for rank, part in enumerate(parts, start=1)
         }
         rows = [
-            [str(layer_idx), *(cells.get((kind, layer_idx), "dropped") for kind in of_kinds)]
+            [str(layer_idx), *(cells.get((kind, layer_idx), _missing(analysis, kind, layer_idx)) for kind in of_kinds)]
             for layer_idx in range(analysis.num_hidden_layers)
         ]
         tables[name] = [["layer", *of_kinds], *rows]
     return tables
+
+
+def _missing(analysis: Analysis, kind: Kind, layer_idx: int) -> str:
+    """Return what stands for a part without a score: it is gone, or was not asked for."""
+    return "" if layer_idx in analysis.layers[kind] else "dropped"
 
 
 def _order_rows(analysis: Analysis) -> list[tuple]:
@@ -203,10 +240,23 @@ EXPLAINED = {
     "to the model's own; the score is 1 - cos to that with this part and all before it left out, mean over the texts.",
 }
 
+CURVES_EXPLAINED = """## Size against drift of the embedding
+
+![Size against drift](curves.png)
+
+Parts are dropped in the order of the tables. Drift is 1 - cos between the embeddings of a pruned model, not fine-tuned,
+and the model's own, mean over the texts. In `curves.csv`, `number_dropped` counts parts, and `share_left` is the share
+of the parameters outside the embeddings that is left.
+
+"""
+PARTS: dict[Kind, str] = {"mlp": "MLPs", "attention": "attentions", "block": "layers"}
+
 
 def _page(analysis: Analysis) -> str:
     calibration = analysis.calibration
-    first = ",".join(str(part.layer_idx) for part in next(iter(analysis.order.values()))["mlp"][:2])
+    criterion, order = next(iter(analysis.order.items()))
+    kind = next(kind for kind in ("mlp", "attention", "block") if order[kind])
+    first = ",".join(str(part.layer_idx) for part in order[kind][: min(2, max(1, len(order[kind]) - 1))])
     tables = []
     for name, rows in _tables(analysis).items():
         header, *body = (f"| {' | '.join(row)} |" for row in rows)
@@ -216,7 +266,7 @@ def _page(analysis: Analysis) -> str:
     )
     return f"""# What {lasting_name(analysis.model)} can do without
 
-{analysis.num_hidden_layers} layers, {analysis.dtype}; measured on {measured},
+{analysis.num_hidden_layers} layers, {analysis.dtype}, {analysis.encoder["pooling"]} pooling; measured on {measured},
 seed {calibration["seed"]}. Low = redundant; in brackets the place in the order of dropping, 1 = first. Layers are
 counted from 0, as in the base model.
 
@@ -234,19 +284,12 @@ matters.
 
 Read from below: with N parts dropped, row N, the filled layers lack theirs. The longer a bar, the earlier it goes.
 
-## Size against drift of the embedding
-
-![Size against drift](curves.png)
-
-Parts are dropped in the order of the tables. Drift is 1 - cos between the embeddings of a pruned model, not fine-tuned,
-and the model's own, mean over the texts. In `curves.csv`, `number_dropped` counts parts, and `share_left` is the share
-of the parameters outside the embeddings that is left. Scores are in `importance.csv`, all numbers in `analysis.json`.
-
-## Next
+{CURVES_EXPLAINED if analysis.curves else ""}## Next
 
 ```
-effir prune --encoder {analysis.model} --drop-mlp-layers {first} --output models/small
+effir prune --encoder {shlex.quote(analysis.model)} --drop-{kind}-layers {first} --output models/small
 ```
 
-drops the MLPs that {next(iter(analysis.order))} puts first; `effir finetune` then wins back what that cost.
+drops the {PARTS[kind]} that {criterion} puts first; `effir finetune` then wins back what that cost. Scores are in
+`importance.csv`, all numbers in `analysis.json`.
 """

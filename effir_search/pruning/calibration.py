@@ -40,14 +40,16 @@ def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0
         seed: The same seed takes the same texts of the same files.
 
     Raises:
-        ValueError: A bad line, or a source without any text.
+        ValueError: A bad line, a source without any text, or fewer texts than sources.
         OSError: A file cannot be read.
     """
+    if size < len(sources):
+        raise ValueError(f"{size} texts cannot be taken from {len(sources)} sources; give --num-texts {len(sources)}")
     texts: list[str] = []
     for number, source in enumerate(sources):
         share = size * (number + 1) // len(sources) - size * number // len(sources)
         taken = sampled((text for text in read_texts(source) if text.strip()), share, seed)
-        if share and not taken:
+        if not taken:
             raise ValueError(f"{source}: no text in it to measure importance on")
         texts += taken
     digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()

@@ -82,10 +82,11 @@ def curves_figure(analysis: Analysis) -> Figure:
     return figure
 
 
+CURVES = "curves.png"
 FIGURES: dict[str, Callable[[Analysis], Figure]] = {
     "importance.png": importance_figure,
     "order.png": order_figure,
-    "curves.png": curves_figure,
+    CURVES: curves_figure,
 }
 
 

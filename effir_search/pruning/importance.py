@@ -1,6 +1,8 @@
 """How much each attention, MLP and block of a model matters, and in which order they can be dropped."""
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -11,8 +13,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from effir_search.encoder import Encoder, Tokens
-from effir_search.model.layers import KINDS, Kind, layers_of, left_out, parts_of, watched
+from effir_search.encoder import Encoder, Tokens, batches_by_length
+from effir_search.model.layers import KINDS, Kind, layers_of, left_out, parts_of, recorded, replayed, watched
+
+logger = logging.getLogger(__name__)
+
+NO_TOKEN = "importance needs texts with at least one token, got none"
+# Passes over the texts from which on it is said how long they take.
+MANY = 5
 
 
 class Dropped(NamedTuple):
@@ -43,7 +51,7 @@ def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
         For each kind ``(num_hidden_layers,)`` float64 on the CPU; NaN where a layer has no such part.
 
     Raises:
-        ValueError: No real token, or a family that cannot be pruned.
+        ValueError: No real token, states that are not finite, or a family that cannot be pruned.
 
     Source: EffiR (arXiv 2512.20612), importance of a sub-layer.
     """
@@ -54,17 +62,21 @@ def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
     turned = {kind: sums.to(model.device) for kind, sums in turned.items()}
     num_tokens = 0
     for tokens in batches:
-        real = tokens["attention_mask"].double()  # (batch, seq)
+        real = tokens["attention_mask"].bool()  # (batch, seq)
 
         def add(kind: Kind, layer_idx: int, x: Tensor, y: Tensor, real: Tensor = real) -> None:
             cosine = F.cosine_similarity(x.float(), y.float(), dim=-1)  # (batch, seq)
-            turned[kind][layer_idx] += ((1 - cosine) * real).sum()
+            # Padding may hold anything, a NaN too: it is left out, not multiplied by 0.
+            turned[kind][layer_idx] += torch.where(real, (1 - cosine).double(), 0.0).sum()
 
         with watched(parts, add):
             model(**tokens)
         num_tokens += int(real.sum())
     if num_tokens == 0:
-        raise ValueError("importance needs texts with at least one token, got none")
+        raise ValueError(NO_TOKEN)
+    for kind, layer_idx, _part in sorted(parts, key=lambda part: part[1]):
+        if not turned[kind][layer_idx].isfinite():
+            raise ValueError(f"layer {layer_idx}: what enters or leaves its {kind} is not finite in {model.dtype}")
     return {kind: (sums / num_tokens).cpu() for kind, sums in turned.items()}
 
 
@@ -76,10 +88,113 @@ def drift(encoder: Encoder, tokens: Tokens, reference: np.ndarray) -> float:
         tokens: From its ``tokenize``.
         reference: ``(texts, dimension)``, the embeddings of the same texts before.
     """
-    embeddings = encoder.encode_tokens(tokens).embeddings
+    return _mean(_turned(encoder.encode_tokens(tokens).embeddings, reference), reference)
+
+
+@torch.inference_mode()
+def drifts(
+    encoder: Encoder,
+    tokens: Tokens,
+    plans: Sequence[Sequence[tuple[Kind, int]]],
+    reference: np.ndarray,
+    *,
+    done: Callable[[int], object] = lambda _rows: None,
+) -> list[float]:
+    """Return the ``drift`` for each of several plans of what to leave out, the same as a whole pass gives, bit for bit.
+
+    One batch after the other goes through the model once, and what each layer returns is kept while the batch goes
+    through the layers from the first one of each plan on. So at most the states of one batch at every layer are kept:
+    layers * padded tokens of a batch * hidden size. At the usual ``batch_tokens`` these are 142 MB for 30 layers of 576
+    on a CPU in float32, and 2.1 GB for Mistral-7B on a GPU in bfloat16.
+
+    Args:
+        encoder: Whose parts may be left out at the moment.
+        tokens: From its ``tokenize``.
+        plans: Each the parts to leave out besides, at least one.
+        reference: ``(texts, dimension)``, the embeddings that the drift is from.
+        done: Called after each part of the work with its number of texts; over all, plans * texts with tokens.
+    """
+    turned = torch.zeros(len(plans), len(tokens.texts), dtype=torch.float64)
+    for rows in batches_by_length([len(ids) for ids in tokens.input_ids], encoder.batch_tokens):
+        batch = tokens.of(rows)
+        with recorded(encoder.model) as outputs:
+            encoder.encode_tokens(batch)
+        for number, plan in enumerate(plans):
+            with ExitStack() as changed:
+                changed.enter_context(replayed(encoder.model, outputs, min(layer_idx for _kind, layer_idx in plan)))
+                for part in plan:
+                    changed.enter_context(left_out(encoder.model, *part))
+                turned[number, rows] = _turned(encoder.encode_tokens(batch).embeddings, reference[rows])
+            done(len(rows))
+    return [_mean(of_plan, reference) for of_plan in turned]
+
+
+def _turned(embeddings: np.ndarray, reference: np.ndarray) -> Tensor:
+    """Return ``1 - cos`` of each row, ``(texts,)`` float64."""
     a, b = (torch.from_numpy(vectors).double() for vectors in (embeddings, reference))
-    # A text without a token has the zero vector in both.
-    return float((1 - F.cosine_similarity(a, b, dim=-1))[b.any(dim=1)].mean())
+    return 1 - F.cosine_similarity(a, b, dim=-1)
+
+
+def _mean(turned: Tensor, reference: np.ndarray) -> float:
+    """Return the mean over the texts with a token; one without any has the zero vector, whatever is left out."""
+    there = torch.from_numpy(reference.any(axis=1))
+    if not there.any():
+        raise ValueError(NO_TOKEN)
+    return float(turned[there].mean())
+
+
+def num_passes(model: PreTrainedModel, name: str, kinds: Iterable[Kind] = KINDS, number: int | None = None) -> int:
+    """Return about how many passes over the texts a criterion takes; one that begins at a later layer is a share of it.
+
+    Args:
+        model: A base model as AutoModel loads it, or an ``EffirModel``.
+        name: A key of ``CRITERIA``.
+        kinds: As a criterion takes them.
+        number: Likewise.
+    """
+    if name == "cosine":
+        return 1
+    # The reference, and of embedding the pass whose states are kept.
+    num_layers, total = len(layers_of(model)), 2 if name == "embedding" else 1
+    for parts in (parts_of(model, kind) for kind in kinds):
+        shares = [1 - layer_idx / num_layers for layer_idx in parts]
+        if name == "embedding":
+            total += sum(shares)
+        elif shares:
+            rounds = _rounds(len(shares), number)
+            total += rounds + sum(len(shares) - done for done in range(rounds)) * np.mean(shares)
+    return round(total)
+
+
+def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> None:
+    """Log how many passes over the texts there will be, for what, and about how long they take, if they are many.
+
+    Args:
+        encoder: What they are passes of; the time is that of its first batch, which is run for it.
+        tokens: The texts, from its ``tokenize``.
+        passes: By what they are for.
+
+    Raises:
+        ValueError: No token.
+    """
+    told = ", ".join(f"{name} {number} pass{'es' * (number != 1)}" for name, number in passes.items())
+    lengths = [len(ids) for ids in tokens.input_ids]
+    batches = list(batches_by_length(lengths, encoder.batch_tokens))
+    if not batches:
+        raise ValueError(NO_TOKEN)
+    total = sum(passes.values())
+    if total >= MANY:
+        _ = encoder.dimension  # the first pass of all takes longer
+        start = time.perf_counter()
+        encoder.encode_tokens(tokens.of(batches[0]))
+        seconds = time.perf_counter() - start
+        padded = [len(rows) * lengths[rows[0]] for rows in batches]
+        seconds *= sum(padded) / padded[0] * total
+        told += f"; about {seconds:.0f} s in all" if seconds < 120 else f"; about {seconds / 60:.0f} min in all"
+    cut = f" ({tokens.num_truncated} of them cut)" if tokens.num_truncated else ""
+    logger.info("measuring on %d texts%s: %s", len(tokens.texts), cut, told)
+    if (repeated := len(tokens.texts) - len(set(map(tuple, tokens.input_ids)))) > 0:
+        logger.warning("%d of these texts have the tokens of another one, so they tell nothing new", repeated)
 
 
 def by_cosine(
@@ -94,17 +209,15 @@ def by_cosine(
 def by_embedding(
     encoder: Encoder, tokens: Tokens, kinds: Iterable[Kind], number: int | None = None
 ) -> dict[Kind, list[Dropped]]:
-    """Order parts by the ``drift`` of the final embedding when one alone is left out: a forward pass for each part."""
+    """Order parts by the ``drift`` of the final embedding when one alone is left out; see ``drifts`` for the memory."""
     parts = {kind: list(parts_of(encoder.model, kind)) for kind in kinds}
+    plans = [[(kind, layer_idx)] for kind, layers in parts.items() for layer_idx in layers]
     reference = encoder.encode_tokens(tokens).embeddings
-    scores: dict[Kind, dict[int, float]] = {kind: {} for kind in parts}
-    with tqdm(total=sum(map(len, parts.values())), desc="embedding", unit=" parts", disable=None) as progress:
-        for kind, layers in parts.items():
-            for layer_idx in layers:
-                with left_out(encoder.model, kind, layer_idx):
-                    scores[kind][layer_idx] = drift(encoder, tokens, reference)
-                progress.update()
-    return {kind: _ascending(of_kind)[:number] for kind, of_kind in scores.items()}
+    with _progress("embedding", len(plans), tokens) as progress:
+        found = iter(drifts(encoder, tokens, plans, reference, done=progress.update))
+    return {
+        kind: _ascending({layer_idx: next(found) for layer_idx in layers})[:number] for kind, layers in parts.items()
+    }
 
 
 def greedily(
@@ -112,24 +225,21 @@ def greedily(
 ) -> dict[Kind, list[Dropped]]:
     """Leave out, one after the other, the part without which the embedding drifts least from the full model's.
 
-    The score of a part is the drift with it and all before it left out. Each kind starts from the model as it is. For N
-    of L parts that takes ``N * L - N * (N - 1) / 2`` forward passes.
+    The score of a part is the drift with it and all before it left out. Each kind starts from the model as it is. N of
+    L parts are found by ``N * L - N * (N - 1) / 2`` drifts; see ``drifts`` for their memory.
     """
     reference = encoder.encode_tokens(tokens).embeddings
     parts = {kind: list(parts_of(encoder.model, kind)) for kind in kinds}
-    rounds = {kind: len(left) if number is None else min(number, len(left)) for kind, left in parts.items()}
-    total = sum(sum(range(len(parts[kind]) - n + 1, len(parts[kind]) + 1)) for kind, n in rounds.items())
+    rounds = {kind: _rounds(len(left), number) for kind, left in parts.items()}
+    total = sum(len(parts[kind]) - done for kind, n in rounds.items() for done in range(n))
     order: dict[Kind, list[Dropped]] = {kind: [] for kind in parts}
-    with tqdm(total=total, desc="greedy", unit=" parts", disable=None) as progress:
+    with _progress("greedy", total, tokens) as progress:
         for kind, left in parts.items():
             with ExitStack() as out:
                 for _ in range(rounds[kind]):
-                    scores = {}
-                    for layer_idx in left:
-                        with left_out(encoder.model, kind, layer_idx):
-                            scores[layer_idx] = drift(encoder, tokens, reference)
-                        progress.update()
-                    order[kind].append(_ascending(scores)[0])
+                    plans = [[(kind, layer_idx)] for layer_idx in left]
+                    found = drifts(encoder, tokens, plans, reference, done=progress.update)
+                    order[kind].append(_ascending(dict(zip(left, found, strict=True)))[0])
                     left.remove(order[kind][-1].layer_idx)
                     out.enter_context(left_out(encoder.model, kind, order[kind][-1].layer_idx))
     return order
@@ -142,3 +252,12 @@ def _ascending(scores: Mapping[int, float]) -> list[Dropped]:
     """Lowest first, of equal ones the later layer; layers without the part (NaN) are left out."""
     there = [Dropped(layer_idx, score) for layer_idx, score in scores.items() if score == score]
     return sorted(there, key=lambda part: (part.score, -part.layer_idx))
+
+
+def _rounds(num_parts: int, number: int | None) -> int:
+    return num_parts if number is None else min(number, num_parts)
+
+
+def _progress(name: str, num_plans: int, tokens: Tokens) -> tqdm:
+    """Return a bar for the texts of so many plans; those without a token are in no pass."""
+    return tqdm(total=num_plans * sum(map(bool, tokens.input_ids)), desc=name, unit=" texts", disable=None)

@@ -2,21 +2,21 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from effir_search.encoder import Encoder, checked_max_length
+from effir_search.encoder import Encoder, Tokens, checked_max_length
 from effir_search.files import refuse_existing
 from effir_search.model.arithmetic import facts, format_facts, planned
-from effir_search.model.checkpoint import hub_revision, lasting_name
+from effir_search.model.checkpoint import dtype_name, hub_revision, lasting_name, read_json
 from effir_search.model.layers import Kind
 from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
-from effir_search.pruning.importance import CRITERIA, Dropped, drift
+from effir_search.pruning.importance import CRITERIA, Dropped, announce, drift, num_passes
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def prune_encoder(
     size: int = NUM_TEXTS,
     seed: int = 0,
     calibration_length: int | None = None,
+    analysis: Path | None = None,
     **options: object,
 ) -> Pruned:
     """Drop parts of a model and save what is left as a model folder: ``effir prune``.
@@ -69,8 +70,12 @@ def prune_encoder(
         sources: Texts to measure importance on, see ``calibration.read_texts``; needed for ``numbers``.
         size: How many of them.
         seed: Of the sample.
-        calibration_length: Tokens of a text that importance is measured on; None = as many as the model reads.
-        options: As ``Encoder.from_pretrained`` takes them; None = its default.
+        calibration_length: Tokens of a text that importance is measured on; None = as many as the model reads. The
+            saved model keeps its own.
+        analysis: Folder of an analysis. If it measured this criterion on this model as it is, and on the same texts,
+            its scores are used instead of the same ones measured again.
+        options: As ``Encoder.from_pretrained`` takes them; None = its default. The saved model keeps what they say of
+            pooling, prompts, EOS and normalisation.
 
     Raises:
         ValueError: Nothing to drop, more than there is, no texts, or a model that cannot be pruned.
@@ -95,7 +100,6 @@ def prune_encoder(
         own = encoder.config
         length = checked_max_length(calibration_length or own.max_length, encoder.model, encoder.tokenizer)
         encoder.config = replace(own, max_length=length)
-        logger.info("measuring by %s on %d texts", criterion, len(calibration.texts))
         tokens = encoder.tokenize(calibration.texts, prompt=own.document_prompt)
         encoder.config = own
         reference = encoder.encode_tokens(tokens).embeddings
@@ -109,8 +113,12 @@ def prune_encoder(
     record |= {"criterion": criterion}
     for kind in NAMES:
         if number := numbers.get(kind, 0):
-            chosen, scores = _least_important(encoder, tokens, kind, number, criterion)
-            measured = {"scores": scores, "calibration": calibration.record(length)}
+            told = calibration.record(length)
+            # Of what it lacks now no analysis of the model says anything.
+            known = _analyzed(analysis, encoder, told, kind, number, criterion) if analysis and not dropped else None
+            order = known or _measured(encoder, tokens, kind, number, criterion)
+            chosen, scores = order[:number], {str(layer_idx): score for layer_idx, score in sorted(order)}
+            measured = {"scores": scores, "calibration": told}
             prune(encoder.model, **{kind: [part.layer_idx for part in chosen]}, record=record | measured)
             dropped[kind] = chosen
     cosine = 1 - drift(encoder, tokens, reference) if reference is not None else None
@@ -118,12 +126,31 @@ def prune_encoder(
     return Pruned(dropped, before, facts(encoder.model), cosine)
 
 
-def _least_important(
-    encoder: Encoder, tokens: object, kind: Kind, number: int, criterion: str
-) -> tuple[list[Dropped], dict[str, float]]:
-    """Return the parts to drop, and the scores that were measured, by layer."""
-    order = CRITERIA[criterion](encoder, tokens, [kind], number if criterion == "greedy" else None)[kind]
-    return order[:number], {str(layer_idx): score for layer_idx, score in sorted(order)}
+def _measured(encoder: Encoder, tokens: Tokens, kind: Kind, number: int, criterion: str) -> list[Dropped]:
+    """Return the parts of a kind in the order of dropping, at least those that are to go."""
+    announce(encoder, tokens, {criterion: num_passes(encoder.model, criterion, [kind], number)})
+    return CRITERIA[criterion](encoder, tokens, [kind], number if criterion == "greedy" else None)[kind]
+
+
+def _analyzed(
+    analysis: Path, encoder: Encoder, calibration: dict, kind: Kind, number: int, criterion: str
+) -> list[Dropped] | None:
+    """Return what ``_measured`` would, out of the folder of an analysis; None where it is of anything else."""
+    file = analysis / "analysis.json"
+    told = read_json(file)
+    here = {
+        "model_sha256": encoder.weights_sha256,
+        "dtype": dtype_name(encoder.dtype),
+        "encoder": asdict(replace(encoder.config, max_length=calibration["max_length"])),
+        "calibration": calibration | {"tokens": told.get("calibration", {}).get("tokens")},
+    }
+    other = [name for name in here if told.get(name) != here[name]]
+    order = [Dropped(*part) for part in told.get("order", {}).get(criterion, {}).get(kind, [])]
+    if other or len(order) < number:
+        lacks = f"is of another {other[0]}" if other else f"does not order {number} {NAMES[kind]} by {criterion}"
+        logger.info("%s %s, so importance is measured", file, lacks)
+        return None
+    return order[:number] if criterion == "greedy" else order
 
 
 def describe_pruned(pruned: Pruned, output: Path) -> str:
