@@ -485,6 +485,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option("--dev-split", default="dev", help="Its qrels.")
 @click.option("--dev-queries", type=click.IntRange(1), default=200, help="Sample of its queries.")
 @click.option("--dev-documents", type=click.IntRange(1), default=2000, help="Sample of its documents.")
+@click.option("--dev-remove-query", is_flag=True, help="There, drop the document whose id is the query's.")
 @click.option("--full", is_flag=True, help="Train all weights.  [default: below 1 billion]")
 @click.option("--lora-rank", type=click.IntRange(1), help="Train LoRA matrices only.  [default: 32 from 1 billion on]")
 @click.option("--lora-alpha", type=click.IntRange(1), help="Scale of LoRA.  [default: twice the rank]")
@@ -596,7 +597,9 @@ def data_given(options: dict[str, object]) -> object:
     help="Steps of fine-tuning, at most.  [default: 1 pass over the data; no labels: 2000, and at most 20 passes]",
 )
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
+@click.option("--dev-remove-query", is_flag=True, help="There, drop the document whose id is the query's.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
+@click.option("--remove-query", is_flag=True, help="In all of these, drop the document whose id is the query's.")
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
@@ -653,6 +656,7 @@ IN_RECIPE = {
     "batch_size": ("finetune", "batch_size"),
     "max_steps": ("finetune", "max_steps"),
     "collections": ("evaluate", "collections"),
+    "remove_query": ("evaluate", "remove_query"),
 }
 
 

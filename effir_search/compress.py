@@ -111,6 +111,8 @@ def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, o
     settings["encoder_sha256"] = weights_sha256(model.folder, model.weight_folders)
     del settings["output"], settings["evaluate"], settings["slim"]["gradient_checkpointing"]
     dev = {name: settings["data"].pop(name) for name in list(settings["data"]) if name.startswith("dev")}
+    if not dev["dev_remove_query"]:  # jobs of before there was this setting go on
+        del dev["dev_remove_query"]
     settings["finetune"] |= {"cached": settings["loss"].pop("cached"), **dev, "dev_files": dev_hashes(compression.data)}
     return json.loads(json.dumps(settings))
 
@@ -279,6 +281,7 @@ def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmar
         texts=texts,
         collections=compression.evaluate.collections,
         split=compression.evaluate.split,
+        remove_query=compression.evaluate.remove_query,
         seed=compression.seed,
         text_options=_text_options(compression, compression.encoder),
         **machine,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,14 +123,37 @@ def find_documents(sources: Mapping[str | Path, Sequence[str] | None], doc_ids: 
     wanted = set(doc_ids)
     found: dict[str, Document] = {}
     for source, fields in sources.items():
-        for document in read_corpus(source, fields=fields, on_bad_line=lambda _complaint: None):
-            if len(found) == len(wanted):
-                break
-            if document.doc_id in wanted:
-                found.setdefault(document.doc_id, document)
+        found |= documents_there(source, wanted - found.keys(), fields=fields)
     if missing := sorted(wanted - found.keys()):
         names = ", ".join(map(str, sources))
         raise ValueError(f'{names}: no document "{missing[0]}" ({len(missing)} of {len(wanted)} hits are not there)')
+    return found
+
+
+def documents_there(
+    source: str | Path, doc_ids: Collection[str], *, fields: Sequence[str] | None = None
+) -> dict[str, Document]:
+    """Return the documents of these ids, as far as the corpus has them, reading no further than the last.
+
+    A bad line is passed over: one that was left out of an index must not stop what is made of its hits.
+
+    Args:
+        source: As ``read_corpus`` takes it.
+        doc_ids: What is looked up.
+        fields: As ``read_corpus`` takes them.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    wanted = set(doc_ids)
+    found: dict[str, Document] = {}
+    if not wanted:
+        return found
+    for document in read_corpus(source, fields=fields, on_bad_line=lambda _complaint: None):
+        if document.doc_id in wanted:
+            found[document.doc_id] = document
+            if len(found) == len(wanted):
+                break
     return found
 
 

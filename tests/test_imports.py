@@ -18,6 +18,7 @@ LEAVES = {
     "files": set(),
     "corpus": {"files"},
     "trec": {"corpus", "files"},
+    "own_documents": {"corpus", "trec"},
     "pooling": set(),
     "ahead": set(),
     "messages": set(),

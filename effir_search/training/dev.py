@@ -13,6 +13,7 @@ from effir_search.corpus import Document, beir_file, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
+from effir_search.own_documents import check_own_documents
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
@@ -64,26 +65,48 @@ def read_dev_split(
 
 
 def search_exactly(
-    encoder: Encoder, queries: Sequence[Query], documents: Sequence[Document], *, k: int = 100
+    encoder: Encoder,
+    queries: Sequence[Query],
+    documents: Sequence[Document],
+    *,
+    k: int = 100,
+    remove_query: bool = False,
 ) -> list[ScoredDoc]:
-    """Return each query's best documents by the model's similarity to all of them, which are in memory."""
+    """Return each query's best documents by the model's similarity to all of them, which are in memory.
+
+    With ``remove_query`` the document whose id is the query's is left out.
+    """
     document_vectors = scale(encoder.encode_documents(documents), encoder.config)
     query_vectors = scale(encoder.encode_queries([query.text for query in queries]), encoder.config)
     scores = query_vectors @ document_vectors.T
+    if remove_query:
+        column = {document.doc_id: number for number, document in enumerate(documents)}
+        for row, query in enumerate(queries):
+            if query.query_id in column:
+                scores[row, column[query.query_id]] = -np.inf
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return [
         ScoredDoc(query.query_id, documents[column].doc_id, float(scores[row, column]))
         for row, query in enumerate(queries)
         for column in best[row]
+        if scores[row, column] > -np.inf
     ]
 
 
-def ndcg(split: DevSplit) -> Measure:
-    """Return nDCG@10 of an encoder's exact search in a dev split."""
+def ndcg(split: DevSplit, *, remove_query: bool = False) -> Measure:
+    """Return nDCG@10 of an encoder's exact search in a dev split; queries that are among its documents are told of.
+
+    Args:
+        split: Queries, documents and judgments.
+        remove_query: Leave out the document whose id is the query's.
+    """
     measures = parse_measures("nDCG@10")
+    documents = {document.doc_id: document for document in split.documents}
+    option = "--dev-remove-query (dev_remove_query in [data] of a recipe)"
+    check_own_documents("--dev", split.queries, documents, remove_query=remove_query, option=option)
 
     def measure(encoder: Encoder) -> float:
-        run = search_exactly(encoder, split.queries, split.documents)
+        run = search_exactly(encoder, split.queries, split.documents, remove_query=remove_query)
         return float(evaluate(run, split.qrels, measures)[measures[0]])
 
     return "nDCG@10", measure

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from effir_search.corpus import Document, beir_file, check_unicode, document_text, parse_json_object, read_corpus
+from effir_search.corpus import Document, beir_file, check_unicode, document_text, documents_there, parse_json_object
 from effir_search.files import decode, read_lines, whole_file
 from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
@@ -250,17 +250,7 @@ def find_texts(corpus: str | Path, doc_ids: Collection[str]) -> dict[str, str]:
     Raises:
         OSError: A file cannot be read.
     """
-    wanted = set(doc_ids)
-    found: dict[str, str] = {}
-    if not wanted:
-        return found
-    # As in a search: a line that was left out of the index must not stop what is made of its hits.
-    for document in read_corpus(corpus, on_bad_line=lambda _complaint: None):
-        if document.doc_id in wanted:
-            found[document.doc_id] = document_text(document)
-            if len(found) == len(wanted):
-                break
-    return found
+    return {doc_id: document_text(document) for doc_id, document in documents_there(corpus, doc_ids).items()}
 
 
 def find_queries(topics: str | Path, query_ids: Collection[str]) -> dict[str, str]:

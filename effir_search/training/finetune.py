@@ -295,7 +295,7 @@ def _dev_measure(data: Data) -> Measure | None:
     if data.dev is None:
         return None
     size = {"num_queries": data.dev_queries, "num_documents": data.dev_documents}
-    return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size))
+    return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size), remove_query=data.dev_remove_query)
 
 
 def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe: Recipe, folder: Path) -> dict:
