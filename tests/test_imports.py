@@ -70,7 +70,7 @@ ALLOWED = LEAVES | {
     "training.mine": BRIDGE | {"training.examples", "training.teachers"},
     "training.objective": ENCODER | {"encoder"} | {f"training.{name}" for name in ("losses", "examples", "unlabelled")},
     "training.unlabelled": ENCODER | {"encoder", "training.lines"},
-    "training.dev": BRIDGE | {"evaluate", "training.objective", "training.unlabelled"},
+    "training.dev": BRIDGE | {"evaluate", "training.examples", "training.objective", "training.unlabelled"},
     "training.trainer": {"files", "encoder", "model.checkpoint", "training.dev", "training.objective"},
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},

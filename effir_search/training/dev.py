@@ -14,6 +14,7 @@ from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
 from effir_search.own_documents import check_own_documents
+from effir_search.training.examples import warn_of_missing
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
@@ -45,14 +46,17 @@ def read_dev_split(
         seed: Of both samples.
 
     Raises:
-        ValueError: A bad line, or a split without a relevant document.
+        ValueError: A bad line, or a split without a relevant document, or of other topics or another corpus.
         OSError: A file cannot be read.
     """
     corpus, topics = str(beir_file(folder, "corpus.jsonl")), beir_file(folder, "queries.jsonl")
     qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
-    judged = sorted({qrel.query_id for qrel in qrels if qrel.relevance > 0})
+    judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     if not judged:
         raise ValueError(f"{folder}: no relevant document in its split {split!r}")
+    found = {query.query_id: query for query in read_topics(topics) if query.query_id in judged}
+    warn_of_missing(f"qrels/{split}.tsv", topics, "topic", judged, found)
+    judged = sorted(found)
     generator = random.Random(seed)
     chosen = set(generator.sample(judged, min(num_queries, len(judged))))
     qrels = [qrel for qrel in qrels if qrel.query_id in chosen]
@@ -60,8 +64,11 @@ def read_dev_split(
     others = [document.doc_id for document in read_corpus(corpus) if document.doc_id not in wanted]
     wanted.update(generator.sample(others, min(max(0, num_documents - len(wanted)), len(others))))
     documents = [document for document in read_corpus(corpus) if document.doc_id in wanted]
-    queries = [query for query in read_topics(topics) if query.query_id in chosen]
-    return DevSplit(queries, documents, qrels)
+    relevant = {qrel.doc_id for qrel in qrels if qrel.relevance > 0}
+    there = {document.doc_id: document for document in documents}
+    warn_of_missing(f"qrels/{split}.tsv", corpus, "document", relevant, there)
+    queries = [query for query in found.values() if query.query_id in chosen]
+    return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in there])
 
 
 def search_exactly(
