@@ -232,7 +232,7 @@ def search(
 @cli.command()
 @click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
-@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
 @click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Format of the answer.")
 @click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
 @click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
@@ -248,7 +248,7 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 @click.argument("baseline", type=PATH)
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
-@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
 @click.option("--format", "form", type=click.Choice(COMPARISON_FORMATS), default="text", help="Format of the answer.")
 @click.option(
     "--figure", type=PATH, help="PNG of each query's difference in the first measure; an existing one is replaced."
