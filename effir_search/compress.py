@@ -22,9 +22,10 @@ from effir_search.model.sentence_files import prunable_config, read_sentence_fil
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
-from effir_search.slim import check_cut, slim_encoder
+from effir_search.slim import OF_LOSS, check_cut, slim_encoder
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
 from effir_search.training.finetune import check_batch, check_training, finetune, resolved_recipe
+from effir_search.training.objective import check_examples
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def compress(
             reading = _teacher_options(compression)
             prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
             loaded = load(folder, data, compression.seed)
+            _check_examples(compression, loaded)
             _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
             _analyze(compression, folder, machine)
             _drop(compression, folder, machine)
@@ -162,6 +164,17 @@ def _check(compression: Compression, device: str) -> None:
             raise ValueError(f"{collection}: two collections to evaluate on have this name; rename one")
         names.add(collection.name)
         collection_files(collection, evaluated.split)
+
+
+def _check_examples(compression: Compression, loaded: Loaded) -> None:
+    """Raise now what slimming and fine-tuning would raise of examples that nothing can be learned from."""
+    if not compression.data.train:
+        return
+    sizes = [compression.finetune.batch_size]
+    if compression.slim.narrow and compression.slim.criterion in OF_LOSS:
+        sizes.append(compression.slim.batch_size)
+    for size in sizes:
+        check_examples(loaded.dataset, size, compression.loss)
 
 
 def _drops(compression: Compression) -> dict[str, int]:

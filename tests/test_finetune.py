@@ -285,6 +285,16 @@ def test_the_measure_of_a_dev_split_is_that_of_the_commands(tmp_path, toy_index,
     assert f"{found:.4f}" in CliRunner().invoke(command, [str(a) for a in arguments]).stdout
 
 
+@pytest.mark.parametrize("settings", [{"cached": True}, {"dimensions": (16,)}, {}])
+def test_a_batch_of_one_without_negatives_is_an_error_and_leaves_no_model(tmp_path, bert_folder, settings):
+    records = [{"query": "hot soup", "positives": ["tomato soup"]}, {"query": "red", "positives": ["red tomato"]}]
+    data = Data(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
+    recipe, losses = Recipe(batch_size=1, max_steps=1, bf16=False), LossSettings(**settings)
+    with pytest.raises(ValueError, match="a batch of 1 example without hard negatives: no query meets a document"):
+        finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=losses, device="cpu")
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_a_dev_split_is_sampled_from_the_queries_that_are_there(tmp_path, collection, caplog):
     folder = shutil.copytree(collection, tmp_path / "folder")
     with open(folder / "qrels" / "test.tsv", "a") as file:

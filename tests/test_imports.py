@@ -82,7 +82,7 @@ ALLOWED = LEAVES | {
     "recipe": {"files", "ranges", "slim", "training.data", "training.finetune", "training.objective"},
     "compress": SEARCH
     | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
-    | {f"training.{name}" for name in ("data", "finetune")},
+    | {f"training.{name}" for name in ("data", "finetune", "objective")},
     "demo": SEARCH
     | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe", "training.data"},
     "cli": SEARCH
