@@ -1,6 +1,7 @@
 """Two models side by side: nDCG@10 on test collections through the whole path, sizes, documents a second."""
 
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -12,15 +13,18 @@ from types import MappingProxyType
 
 import numpy as np
 
-from effir_search.corpus import beir_file
+from effir_search.corpus import beir_file, documents_there
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate_queries, parse_measures
 from effir_search.files import whole_file
 from effir_search.index import index_corpus
 from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
 from effir_search.model.checkpoint import file_sha256, read_json
-from effir_search.search import search_topics
-from effir_search.trec import read_qrels, read_run
+from effir_search.own_documents import check_own_documents
+from effir_search.search import load_encoder, load_topics, search
+from effir_search.trec import read_qrels, read_run, read_topics, write_run
+
+logger = logging.getLogger(__name__)
 
 RESAMPLES = 10_000
 # Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn: so
@@ -65,6 +69,7 @@ def benchmark(
     texts: Sequence[str],
     collections: Sequence[str] = (),
     split: str = "test",
+    remove_query: bool = False,
     seed: int = 0,
     text_options: Mapping[str, object] = MappingProxyType({}),
     **options: object,
@@ -78,6 +83,7 @@ def benchmark(
         texts: Documents that speed and cosine are measured on.
         collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
         split: Name of the qrels.
+        remove_query: Leave out the document whose id is the query's, as in ArguAna; it stays in the runs.
         seed: Of the bootstrap.
         text_options: Of the full model alone, as ``Encoder.from_pretrained`` takes them.
         options: Of both, likewise; None = its default.
@@ -97,7 +103,8 @@ def benchmark(
         for role, run in runs.items():
             if not run.is_file():
                 _search(corpus, topics, qrels, roles[role], run, given[role])
-        figures[collection.name] = ndcg_per_query(list(runs.values()), qrels)
+        figures[collection.name] = ndcg_per_query(list(runs.values()), qrels, remove_query=remove_query)
+        _check_topics(collection, corpus, topics, qrels, remove_query=remove_query)
     encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
@@ -151,14 +158,35 @@ def _search(corpus: str, topics: str, qrels: str, model: str, run: Path, options
     index_dir = run.with_suffix(".index")
     if not index_dir.is_dir():
         index_corpus(corpus, model, index_dir, **options)
-    search_topics(topics, run, index_dir=index_dir, qrels=qrels, hits=HITS, tag=run.stem, **options)
+    chosen, encoder = load_topics(topics, qrels=read_qrels(qrels)), load_encoder(index_dir, **options)
+    write_run(search(index_dir, encoder, chosen, k=HITS), run, tag=run.stem)
     shutil.rmtree(index_dir)
 
 
-def ndcg_per_query(runs: Sequence[Path], qrels: str) -> np.ndarray:
-    """Return nDCG@10 of each run, ``(runs, queries)``, for the judged queries that have a relevant document."""
+def _check_topics(collection: Path, corpus: str, topics: str, qrels: str, *, remove_query: bool) -> None:
+    """Warn of what hides differences between models: queries that are documents, and those that are not there."""
+    judged = {qrel.query_id for qrel in read_qrels(qrels) if qrel.relevance > 0}
+    queries = [query for query in read_topics(topics) if query.query_id in judged]
+    if lacking := len(judged) - len(queries):
+        logger.warning("%s: %d of %d judged queries are no topics and count 0", collection, lacking, len(judged))
+    documents = documents_there(corpus, [query.query_id for query in queries])
+    option = "--remove-query (remove_query in [evaluate] of a recipe)"
+    check_own_documents(str(collection), queries, documents, remove_query=remove_query, option=option)
+
+
+def ndcg_per_query(runs: Sequence[Path], qrels: str, *, remove_query: bool = False) -> np.ndarray:
+    """Return nDCG@10 of each run, ``(runs, queries)``, for the judged queries that have a relevant document.
+
+    Args:
+        runs: TREC runs.
+        qrels: Judgments.
+        remove_query: Leave out hits whose document has the query's id.
+    """
     judgments, (measure,) = read_qrels(qrels), parse_measures("nDCG@10")
-    of_runs = [evaluate_queries(read_run(run), judgments, [measure], only_with_positives=True) for run in runs]
+    of_runs = []
+    for run in runs:
+        hits = [hit for hit in read_run(run) if not (remove_query and hit.doc_id == hit.query_id)]
+        of_runs.append(evaluate_queries(hits, judgments, [measure], only_with_positives=True))
     return np.array([[of_query[measure] for of_query in of_run.per_query.values()] for of_run in of_runs])
 
 

@@ -252,7 +252,7 @@ def search(
 @cli.command()
 @click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
-@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
 @click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Format of the answer.")
 @click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
 @click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
@@ -268,7 +268,7 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 @click.argument("baseline", type=PATH)
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
-@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
 @click.option("--format", "form", type=click.Choice(COMPARISON_FORMATS), default="text", help="Format of the answer.")
 @click.option(
     "--figure", type=PATH, help="PNG of each query's difference in the first measure; an existing one is replaced."
@@ -503,6 +503,7 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 @click.option("--dev-split", default="dev", help="Its qrels.")
 @click.option("--dev-queries", type=click.IntRange(1), default=200, help="Sample of its queries.")
 @click.option("--dev-documents", type=click.IntRange(1), default=2000, help="Sample of its documents.")
+@click.option("--dev-remove-query", is_flag=True, help="There, drop the document whose id is the query's.")
 @click.option("--full", is_flag=True, help="Train all weights.  [default: below 1 billion]")
 @click.option("--lora-rank", type=click.IntRange(1), help="Train LoRA matrices only.  [default: 32 from 1 billion on]")
 @click.option("--lora-alpha", type=click.IntRange(1), help="Scale of LoRA.  [default: twice the rank]")
@@ -613,7 +614,9 @@ def data_given(options: dict[str, object]) -> object:
     help="Steps of fine-tuning, at most.  [default: 1 pass over the data; no labels: 2000, and at most 20 passes]",
 )
 @click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
+@click.option("--dev-remove-query", is_flag=True, help="There, drop the document whose id is the query's.")
 @click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
+@click.option("--remove-query", is_flag=True, help="In all of these, drop the document whose id is the query's.")
 @click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
@@ -671,6 +674,7 @@ IN_RECIPE = {
     "batch_size": ("finetune", "batch_size"),
     "max_steps": ("finetune", "max_steps"),
     "collections": ("evaluate", "collections"),
+    "remove_query": ("evaluate", "remove_query"),
 }
 
 

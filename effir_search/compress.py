@@ -23,9 +23,10 @@ from effir_search.model.sentence_files import prunable_config, read_sentence_fil
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.recipe import RECIPE_FILE, Compression, format_recipe
-from effir_search.slim import check_cut, slim_encoder
+from effir_search.slim import OF_LOSS, check_cut, slim_encoder
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
 from effir_search.training.finetune import check_processes, check_training, finetune, resolved_recipe
+from effir_search.training.objective import check_examples
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def compress(
             reading = _teacher_options(compression) | stock
             prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
             loaded = load(folder, data, compression.seed)
+            _check_examples(compression, loaded)
             _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
             _analyze(compression, folder, machine)
             _drop(compression, folder, machine)
@@ -113,6 +115,8 @@ def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, o
     settings["encoder_sha256"] = weights_sha256(model.folder, model.weight_folders)
     del settings["output"], settings["evaluate"], settings["slim"]["gradient_checkpointing"]
     dev = {name: settings["data"].pop(name) for name in list(settings["data"]) if name.startswith("dev")}
+    if not dev["dev_remove_query"]:  # jobs of before there was this setting go on
+        del dev["dev_remove_query"]
     settings["finetune"] |= {"cached": settings["loss"].pop("cached"), **dev, "dev_files": dev_hashes(compression.data)}
     return json.loads(json.dumps(settings))
 
@@ -166,6 +170,17 @@ def _check(compression: Compression, device: str) -> None:
 
 def _config(compression: Compression) -> PretrainedConfig:
     return prunable_config(compression.encoder, stock_architecture=compression.stock_architecture)
+
+
+def _check_examples(compression: Compression, loaded: Loaded) -> None:
+    """Raise now what slimming and fine-tuning would raise of examples that nothing can be learned from."""
+    if not compression.data.train:
+        return
+    sizes = [compression.finetune.batch_size]
+    if compression.slim.narrow and compression.slim.criterion in OF_LOSS:
+        sizes.append(compression.slim.batch_size)
+    for size in sizes:
+        check_examples(loaded.dataset, size, compression.loss)
 
 
 def _drops(compression: Compression) -> dict[str, int]:
@@ -300,6 +315,7 @@ def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmar
         texts=texts,
         collections=compression.evaluate.collections,
         split=compression.evaluate.split,
+        remove_query=compression.evaluate.remove_query,
         seed=compression.seed,
         text_options=_text_options(compression, compression.encoder),
         **machine,

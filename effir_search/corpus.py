@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -49,6 +49,9 @@ class CorpusFields(NamedTuple):
 
     texts: Sequence[str] | None = None
     id: str | None = None
+
+
+DEFAULT_FIELDS = CorpusFields()
 
 
 class CorpusSummary(NamedTuple):
@@ -166,15 +169,38 @@ def find_documents(sources: Mapping[str | Path, CorpusFields], doc_ids: Iterable
     wanted = set(doc_ids)
     found: dict[str, Document] = {}
     for source, fields in sources.items():
-        read = read_corpus(source, fields=fields.texts, id_field=fields.id, on_bad_line=lambda _complaint: None)
-        for document in read:
-            if len(found) == len(wanted):
-                break
-            if document.doc_id in wanted:
-                found.setdefault(document.doc_id, document)
+        found |= documents_there(source, wanted - found.keys(), fields=fields)
     if missing := sorted(wanted - found.keys()):
         names = ", ".join(map(str, sources))
         raise ValueError(f'{names}: no document "{missing[0]}" ({len(missing)} of {len(wanted)} hits are not there)')
+    return found
+
+
+def documents_there(
+    source: str | Path, doc_ids: Collection[str], *, fields: CorpusFields = DEFAULT_FIELDS
+) -> dict[str, Document]:
+    """Return the documents of these ids, as far as the corpus has them, reading no further than the last.
+
+    A bad line is passed over: one that was left out of an index must not stop what is made of its hits.
+
+    Args:
+        source: As ``read_corpus`` takes it.
+        doc_ids: What is looked up.
+        fields: JSON fields that are read.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    wanted = set(doc_ids)
+    found: dict[str, Document] = {}
+    if not wanted:
+        return found
+    read = read_corpus(source, fields=fields.texts, id_field=fields.id, on_bad_line=lambda _complaint: None)
+    for document in read:
+        if document.doc_id in wanted:
+            found[document.doc_id] = document
+            if len(found) == len(wanted):
+                break
     return found
 
 

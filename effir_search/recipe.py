@@ -83,10 +83,16 @@ class Evaluated:
     Attributes:
         collections: BEIR folders.
         split: Their qrels.
+        remove_query: Leave out the document whose id is the query's, for collections whose queries are documents.
     """
 
     collections: tuple[str, ...] = ()
     split: str = "test"
+    remove_query: bool = False
+
+    def __post_init__(self) -> None:
+        if self.remove_query and not self.collections:
+            raise ValueError("--remove-query goes with --evaluate")
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
 """Topics to a run: encode the queries, search an index through Pyserini, order ties as trec_eval does."""
 
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ir_measures import Qrel, ScoredDoc
 from tqdm import tqdm
 
-from effir_search.corpus import IR_DATASETS, CorpusFields, Document, find_documents
+from effir_search.corpus import DEFAULT_FIELDS, IR_DATASETS, CorpusFields, Document, documents_there, find_documents
 from effir_search.encoder import Encoder
 from effir_search.index import absolute_name, read_index_info, require_index, scale
 from effir_search.kinds import largest_cosine, set_search_parameters
+from effir_search.own_documents import has_text, warn_of_own_documents
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
 from effir_search.trec import FLOAT32_MAX, Query, read_qrels, read_topics, strictly_decreasing, write_run
 
@@ -21,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 # Queries that are encoded and searched together.
 BATCH_SIZE = 256
+# Among so many first hits a document of the query's own id is looked at: is it the query itself?
+OWN_HITS = 10
+# Difference of two scores of the same two texts, relative: in bfloat16 a vector depends on what shares its batch.
+ROUNDING = 5e-3
 
 
 def search(
@@ -192,7 +199,48 @@ def search_topics(
     model = load_encoder(_folders(index_dir)[0], encoder, **options)
     effort = {"threads": threads, "ef_search": ef_search, "nprobe": nprobe}
     found = search(index_dir, model, chosen, k=hits or 1000, remove_query=remove_query, **effort)
-    return len(chosen), write_run(found, output, tag=tag)
+    own_scores: dict[str, float] = {}
+    num_hits = write_run(_noting_own(found, own_scores), output, tag=tag)
+    own = [query for query in chosen if query.query_id in own_scores]
+    if own and (number := _count_own(_folders(index_dir), model, own, own_scores)):
+        warn_of_own_documents(str(output), number, len(chosen), "--remove-query")
+    return len(chosen), num_hits
+
+
+def _noting_own(hits: Iterable[ScoredDoc], own_scores: dict[str, float]) -> Iterator[ScoredDoc]:
+    """Yield the hits, and note by query id the score of a document that has this id and is among the first hits."""
+    for query_id, of_query in itertools.groupby(hits, key=lambda hit: hit.query_id):
+        for rank, hit in enumerate(of_query, start=1):
+            if hit.doc_id == query_id and rank <= OWN_HITS:
+                own_scores[query_id] = hit.score
+            yield hit
+
+
+def _count_own(
+    folders: Sequence[Path], encoder: Encoder, queries: Sequence[Query], own_scores: Mapping[str, float]
+) -> int:
+    """Return how many of these queries are the text of the document of their id, as far as can be told.
+
+    The corpus tells it if it is where it was. Else the score does: that of a document which is the query.
+    """
+    infos = [read_index_info(folder) for folder in folders]
+    if all(info is not None and Path(info.corpus or "").is_absolute() for info in infos):
+        documents: dict[str, Document] = {}
+        try:
+            for info in infos:
+                documents |= documents_there(
+                    info.corpus, own_scores.keys(), fields=CorpusFields(info.corpus_fields, info.corpus_id_field)
+                )
+        except (OSError, ValueError) as error:
+            logger.debug("the corpus of the index cannot be read any more: %s", error)
+        if documents.keys() == own_scores.keys():
+            return sum(has_text(documents[query.query_id], query.text) for query in queries)
+    texts = [query.text for query in queries]
+    as_queries = scale(encoder.encode_queries(texts), encoder.config)
+    as_documents = scale(encoder.encode_documents(texts), encoder.config)
+    itself = (as_queries * as_documents).sum(axis=1)
+    found = np.array([own_scores[query.query_id] for query in queries])
+    return int((abs(found - itself) <= ROUNDING * abs(itself)).sum())
 
 
 def search_text(
@@ -234,7 +282,7 @@ def _with_fields(corpora: Sequence[str], folders: Sequence[Path]) -> dict[str, C
     """The fields of each corpus that were indexed; of one that no index names, those of the first index."""
     infos = [info for folder in folders if (info := read_index_info(folder)) is not None]
     fields = {info.corpus: CorpusFields(info.corpus_fields, info.corpus_id_field) for info in infos}
-    others = fields[infos[0].corpus] if infos else CorpusFields()
+    others = fields[infos[0].corpus] if infos else DEFAULT_FIELDS
     return {corpus: fields.get(absolute_name(corpus), others) for corpus in corpora}
 
 

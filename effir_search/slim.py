@@ -43,6 +43,8 @@ from effir_search.training.unlabelled import PlainText, encode_texts
 
 # Criteria that run nothing and so need no texts.
 WITHOUT_TEXTS = ("magnitude", "random")
+# Criteria that score by what the loss is.
+OF_LOSS = ("gates", "taylor")
 # In the folder of a job that was stopped.
 GATES_FILE = "gates.safetensors"
 # Texts, or examples, whose embeddings before and after are compared.
@@ -244,6 +246,8 @@ def _scored(
     number = scoring.steps if learns else min(scoring.steps, one_pass)
     own = {name: getattr(scoring, name) for name in ("learning_rate", "penalty")} if learns else {}
     objective = objective_of(encoder, losses, teacher, bf16=bool(scoring.bf16), alone=True)
+    if scoring.criterion in OF_LOSS:
+        objective.check(loaded.dataset, scoring.batch_size)
 
     def loss(batch: Mapping[str, object]) -> Tensor:
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bool(scoring.bf16)):

@@ -146,6 +146,18 @@ def test_labels_train_all_stages_too(tmp_path, models, recipe):
     assert "nDCG" not in result.output
 
 
+@pytest.mark.parametrize("options", [["--batch-size", 1], ["--negatives", 0, "--batch-size", 1]])
+def test_examples_that_nothing_can_be_learned_from_are_an_error_before_the_first_stage(
+    tmp_path, models, recipe, options
+):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"query": "hot soup", "positives": ["tomato soup"]}] * 8)
+    output = tmp_path / "small"
+    given = ["--encoder", models["bert"], "--train", train, "--output", output, "--device", "cpu", *options]
+    result = run("--recipe", recipe, *given)
+    assert result.exit_code == 1 and "without hard negatives: no query meets a document" in result.output
+    assert not (output.with_name("small.stages") / "1-analysis").exists() and not output.exists()
+
+
 # What is there when a job is in the stage.
 MARKS = {
     "analysis": "calibration.jsonl",

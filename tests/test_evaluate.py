@@ -204,20 +204,7 @@ def test_a_measure_whose_own_program_fails_is_an_error_that_names_it():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "quality",
-        "nDCG@",
-        "nDCG@ten",
-        "nDCG@10.5",
-        "nDCG@-1",
-        "P",
-        "nDCG(depth=3)",
-        "AP(rel='a')",
-        "AP(rel=2",
-        "1",
-        "@10",
-    ],
+    "name", ["quality", "nDCG@", "nDCG@ten", "nDCG@-1", "AP(rel=2", "1", "@10", "ndcg_cut", "map_cut_10x", "official"]
 )
 def test_an_unknown_measure_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match="measure .*ir-measures has names like nDCG@10, R@100, RR@10, AP") as caught:
@@ -225,10 +212,112 @@ def test_an_unknown_measure_is_an_error_that_names_it(name):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nDCG@0", "'nDCG@0': its cutoff is 0; it must be from 1 to 2147483647"),
+        ("P@99999999999999999999", "its cutoff is 99999999999999999999; it must be from 1"),
+        ("ndcg_cut_0", "its cutoff is 0"),
+        ("Accuracy@0", "its cutoff is 0"),
+        ("nDCG@10.5", r"its cutoff is 10\.5; it must be from 1"),
+        ("P@True", "its cutoff is True"),
+        ("AP(rel=0)", "its rel is 0; it must be from 1 to 1000000"),
+        ("AP(rel='a')", "its rel is 'a'"),
+        ("IPrec@1.5", r"its recall is 1\.5; it must be from 0 to 1"),
+        ("IPrec@0.123", "with two decimals at most"),
+        ("SetF(beta=0.0000001)", "its beta is 1e-07"),
+        ("Compat(p=1)", r"its p is 1\.0; it must be between 0 and 1"),
+        ("nDCG(gains={1: 2.5})", r"its gains is \{1: 2\.5\}; it must be whole numbers by grade"),
+        ("nDCG(dcg='log3')@10", "its dcg is 'log3'; it must be one of log2, exp-log2"),
+        ("R(judged_only=1)@10", "its judged_only is 1; it must be a bool"),
+        ("P", "measure 'P' needs a cutoff, as in P@10"),
+        ("IPrec", "measure 'IPrec' needs a recall, as in IPrec@0.5"),
+        ("nDCG(depth=3)", "takes no depth; it takes cutoff, dcg, gains, judged_only"),
+        ("NumQ@10", "takes no cutoff; it takes no parameter"),
+        ("ERR", "'ERR' is known to ir-measures, but no tool computes it so; try a cutoff"),
+    ],
+)
+def test_a_parameter_that_no_tool_can_compute_with_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_measures(name)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pyndeval") is not None, reason="pyndeval computes alpha_nDCG")
-def test_a_measure_that_no_installed_package_computes_is_an_error():
-    with pytest.raises(ValueError, match="'alpha_nDCG@10' is known to ir-measures, but needs a package that is not"):
+def test_a_measure_that_no_installed_package_computes_is_an_error_that_says_which_does():
+    with pytest.raises(ValueError, match=r"'alpha_nDCG@10' is known .* that is not installed: pip install .*pyndeval"):
         parse_measures("alpha_nDCG@10")
+
+
+def test_every_measure_that_is_read_has_a_value_or_an_error_of_its_own():
+    # In a process of its own: some tools end theirs where they cannot compute.
+    program = """
+import ir_measures
+from ir_measures import Qrel, ScoredDoc
+from effir_search.evaluate import evaluate, parse_measures
+
+qrels = [Qrel("1", "a", 1), Qrel("1", "b", 2), Qrel("1", "c", 0), Qrel("2", "d", 1), Qrel("3", "e", 1)]
+run = [ScoredDoc("1", "c", 0.9), ScoredDoc("1", "b", 0.8), ScoredDoc("2", "d", 0.5), ScoredDoc("2", "x", 0.4)]
+for name in ir_measures.measures.registry:
+    for end in ("", "@0", "@1", "@10", "@2147483647", "@3000000000", "@0.5", "(rel=0)", "(rel=7)@3", "(rel=1000000)"):
+        try:
+            (value,) = evaluate(run, qrels, parse_measures(name + end)).values()
+            assert 0 <= value < 10, (name, end, value)
+        except ValueError as error:
+            assert "\\n" not in str(error) and name in str(error), (name, end, error)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, stderr=subprocess.PIPE)
+
+
+TREC_NAMES = {
+    "map": "AP", "map_cut_100": "AP@100", "ndcg": "nDCG", "ndcg_cut_10": "nDCG@10", "ndcg_cut.10": "nDCG@10",
+    "P_10": "P@10", "P.5": "P@5", "recall_100": "R@100", "recip_rank": "RR", "success_5": "Success@5",
+    "Rprec": "Rprec", "bpref": "Bpref", "infAP": "infAP", "iprec_at_recall_0.10": "IPrec@0.1", "num_q": "NumQ",
+    "num_rel": "NumRel", "num_ret": "NumRet", "num_rel_ret": "NumRelRet", "set_P": "SetP", "set_recall": "SetR",
+    "set_F": "SetF", "set_map": "SetAP", "set_relative_P": "SetRelP",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("trec_name", "name"), TREC_NAMES.items())
+def test_measures_have_trec_evals_names_too(trec_name, name):
+    assert parse_measures(trec_name) == parse_measures(name)
+
+
+def test_whole_numbers_are_read_where_real_ones_are_meant():
+    assert parse_measures("IPrec@0 IPrec@1 SetF(beta=2)") == parse_measures("IPrec@0.0 IPrec@1.0 SetF(beta=2.0)")
+
+
+# Measures of which ir-measures alone would compute something else
+
+
+def test_the_mean_of_accuracy_counts_every_judged_query():
+    accuracy = parse_measures("Accuracy@10")
+    # q1 ranks c, b, x, a: of b or a with c or x, only (b, x) is in order. q2 is in order, q3 not in the run.
+    per_query = {"q1": 1 / 4, "q2": 1.0, "q3": 0.0}
+    found = evaluate_queries(RUN, QRELS, accuracy)
+    assert {query_id: of[accuracy[0]] for query_id, of in found.per_query.items()} == per_query
+    assert found.mean[accuracy[0]] == pytest.approx(1.25 / 3)
+    assert evaluate(RUN, QRELS, parse_measures("Accuracy(rel=2)@1")) == {parse_measures("Accuracy(rel=2)@1")[0]: 0.0}
+
+
+def test_a_measure_without_a_value_is_an_error_that_names_it():
+    # At cutoff 1, q2 has a relevant document and no other to be compared with.
+    with pytest.raises(
+        ValueError, match="Accuracy@1 has no value for a query of which all hits that count are relevant"
+    ):
+        evaluate(RUN, QRELS, parse_measures("Accuracy@1"))
+
+
+def test_no_measure_changes_another():
+    # Together, ir-measures counts only judged hits for NumRet, and computes one of the two IPrec.
+    names = "NumRet P(judged_only=True)@10 IPrec@0.5 IPrec(judged_only=True)@0.5 nDCG(gains={1: 5})@10 nDCG@10"
+    together = evaluate(RUN, QRELS, parse_measures(names))
+    alone = {measure: evaluate(RUN, QRELS, [measure])[measure] for measure in parse_measures(names)}
+    assert together == alone and together[parse_measures("NumRet")[0]] == 6
+
+
+def test_a_grade_that_trec_eval_has_no_room_for_is_an_error():
+    with pytest.raises(ValueError, match="the qrels have the grade 999999999; the highest that counts is 1000000"):
+        evaluate(RUN, [Qrel("q1", "a", 999_999_999)], MEASURES)
 
 
 @pytest.mark.parametrize("text", ["", " , "])
@@ -368,6 +457,7 @@ def test_means_are_those_of_pyserinis_trec_eval_also_with_ties(tmp_path):
     from effir_search.pyserini_bridge import java_home
 
     names = {"nDCG@10": "ndcg_cut.10", "R@20": "recall.20", "RR": "recip_rank", "AP": "map", "P@5": "P.5"}
+    names |= {"NumQ": "num_q", "NumRel": "num_rel", "NumRet": "num_ret", "IPrec@0.1": "iprec_at_recall.0.10"}
     run_path, qrels_path = trec_files(tmp_path, *random_collection(ties=True))
     (package,) = importlib.util.find_spec("pyserini").submodule_search_locations
     (jar,) = Path(package).glob("resources/jars/anserini-*-fatjar.jar")
@@ -376,7 +466,7 @@ def test_means_are_those_of_pyserinis_trec_eval_also_with_ties(tmp_path):
     command = [Path(java_home(), "bin", "java"), "-cp", jar, "trec_eval", "-c", *measures, qrels_path, run_path]
     expected = printed(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     found = printed(format_evaluation(evaluate_run(run_path, str(qrels_path), " ".join(names)), "text"))
-    assert {name.replace(".", "_"): found[ours] for ours, name in names.items()} == expected
+    assert {name.replace(".", "_", 1): found[ours] for ours, name in names.items()} == expected
 
 
 def test_each_query_has_the_value_that_ir_measures_gives_it():

@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -222,6 +223,26 @@ def test_a_source_without_a_record_is_an_error(tmp_path, collection):
         next(read_records(tmp_path / "missing.jsonl"))
 
 
+def test_what_qrels_name_and_their_folder_lacks_is_left_out_and_told_once(tmp_path, collection, caplog):
+    folder = shutil.copytree(collection, tmp_path / "folder")
+    with open(folder / "qrels" / "test.tsv", "a") as file:
+        file.write("1\tgone\t1\n7\t001\t1\n2\tlost\t0\n")
+    expected = [record for _, record in read_records(collection, split="test")]
+    assert prepare_examples(folder, tmp_path / "prepared.jsonl", split="test") == sum(
+        len(record.positives) for record in expected
+    )
+    topics, documents = (record.getMessage() for record in caplog.records)
+    assert topics == (
+        f"{folder / 'queries.jsonl'}: 1 of 4 topics that {folder / 'qrels' / 'test.tsv'} names are not in it "
+        "and are left out: 7"
+    )
+    assert f"{folder}: 1 of 6 documents that " in documents and documents.endswith(": gone")
+    assert [record for _, record in read_records(folder, split="test")] == expected
+    write_jsonl(folder / "queries.jsonl", [{"_id": "other", "text": "soup"}])
+    with pytest.raises(ValueError, match=r'queries\.jsonl: has no topic of .*test\.tsv, such as "007"'):
+        next(read_records(folder, split="test"))
+
+
 def test_a_folder_must_be_a_beir_folder_with_a_positive(tmp_path, collection):
     with pytest.raises(FileNotFoundError, match=r"no qrels/train\.tsv, which a BEIR folder has \(splits found: test\)"):
         next(read_records(collection))
@@ -236,7 +257,7 @@ def test_a_folder_must_be_a_beir_folder_with_a_positive(tmp_path, collection):
         next(read_records(tmp_path))
     (tmp_path / "qrels" / "train.tsv").write_text("q\td\t1\n")
     (tmp_path / "corpus.jsonl").write_text('{"_id": "other", "text": "soup"}\n')
-    with pytest.raises(ValueError, match=r'qrels/train\.tsv, query "q": no document "d" in '):
+    with pytest.raises(ValueError, match=r'has no document of .*qrels/train\.tsv, such as "d": do they belong'):
         next(read_records(tmp_path))
 
 

@@ -285,6 +285,30 @@ def test_the_measure_of_a_dev_split_is_that_of_the_commands(tmp_path, toy_index,
     assert f"{found:.4f}" in CliRunner().invoke(command, [str(a) for a in arguments]).stdout
 
 
+@pytest.mark.parametrize("settings", [{"cached": True}, {"dimensions": (16,)}, {}])
+def test_a_batch_of_one_without_negatives_is_an_error_and_leaves_no_model(tmp_path, bert_folder, settings):
+    records = [{"query": "hot soup", "positives": ["tomato soup"]}, {"query": "red", "positives": ["red tomato"]}]
+    data = Data(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
+    recipe, losses = Recipe(batch_size=1, max_steps=1, bf16=False), LossSettings(**settings)
+    with pytest.raises(ValueError, match="a batch of 1 example without hard negatives: no query meets a document"):
+        finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=losses, device="cpu")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_dev_split_is_sampled_from_the_queries_that_are_there(tmp_path, collection, caplog):
+    folder = shutil.copytree(collection, tmp_path / "folder")
+    with open(folder / "qrels" / "test.tsv", "a") as file:
+        file.write("7\t001\t1\n2\tgone\t1\n")
+    split = read_dev_split(folder, "test", num_queries=3)
+    assert [query.query_id for query in split.queries] == list(TOPICS)
+    topics, documents = (record.getMessage() for record in caplog.records)
+    assert topics.startswith(f"{folder / 'queries.jsonl'}: 1 of 4 topics that qrels/test.tsv names")
+    assert documents.startswith(f"{folder / 'corpus.jsonl'}: 1 of 6 documents that qrels/test.tsv names")
+    (folder / "queries.jsonl").write_text('{"_id": "other", "text": "soup"}\n')
+    with pytest.raises(ValueError, match=r'queries\.jsonl: has no topic of qrels/test\.tsv, such as "007"'):
+        read_dev_split(folder, "test")
+
+
 def test_a_sample_of_a_dev_split_keeps_what_is_judged(collection):
     split = read_dev_split(collection, "test", num_queries=1, num_documents=5)
     assert len(split.queries) == 1 and len(split.documents) == 5

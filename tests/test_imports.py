@@ -18,6 +18,7 @@ LEAVES = {
     "files": set(),
     "corpus": {"files"},
     "trec": {"corpus", "files"},
+    "own_documents": {"corpus", "trec"},
     "pooling": set(),
     "ahead": set(),
     "messages": set(),
@@ -69,7 +70,7 @@ ALLOWED = LEAVES | {
     "training.mine": BRIDGE | {"training.examples", "training.teachers"},
     "training.objective": ENCODER | {"encoder"} | {f"training.{name}" for name in ("losses", "examples", "unlabelled")},
     "training.unlabelled": ENCODER | {"encoder", "training.lines"},
-    "training.dev": BRIDGE | {"evaluate", "training.objective", "training.unlabelled"},
+    "training.dev": BRIDGE | {"evaluate", "training.examples", "training.objective", "training.unlabelled"},
     "training.trainer": {"files", "encoder", "model.checkpoint", "training.dev", "training.objective"},
     "training.data": EMBEDDINGS
     | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
@@ -81,7 +82,7 @@ ALLOWED = LEAVES | {
     "recipe": {"files", "ranges", "slim", "training.data", "training.finetune", "training.objective"},
     "compress": SEARCH
     | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
-    | {f"training.{name}" for name in ("data", "finetune")},
+    | {f"training.{name}" for name in ("data", "finetune", "objective")},
     "demo": SEARCH
     | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe", "training.data"},
     "cli": SEARCH

@@ -75,7 +75,14 @@ def test_negatives_are_the_hits_that_are_neither_positive_nor_empty(mined):
     }
     assert negatives(records) == {"1": ["002", "003", "004"], "2": ["002", "004", "005"]}
     assert counts == Mined(
-        num_queries=2, num_negatives=6, num_false=0, without_positive=1, without_negative=0, not_in_run=1
+        num_queries=2,
+        num_negatives=6,
+        num_false=0,
+        num_own=0,
+        num_copies=0,
+        without_positive=1,
+        without_negative=0,
+        not_in_run=1,
     )
 
 
@@ -102,6 +109,30 @@ def test_a_document_with_the_text_of_a_positive_or_a_better_candidate_is_none(mi
     texts = {**TEXTS, "003": TEXTS["001"], "004": TEXTS["002"]}
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": text} for i, text in texts.items()])
     assert negatives(mined(corpus=corpus)[1])["1"] == ["002"]
+
+
+def test_the_query_itself_is_no_negative(mined, tmp_path):
+    # As in ArguAna, where each query is a document of its own id with a title.
+    texts = [
+        {"_id": "1", "title": "cats", "text": f"  {TOPICS['1'].upper()}"},
+        {"_id": "2", "title": "hot", "text": "soup"},
+        {"_id": "twin", "text": "hot\tsoup"},
+        {"_id": "longer", "title": "hot soup", "text": "with onion"},
+    ]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*({"_id": i, "text": t} for i, t in TEXTS.items()), *texts])
+    run = {"1": {"1": 9.0, "2": 8.0, "009": 7.0}, "2": {"2": 9.0, "twin": 8.0, "longer": 7.0, "1": 6.0}}
+    counts, records = mined(run, corpus=corpus)
+    # Another query's text is a candidate like any other.
+    assert negatives(records) == {"1": ["2"], "2": ["longer", "1"]}
+    assert (counts.num_own, counts.num_copies) == (3, 0)
+
+
+def test_a_copy_of_a_positive_is_no_negative_whatever_its_case_and_white_space(mined, tmp_path):
+    texts = {**TEXTS, "003": f" {TEXTS['001'].upper()}", "004": TEXTS["002"].replace(" ", "  ")}
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": text} for i, text in texts.items()])
+    counts, records = mined(corpus=corpus)
+    assert negatives(records)["1"] == ["002"]  # 003 is positive 001, and 004 is 002 again
+    assert (counts.num_own, counts.num_copies) == (0, 1)
 
 
 def test_an_empty_positive_is_left_out_and_a_query_with_no_other_too(mined, tmp_path):
@@ -209,10 +240,11 @@ def test_the_file_is_training_data(mined, tmp_path, bert_folder, with_teacher):
 
 
 def test_the_answer_tells_what_was_left_out():
-    assert describe_mined(Mined(3, 9, 0, 0, 0, 0)) == "3 queries, 9 negatives"
-    assert describe_mined(Mined(3, 9, 4, 1, 2, 5)) == (
-        "3 queries, 9 negatives; 4 probable positives left out; 1 queries without a positive; "
-        "2 queries without a negative; 5 queries not in the run"
+    assert describe_mined(Mined(3, 9, 0, 0, 0, 0, 0, 0)) == "3 queries, 9 negatives"
+    assert describe_mined(Mined(3, 9, 4, 6, 7, 1, 2, 5)) == (
+        "3 queries, 9 negatives; 4 probable positives left out; 6 hits with the query's own text left out; "
+        "7 copies of positives left out; 1 queries without a positive; 2 queries without a negative; "
+        "5 queries not in the run"
     )
 
 
@@ -230,7 +262,7 @@ def test_the_answer_tells_what_was_left_out():
         ({"sample": "best"}, "sample 'best' is unknown; known are random, top"),
         ({"teacher": "a", "reranker": "b"}, "give one teacher"),
         ({"hits": {"8": {"001": 1.0}}}, r"run\.txt: no query of the run is judged in .*test\.tsv"),
-        ({"hits": {"1": {"099": 1.0}}}, r'corpus\.jsonl: no document "099" \(1 of 3 that run and qrels name'),
+        ({"hits": {"1": {"099": 1.0}}}, r'corpus\.jsonl: no document "099" \(1 of 1 hits of the run are not'),
         (
             {"first": 50},
             r"run\.txt: no query has both a positive and a negative left \(1 without a positive, 2 without",
@@ -243,10 +275,27 @@ def test_what_cannot_be_mined_is_an_error_and_leaves_no_file(mined, tmp_path, op
     assert not (tmp_path / "mined.jsonl").exists()
 
 
-def test_a_query_that_the_topics_lack_is_an_error(mined, tmp_path):
+def test_a_query_that_the_topics_lack_is_left_out_and_told(mined, tmp_path, caplog):
     topics = write_jsonl(tmp_path / "topics.jsonl", [{"_id": "2", "text": "hot soup"}])
-    with pytest.raises(ValueError, match=r'topics\.jsonl: no topic "1" \(1 of 2 that run and qrels name are not in it'):
+    assert negatives(mined(topics=topics)[1]) == {"2": ["002", "004", "005"]}
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith(f"{topics}: 1 of 2 topics that ") and told.endswith(" are not in it and are left out: 1")
+    write_jsonl(topics, [{"_id": "8", "text": "hot soup"}])
+    with pytest.raises(ValueError, match=r'topics\.jsonl: has no topic of .*test\.tsv, such as "1": do they belong'):
         mined(topics=topics)
+
+
+def test_a_positive_that_the_corpus_lacks_is_left_out_and_told(mined, tmp_path, caplog):
+    qrels = tmp_path / "qrels.txt"
+    qrels.write_text("1 0 gone 1\n1 0 001 1\n2 0 lost 1\n")
+    counts, records = mined(qrels=qrels)
+    assert list(records) == ["1"] and records["1"]["positive_ids"] == ["001"]
+    assert counts.without_positive == 2  # query 2, and "other", which is not judged
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert f"2 of 3 documents that {qrels} names are not in it and are left out: gone, lost" in told
+    qrels.write_text("1 0 gone 1\n2 0 lost 1\n")
+    with pytest.raises(ValueError, match=r'corpus\.jsonl: has no document of .*qrels\.txt, such as "gone"'):
+        mined(qrels=qrels)
 
 
 # effir mine

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from effir_search.encoder import Encoder
 from effir_search.training.dev import likeness
 from effir_search.training.examples import Example, document_key
-from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective
+from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective, check_examples
 from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
@@ -92,6 +92,59 @@ def test_the_loss_is_infonce_with_known_positives_left_out(bert_folder):
     assert "distillation" not in terms
     unmasked = [e._replace(known=e.known[:1]) for e in examples]
     assert expected_contrastive(encoder, unmasked, 0.1) > terms["loss"].item()  # the test's masks do something
+
+
+def test_the_text_of_the_query_itself_is_no_negative_of_it(bert_folder):
+    # As in ArguAna, where what one query finds is another query.
+    objective = RetrievalObjective(load(bert_folder), SETTINGS)
+    own = Example(QUERIES[0], TEXTS[0], [QUERIES[0], TEXTS[1]], None, [document_key(TEXTS[0])])
+    without = own._replace(negatives=[TEXTS[1]])
+    assert objective([own])["loss"].item() == pytest.approx(objective([without])["loss"].item(), rel=1e-6)
+
+
+PAIR = [example(0, 0), example(1, 6)]
+# Of one query with two positives, and one of the same text that knows only the first of them.
+SHARED = [example(0, 0, known=(1,)), example(0, 1, known=(0,))]
+ITSELF = [Example(QUERIES[0], TEXTS[0], [QUERIES[0], TEXTS[0]], None, [document_key(TEXTS[0])])]
+KNOWN = example(0, 0, (1,), known=(1,))
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size"),
+    [(PAIR, 1), (PAIR[:1], 8), (PAIR[:1] * 5, 2), (SHARED, 2), (ITSELF, 4), ([KNOWN], 1)],
+)
+def test_examples_whose_loss_is_0_whatever_the_model_are_an_error_before_training(bert_folder, examples, batch_size):
+    objective = RetrievalObjective(load(bert_folder), SETTINGS)
+    batches = [examples] if batch_size > 1 else [[one] for one in examples]
+    for batch in batches:
+        loss = objective(batch)["loss"]
+        loss.backward()
+        assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(objective).values())
+    with pytest.raises(ValueError, match="no query meets a document to be told from its positive"):
+        objective.check(examples, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size"),
+    [
+        (PAIR, 2),
+        ([example(0, 0, (1,))], 1),
+        ([SHARED[0], example(0, 1)], 2),
+        ([example(0, 1), SHARED[0]], 2),
+        ([KNOWN._replace(scores=[1.0, 0.5])], 1),
+    ],
+)
+def test_examples_that_give_a_gradient_are_none(bert_folder, examples, batch_size):
+    objective = RetrievalObjective(load(bert_folder), SETTINGS)
+    objective.check(examples, batch_size)
+    objective(examples)["loss"].backward()
+    assert any(gradient.any() for gradient in gradients(objective).values())
+
+
+def test_scores_that_weigh_nothing_are_not_learned_from():
+    with pytest.raises(ValueError, match="a batch of 1 example without hard negatives"):
+        check_examples([KNOWN._replace(scores=[1.0, 0.5])], 1, replace(SETTINGS, distillation_weight=0.0))
 
 
 def test_a_document_of_two_examples_counts_once(bert_folder):
@@ -207,6 +260,19 @@ def test_a_teacher_of_another_dimension_is_imitated_in_its_scores_alone(bert_fol
     unit = F.normalize(torch.from_numpy(teacher.encode_documents(TEXTS[:4])), dim=-1)
     expected = 2 * ((vectors @ vectors.T - unit @ unit.T) ** 2).mean()
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_of_another_dimension_needs_two_texts_and_a_weight(tmp_path, bert_folder):
+    teacher = load(bert_folder, dimension=16)
+    objective = ImitationObjective(load(bert_folder), SETTINGS, teacher)
+    texts = [PlainText(text, False) for text in TEXTS[:3]]
+    objective.check(texts, 2)
+    for dataset, batch_size in ((texts, 1), (texts[:1], 8)):
+        with pytest.raises(ValueError, match="a batch of 1 text: embeddings of teacher and encoder have 16 and 32"):
+            objective.check(dataset, batch_size)
+    with pytest.raises(ValueError, match="--score-weight 0: embeddings of teacher and encoder have 16 and 32"):
+        ImitationObjective(load(bert_folder), replace(SETTINGS, score_weight=0.0), teacher).check(texts, 2)
+    ImitationObjective(load(bert_folder), SETTINGS, load(bert_folder)).check(texts[:1], 1)
 
 
 @pytest.mark.parametrize("of_teacher", ["dot", "cosine"])

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -245,6 +246,19 @@ def in_a_process(*arguments):
     return subprocess.Popen(
         list(map(str, arguments)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+@pytest.mark.parametrize("criterion", ["gates", "taylor", "activation"])
+def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_by_it(tmp_path, bert_folder, criterion):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"query": "hot soup", "positives": ["tomato soup"]}])
+    given = {"scoring": Scoring(criterion=criterion, steps=1), "losses": LossSettings(), "device": "cpu"}
+    slimming = partial(slim_encoder, str(bert_folder), tmp_path / "slim", 0.25, Data(train=str(train)), **given)
+    if criterion == "activation":
+        slimming()
+    else:
+        with pytest.raises(ValueError, match="1 examples that share their positives without hard negatives"):
+            slimming()
+    assert (tmp_path / "slim").exists() == (criterion == "activation")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class Data:
         dev_split: Its name.
         dev_queries: At most so many of its queries.
         dev_documents: In so many of its documents.
+        dev_remove_query: Leave out the document whose id is the query's, where its queries are documents.
     """
 
     train: str | None = None
@@ -72,6 +73,7 @@ class Data:
     dev_split: str = "dev"
     dev_queries: Positive = 200
     dev_documents: Positive = 2000
+    dev_remove_query: bool = False
 
     def __post_init__(self) -> None:
         imitates = bool(self.texts or self.queries)
@@ -87,6 +89,8 @@ class Data:
             raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
         if self.train and self.num_texts:
             raise ValueError("--num-texts goes with --texts; of --train all examples are learned from")
+        if self.dev_remove_query and not self.dev:
+            raise ValueError("--dev-remove-query goes with --dev")
 
 
 class Loaded(NamedTuple):

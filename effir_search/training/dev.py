@@ -13,6 +13,8 @@ from effir_search.corpus import Document, beir_file, read_corpus
 from effir_search.encoder import Encoder
 from effir_search.evaluate import evaluate, parse_measures
 from effir_search.index import scale
+from effir_search.own_documents import check_own_documents
+from effir_search.training.examples import warn_of_missing
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
@@ -44,14 +46,17 @@ def read_dev_split(
         seed: Of both samples.
 
     Raises:
-        ValueError: A bad line, or a split without a relevant document.
+        ValueError: A bad line, or a split without a relevant document, or of other topics or another corpus.
         OSError: A file cannot be read.
     """
     corpus, topics = str(beir_file(folder, "corpus.jsonl")), beir_file(folder, "queries.jsonl")
     qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
-    judged = sorted({qrel.query_id for qrel in qrels if qrel.relevance > 0})
+    judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     if not judged:
         raise ValueError(f"{folder}: no relevant document in its split {split!r}")
+    found = {query.query_id: query for query in read_topics(topics) if query.query_id in judged}
+    warn_of_missing(f"qrels/{split}.tsv", topics, "topic", judged, found)
+    judged = sorted(found)
     generator = random.Random(seed)
     chosen = set(generator.sample(judged, min(num_queries, len(judged))))
     qrels = [qrel for qrel in qrels if qrel.query_id in chosen]
@@ -59,31 +64,56 @@ def read_dev_split(
     others = [document.doc_id for document in read_corpus(corpus) if document.doc_id not in wanted]
     wanted.update(generator.sample(others, min(max(0, num_documents - len(wanted)), len(others))))
     documents = [document for document in read_corpus(corpus) if document.doc_id in wanted]
-    queries = [query for query in read_topics(topics) if query.query_id in chosen]
-    return DevSplit(queries, documents, qrels)
+    relevant = {qrel.doc_id for qrel in qrels if qrel.relevance > 0}
+    there = {document.doc_id: document for document in documents}
+    warn_of_missing(f"qrels/{split}.tsv", corpus, "document", relevant, there)
+    queries = [query for query in found.values() if query.query_id in chosen]
+    return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in there])
 
 
 def search_exactly(
-    encoder: Encoder, queries: Sequence[Query], documents: Sequence[Document], *, k: int = 100
+    encoder: Encoder,
+    queries: Sequence[Query],
+    documents: Sequence[Document],
+    *,
+    k: int = 100,
+    remove_query: bool = False,
 ) -> list[ScoredDoc]:
-    """Return each query's best documents by the model's similarity to all of them, which are in memory."""
+    """Return each query's best documents by the model's similarity to all of them, which are in memory.
+
+    With ``remove_query`` the document whose id is the query's is left out.
+    """
     document_vectors = scale(encoder.encode_documents(documents), encoder.config)
     query_vectors = scale(encoder.encode_queries([query.text for query in queries]), encoder.config)
     scores = query_vectors @ document_vectors.T
+    if remove_query:
+        column = {document.doc_id: number for number, document in enumerate(documents)}
+        for row, query in enumerate(queries):
+            if query.query_id in column:
+                scores[row, column[query.query_id]] = -np.inf
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return [
         ScoredDoc(query.query_id, documents[column].doc_id, float(scores[row, column]))
         for row, query in enumerate(queries)
         for column in best[row]
+        if scores[row, column] > -np.inf
     ]
 
 
-def ndcg(split: DevSplit) -> Measure:
-    """Return nDCG@10 of an encoder's exact search in a dev split."""
+def ndcg(split: DevSplit, *, remove_query: bool = False) -> Measure:
+    """Return nDCG@10 of an encoder's exact search in a dev split; queries that are among its documents are told of.
+
+    Args:
+        split: Queries, documents and judgments.
+        remove_query: Leave out the document whose id is the query's.
+    """
     measures = parse_measures("nDCG@10")
+    documents = {document.doc_id: document for document in split.documents}
+    option = "--dev-remove-query (dev_remove_query in [data] of a recipe)"
+    check_own_documents("--dev", split.queries, documents, remove_query=remove_query, option=option)
 
     def measure(encoder: Encoder) -> float:
-        run = search_exactly(encoder, split.queries, split.documents)
+        run = search_exactly(encoder, split.queries, split.documents, remove_query=remove_query)
         return float(evaluate(run, split.qrels, measures)[measures[0]])
 
     return "nDCG@10", measure

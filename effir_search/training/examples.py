@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -17,13 +18,15 @@ from effir_search.corpus import (
     beir_file,
     check_unicode,
     document_text,
+    documents_there,
     json_object,
     json_rows,
-    read_corpus,
 )
 from effir_search.files import open_text, whole_file
 from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
+
+logger = logging.getLogger(__name__)
 
 # What a field of a record is, and the names it has in the formats that docs/formats.md lists.
 FIELDS = {
@@ -103,7 +106,12 @@ def document_key(text: str) -> int:
 
 
 def read_records(
-    source: str | Path, *, corpus: str | Path | None = None, topics: str | Path | None = None, split: str = "train"
+    source: str | Path,
+    *,
+    corpus: str | Path | None = None,
+    topics: str | Path | None = None,
+    split: str = "train",
+    warn: bool = True,
 ) -> Iterator[tuple[str, Record]]:
     """Yield ``(where, record)`` for each record of training data, in file order; formats are in docs/formats.md.
 
@@ -113,7 +121,8 @@ def read_records(
         source: A JSONL file, gzipped or not, or a BEIR folder, whose judged queries become records without negatives.
         corpus: Where the documents are that a file names by id.
         topics: Where the queries are that a file names by id.
-        split: Of a BEIR folder: the ``qrels`` file.
+        split: Of a BEIR folder: the ``qrels`` file. What it names and the folder lacks is left out.
+        warn: Whether to tell of what is left out.
 
     Raises:
         ValueError: A bad record, named with its line; no record at all.
@@ -123,7 +132,7 @@ def read_records(
     if not path.is_dir():
         records = _file_records(path, corpus, topics)
     elif corpus is None and topics is None:
-        records = _beir_records(path, split)
+        records = _beir_records(path, split, warn=warn)
     else:
         raise ValueError(f"{path}: is a folder with texts of its own; --corpus and --topics go with a file")
     first = next(records, None)
@@ -163,7 +172,7 @@ def prepare_examples(
         keys.update(dict.fromkeys(map(document_key, record.positives)))
     num_lines = 0
     with whole_file(output) as file:
-        for _, record in read_records(source, corpus=corpus, topics=topics, split=split):
+        for _, record in read_records(source, corpus=corpus, topics=topics, split=split, warn=False):
             keys = list(known[document_key(record.query)])
             negatives = record.negatives[:max_negatives]
             for number, positive in enumerate(record.positives):
@@ -275,17 +284,7 @@ def find_texts(corpus: str | Path, doc_ids: Collection[str]) -> dict[str, str]:
     Raises:
         OSError: A file cannot be read.
     """
-    wanted = set(doc_ids)
-    found: dict[str, str] = {}
-    if not wanted:
-        return found
-    # As in a search: a line that was left out of the index must not stop what is made of its hits.
-    for document in read_corpus(corpus, on_bad_line=lambda _complaint: None):
-        if document.doc_id in wanted:
-            found[document.doc_id] = document_text(document)
-            if len(found) == len(wanted):
-                break
-    return found
+    return {doc_id: document_text(document) for doc_id, document in documents_there(corpus, doc_ids).items()}
 
 
 def find_queries(topics: str | Path, query_ids: Collection[str]) -> dict[str, str]:
@@ -297,6 +296,30 @@ def find_queries(topics: str | Path, query_ids: Collection[str]) -> dict[str, st
     """
     wanted = set(query_ids)
     return {query.query_id: query.text for query in read_topics(topics) if query.query_id in wanted} if wanted else {}
+
+
+def warn_of_missing(qrels: str | Path, source: str | Path, kind: str, wanted: Collection[str], found: Mapping) -> None:
+    """Warn of what qrels name and its source lacks, which is left out.
+
+    Args:
+        qrels: Their file.
+        source: The corpus or the topics.
+        kind: "document" or "topic".
+        wanted: The ids that the qrels name.
+        found: By id, what the source has of them.
+
+    Raises:
+        ValueError: It has none of them.
+    """
+    missing = sorted(set(wanted) - found.keys())
+    if not missing:
+        return
+    if len(missing) == len(set(wanted)):
+        raise ValueError(f'{source}: has no {kind} of {qrels}, such as "{missing[0]}": do they belong together?')
+    logger.warning(
+        "%s: %d of %d %ss that %s names are not in it and are left out: %s",
+        *(source, len(missing), len(set(wanted)), kind, qrels, ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)),
+    )
 
 
 class _Texts(NamedTuple):
@@ -329,7 +352,7 @@ def _file_records(path: Path, corpus: str | Path | None, topics: str | Path | No
         yield where, _record(fields, where, queries, documents)
 
 
-def _beir_records(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
+def _beir_records(folder: Path, split: str, *, warn: bool) -> Iterator[tuple[str, Record]]:
     qrels = folder / "qrels" / f"{split}.tsv"
     if not qrels.is_file():
         found = ", ".join(sorted(file.stem for file in qrels.parent.glob("*.tsv"))) or "none"
@@ -342,9 +365,14 @@ def _beir_records(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
     queries = _Texts("query", "--topics", topics, find_queries(topics, positives))
     doc_ids = set(itertools.chain.from_iterable(positives.values()))
     documents = _Texts("document", "--corpus", folder, find_texts(folder, doc_ids))
+    if warn:
+        warn_of_missing(qrels, topics, "topic", positives, queries.by_id)
+        warn_of_missing(qrels, folder, "document", doc_ids, documents.by_id)
     for query_id, of_query in positives.items():
         where = f'{qrels}, query "{query_id}"'
-        yield where, _record({"query_id": query_id, "positive_ids": of_query}, where, queries, documents)
+        there = [doc_id for doc_id in of_query if doc_id in documents.by_id]
+        if there and query_id in queries.by_id:
+            yield where, _record({"query_id": query_id, "positive_ids": there}, where, queries, documents)
 
 
 def _file_fields(path: Path) -> Iterator[tuple[str, dict[str, object]]]:

@@ -214,6 +214,7 @@ def finetune(
             prepare(prepared or folder, data, recipe.seed, device, files=files, restart=restart, **reading)
         process.wait_for_everyone()
         loaded = load(prepared or folder, data, recipe.seed)
+        objective.check(loaded.dataset, recipe.batch_size)
         if data.train and not (data.teacher or data.reranker) and process.is_main_process:
             _warn_of_cosines(loaded.dataset, losses)
         if measure is None and len(loaded.held_out) > 2:
@@ -298,7 +299,7 @@ def _dev_measure(data: Data) -> Measure | None:
     if data.dev is None:
         return None
     size = {"num_queries": data.dev_queries, "num_documents": data.dev_documents}
-    return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size))
+    return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size), remove_query=data.dev_remove_query)
 
 
 def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe: Recipe, folder: Path) -> dict:
@@ -344,6 +345,12 @@ def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe
                 out.write(json.dumps(outcome, indent=1) + "\n")
         PartialState().wait_for_everyone()
     outcome = read_json(file)
+    losses = [entry["loss"] for entry in outcome["log"] if "loss" in entry]
+    if losses and not any(losses):
+        raise ValueError(
+            "the loss was 0 at every step, so nothing was learned: give a larger --batch-size, negatives, or a teacher "
+            "that is not the encoder itself"
+        )
     load_trained(objective, folder / f"checkpoint-{outcome['best_step']}")
     if measure and outcome["best"] <= outcome["before"]:
         told = f"{measure[0]} was {outcome['before']:.4f} before training and at best {outcome['best']:.4f} after it"

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from ir_measures import ScoredDoc
 from tqdm import tqdm
 
+from effir_search.corpus import Document, document_text, documents_there
 from effir_search.files import whole_file
-from effir_search.training.examples import Scorer, checked_scores, find_queries, find_texts
+from effir_search.own_documents import comparable
+from effir_search.training.examples import Scorer, checked_scores, document_key, find_queries, warn_of_missing
 from effir_search.training.teachers import load_teacher
 from effir_search.trec import read_qrels, read_run, strictly_decreasing
 
@@ -26,6 +28,8 @@ class Mined(NamedTuple):
         num_queries: Written, each with at least one positive and one negative.
         num_negatives: Of all of them.
         num_false: Candidates left out as probable positives, by the margin or the teacher.
+        num_own: Candidates left out because they have the text of the query itself.
+        num_copies: Candidates left out because they have the text of a positive.
         without_positive: Queries of the run without a positive; left out.
         without_negative: Queries of the run of which no candidate was left; left out.
         not_in_run: Queries with a positive that the run does not have; left out.
@@ -34,9 +38,19 @@ class Mined(NamedTuple):
     num_queries: int
     num_negatives: int
     num_false: int
+    num_own: int
+    num_copies: int
     without_positive: int
     without_negative: int
     not_in_run: int
+
+
+class _Text(NamedTuple):
+    """What a document says, and keys by which equal texts are told, with its title and without."""
+
+    text: str
+    key: int
+    key_without_title: int
 
 
 class _Query(NamedTuple):
@@ -44,6 +58,8 @@ class _Query(NamedTuple):
     text: str
     positives: dict[str, str]
     candidates: dict[str, str]
+    num_own: int
+    num_copies: int
 
 
 def mine(
@@ -68,8 +84,11 @@ def mine(
     """Write training data with hard negatives of a run, readable by ``read_records``.
 
     Candidates are the hits of a query from rank ``first`` to ``last``, in trec_eval's order, but for positives,
-    documents with the text of a positive or of a better candidate, and empty ones. Documents judged 0 are candidates.
-    The run is held in memory, and of the corpus the texts of positives and candidates.
+    documents with the text of the query, of a positive or of a better candidate, and empty ones; case, white space and
+    whether the query's text has a title before it do not count. Documents judged 0 are candidates.
+
+    Positives that the corpus lacks and queries that the topics lack are left out, with a warning. The run is held in
+    memory, and of the corpus the texts of positives and candidates.
 
     Args:
         run: TREC run of any searcher.
@@ -93,8 +112,8 @@ def mine(
         stock_architecture: Of the teacher, as ``Encoder.from_pretrained`` takes it.
 
     Raises:
-        ValueError: Ranks, numbers or a share that cannot be, a run and qrels that share no query, an id that topics or
-            corpus lack, or nothing left to write.
+        ValueError: Ranks, numbers or a share that cannot be, a run and qrels that share no query, a hit that the corpus
+            lacks, no topic or no positive that is there, or nothing left to write.
         OSError: A file cannot be read or written.
 
     Source: the bound is TopK-PercPos of NV-Retriever, arXiv 2407.15831.
@@ -126,22 +145,27 @@ def mine(
         ranked[query_id], num_left_out = _ranked(hits[query_id], positives[query_id], first, last, margin)
         num_false += num_left_out
     queries = find_queries(topics, mined)
-    doc_ids = set(itertools.chain.from_iterable(positives[query_id] + ranked[query_id] for query_id in mined))
-    texts = find_texts(corpus, doc_ids)
-    _check_found(topics, "topic", mined, queries)
-    _check_found(corpus, "document", doc_ids, texts)
+    warn_of_missing(qrels, topics, "topic", mined, queries)
+    mined = [query_id for query_id in mined if query_id in queries]
+    relevant = set(itertools.chain.from_iterable(positives[query_id] for query_id in mined))
+    candidates = set(itertools.chain.from_iterable(ranked[query_id] for query_id in mined))
+    texts = {doc_id: _text(document) for doc_id, document in documents_there(corpus, relevant | candidates).items()}
+    _check_hits(corpus, candidates, texts)
+    warn_of_missing(qrels, corpus, "document", relevant, {doc_id: texts[doc_id] for doc_id in relevant & texts.keys()})
 
     score = None
     if teacher is not None or reranker is not None:
         score = load_teacher(teacher, reranker, device=device, stock_architecture=stock_architecture)
     without_positive = sum(not positives.get(query_id) for query_id in hits)
-    num_queries = num_negatives = without_negative = 0
+    num_queries = num_negatives = without_negative = num_own = num_copies = 0
     with whole_file(output) as file, tqdm(total=len(mined), unit="query", disable=None) as progress:
         for start in range(0, len(mined), CHUNK):
             chunk = [
                 _query(query_id, queries[query_id], positives[query_id], ranked[query_id], texts)
                 for query_id in mined[start : start + CHUNK]
             ]
+            num_own += sum(query.num_own for query in chunk)
+            num_copies += sum(query.num_copies for query in chunk)
             for query, scores in _scored(chunk, score):
                 if not query.positives:
                     without_positive += 1
@@ -165,7 +189,16 @@ def mine(
                 f"{without_negative} without a negative); nothing is written"
             )
     not_in_run = sum(bool(of_query) and query_id not in hits for query_id, of_query in positives.items())
-    return Mined(num_queries, num_negatives, num_false, without_positive, without_negative, not_in_run)
+    return Mined(
+        num_queries,
+        num_negatives,
+        num_false=num_false,
+        num_own=num_own,
+        num_copies=num_copies,
+        without_positive=without_positive,
+        without_negative=without_negative,
+        not_in_run=not_in_run,
+    )
 
 
 def describe_mined(mined: Mined) -> str:
@@ -177,6 +210,8 @@ def describe_mined(mined: Mined) -> str:
     }
     parts = [f"{mined.num_queries} queries, {mined.num_negatives} negatives"]
     parts += [f"{mined.num_false} probable positives left out"] if mined.num_false else []
+    parts += [f"{mined.num_own} hits with the query's own text left out"] if mined.num_own else []
+    parts += [f"{mined.num_copies} copies of positives left out"] if mined.num_copies else []
     parts += [f"{number} queries {why}" for why, number in left_out.items() if number]
     return "; ".join(parts)
 
@@ -210,18 +245,36 @@ def _ranked(
     return kept, len(candidates) - len(kept)
 
 
+def _text(document: Document) -> _Text:
+    text = document_text(document)
+    return _Text(text, _key(text), _key(document.text))
+
+
+def _key(text: str) -> int:
+    """Stand for a text without differences in case and white space."""
+    return document_key(comparable(text))
+
+
 def _query(
-    query_id: str, text: str, positives: Sequence[str], candidates: Sequence[str], texts: Mapping[str, str]
+    query_id: str, text: str, positives: Sequence[str], candidates: Sequence[str], texts: Mapping[str, _Text]
 ) -> _Query:
     """Return a query with the texts of its positives and candidates; empty and repeated ones are left out."""
-    of_positives = {doc_id: texts[doc_id] for doc_id in positives if texts[doc_id]}
-    seen = {"", *of_positives.values()}
+    of_positives = {doc_id: texts[doc_id] for doc_id in positives if doc_id in texts and texts[doc_id].text}
+    own, of_positive = _key(text), {positive.key for positive in of_positives.values()}
+    seen = {_key("")}
     of_candidates: dict[str, str] = {}
+    num_own = num_copies = 0
     for doc_id in candidates:
-        if texts[doc_id] not in seen:
-            seen.add(texts[doc_id])
-            of_candidates[doc_id] = texts[doc_id]
-    return _Query(query_id, text, of_positives, of_candidates)
+        candidate = texts[doc_id]
+        if own in (candidate.key, candidate.key_without_title):
+            num_own += 1
+        elif candidate.key in of_positive:
+            num_copies += 1
+        elif candidate.key not in seen:
+            seen.add(candidate.key)
+            of_candidates[doc_id] = candidate.text
+    plain = {doc_id: positive.text for doc_id, positive in of_positives.items()}
+    return _Query(query_id, text, plain, of_candidates, num_own, num_copies)
 
 
 def _scored(chunk: Sequence[_Query], score: Scorer | None) -> Iterator[tuple[_Query, dict[str, float] | None]]:
@@ -255,7 +308,8 @@ def _fields(query: _Query, taken: Sequence[str], scores: Mapping[str, float] | N
     return fields
 
 
-def _check_found(source: str, kind: str, wanted: Sequence[str] | set[str], found: Mapping[str, str]) -> None:
-    if missing := sorted(set(wanted) - found.keys()):
-        counts = f"{len(missing)} of {len(set(wanted))} that run and qrels name are not in it"
-        raise ValueError(f'{source}: no {kind} "{missing[0]}" ({counts})')
+def _check_hits(corpus: str, doc_ids: set[str], found: Mapping[str, _Text]) -> None:
+    if missing := sorted(doc_ids - found.keys()):
+        raise ValueError(
+            f'{corpus}: no document "{missing[0]}" ({len(missing)} of {len(doc_ids)} hits of the run are not in it)'
+        )

@@ -21,7 +21,7 @@ from effir_search.training.losses import (
     score_matrix_loss,
     token_loss,
 )
-from effir_search.training.unlabelled import encode_texts
+from effir_search.training.unlabelled import PlainText, encode_texts
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,15 @@ class Objective(nn.Module):
 class RetrievalObjective(Objective):
     """InfoNCE over positives and negatives of the batch, and KL from a teacher's scores where examples have them."""
 
+    def check(self, dataset: Sequence[Example], batch_size: int) -> None:
+        """Raise ValueError if nothing can be learned from batches of this size; see ``check_examples``."""
+        check_examples(dataset, batch_size, self.settings)
+
     def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the loss of a batch and its terms, each a scalar.
 
         Every document of the batch, on whatever device, is a negative of every query, but for a document with
-        the text of one of its known positives.
+        the text of one of its known positives, or its own.
         """
         config = self.encoder.config
         texts = list(dict.fromkeys(text for example in examples for text in _candidates(example)))
@@ -141,7 +145,7 @@ class RetrievalObjective(Objective):
         all_documents, all_keys = _gathered(documents, sizes), _gathered(keys, sizes)
         start = sum(sizes[: _rank()]) if len(sizes) > 1 else 0
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
-        known = [torch.tensor(example.known, device=device) for example in examples]
+        known = [torch.tensor(_own_keys(example), device=device) for example in examples]
         left_out = torch.stack([torch.isin(all_keys, of_query) for of_query in known]) | _repeated(all_keys)
         own, candidates, teacher_scores = _own_candidates(examples, column, device)
 
@@ -186,6 +190,20 @@ class ImitationObjective(Objective):
         super().__init__(encoder, settings, alone=alone)
         self.teacher = teacher
         self.by_token = bool(settings.token_weight) and read_differently(teacher, encoder) is None
+
+    def check(self, dataset: Sequence[PlainText], batch_size: int) -> None:
+        """Raise ValueError if nothing can be learned: a teacher of another dimension is matched in its scores alone."""
+        if self.teacher.dimension == self.encoder.dimension:
+            return
+        sizes = f"{self.teacher.dimension} and {self.encoder.dimension}"
+        told = f"embeddings of teacher and encoder have {sizes} components"
+        if not self.settings.score_weight:
+            raise ValueError(f"--score-weight 0: {told}, so that score matrices are all that can be matched")
+        if min(batch_size, len(dataset)) == 1:
+            raise ValueError(
+                f"a batch of 1 text: {told}, so that the similarities of a batch's texts are all that can be matched; "
+                "give a larger --batch-size, or more texts"
+            )
 
     def forward(self, texts: Sequence[str], queries: Sequence[bool]) -> dict[str, Tensor]:
         """Return the loss of a batch and its terms, each a scalar.
@@ -268,6 +286,40 @@ def read_differently(teacher: Encoder, encoder: Encoder) -> str | None:
         return "special tokens"
     names = ("query_prompt", "document_prompt", "include_prompt", "max_length")
     return next((name for name in names if getattr(teacher.config, name) != getattr(encoder.config, name)), None)
+
+
+def check_examples(examples: Sequence[Example], batch_size: int, settings: LossSettings) -> None:
+    """Raise what training would end with unnoticed: a loss of 0 in every batch, whatever the model.
+
+    Args:
+        examples: What is learned from; they are read as far as one is found that something can be learned from.
+        batch_size: Examples whose documents are each other's negatives.
+        settings: Of the losses.
+
+    Raises:
+        ValueError: No query can meet a document that is none of its positives, and none has scores to learn.
+    """
+    positives: set[int] = set()
+    # Once more from the first one, whose query may not know the positive of a later one.
+    for example in itertools.chain(examples, examples):
+        own = _own_keys(example)
+        others = {document_key(text) for text in example.negatives} - {document_key(example.positive)}
+        if others.difference(own) or (others and example.scores is not None and settings.distillation_weight):
+            return
+        if batch_size > 1:
+            positives.add(document_key(example.positive))
+            if positives.difference(own):
+                return
+    what = "a batch of 1 example" if batch_size == 1 else f"{len(examples)} examples that share their positives"
+    raise ValueError(
+        f"{what} without hard negatives: no query meets a document to be told from its positive, so nothing can be "
+        "learned; give more examples, a larger --batch-size or negatives (effir mine makes them)"
+    )
+
+
+def _own_keys(example: Example) -> list[int]:
+    """Return the keys of texts that are no negatives of an example's query: its positives, and itself."""
+    return [*example.known, document_key(example.query)]
 
 
 def _candidates(example: Example) -> list[str]:
