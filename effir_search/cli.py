@@ -691,7 +691,9 @@ def given_settings(options: dict[str, object]) -> dict[str, object]:
 
 
 @cli.command()
-@click.option("--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name.")
+@click.option(
+    "--from", "source", required=True, help="LLM-Drop checkpoint or EffiR LoRA folder, or its hub name; a GGUF file."
+)
 @click.option("--output", type=PATH, required=True, help="New model folder.")
 @click.option("--base", help="Of a LoRA folder: the model it was trained on, folder or hub name.")
 @click.option("--drop-mlp-layers", type=Numbers(), help="Layers without MLP, as in 16,17.  [default: config.json's]")
@@ -699,10 +701,15 @@ def given_settings(options: dict[str, object]) -> dict[str, object]:
 @text_options(length="Tokens of a text that the saved model reads.  [default: the model's]")
 @stock_option()
 def convert(source: str, output: Path, **options: object) -> None:
-    """Make an LLM-Drop or EffiR checkpoint a model folder of this project."""
+    """Make a model folder of an LLM-Drop or EffiR checkpoint, or of the language model in a GGUF file."""
     from effir_search.model.convert import convert as convert_checkpoint
     from effir_search.model.convert import describe_converted
+    from effir_search.model.gguf_file import convert_gguf, describe_read, is_gguf
 
+    if is_gguf(source):
+        refuse(options, "does not go with a GGUF file, which becomes a plain language model")
+        click.echo(f"{describe_read(convert_gguf(Path(source), output))} -> {output}")
+        return
     config = convert_checkpoint(source, output, **options)
     click.echo(f"{describe_converted(config)} -> {output}")
 

@@ -34,9 +34,10 @@ LEAVES = {
     "model.arithmetic": {"model.layers", "model.modeling_effir"},
     "model.sentence_files": {"model.checkpoint", "model.modeling_effir", "pooling"},
     "model.save": {"files", "model.arithmetic", "model.checkpoint", "model.modeling_effir", "model.sentence_files"},
+    "model.gguf_file": {"files", "model.checkpoint"},
     "demo_collection.standard_library": {"corpus"},
 }
-ENCODER = set(LEAVES) - {"demo_collection.standard_library"}
+ENCODER = set(LEAVES) - {"demo_collection.standard_library", "model.gguf_file"}
 PRUNING = ENCODER | {"encoder"}
 EMBEDDINGS = ENCODER | {"encoder"}
 INDEX = EMBEDDINGS | {"embeddings", "workers"}
@@ -86,7 +87,7 @@ ALLOWED = LEAVES | {
     "demo": SEARCH
     | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe", "training.data"},
     "cli": SEARCH
-    | {"compress", "recipe"}
+    | {"compress", "recipe", "model.gguf_file"}
     | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
     | {"slim", "training.mine", "training.data", "training.finetune", "training.objective"},
     "__main__": {"cli"},

@@ -90,7 +90,10 @@ def model_configs(name: str | Path) -> Iterator[Path]:
 
 def _checked(folder: Path, name: str | Path, *, adapter: bool = False) -> Path:
     if not folder.is_dir():
-        raise NotADirectoryError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+        advice = "; effir convert makes one of it" if folder.suffix == ".gguf" else ""
+        raise NotADirectoryError(
+            f"{name}: is a file; a model is a folder with config.json and model.safetensors{advice}"
+        )
     if not adapter and (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{name}: is a LoRA adapter; merge it into its base model first (peft's merge_and_unload, or effir convert "
@@ -261,6 +264,12 @@ def load_tokenizer(folder: Path, model: nn.Module, *, stock_architecture: bool =
     with named_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.init_kwargs.pop("auto_map", None)
+    check_tokenizer(tokenizer, model, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, folder: Path) -> None:
+    """Raise ValueError for a tokenizer that is no fast one, or has more tokens than the model has embeddings."""
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
     num_embeddings = model.get_input_embeddings().num_embeddings
@@ -268,7 +277,6 @@ def load_tokenizer(folder: Path, model: nn.Module, *, stock_architecture: bool =
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {num_embeddings}"
         )
-    return tokenizer
 
 
 def weights_sha256(folder: Path, places: Sequence[Path]) -> str:
