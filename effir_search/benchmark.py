@@ -104,7 +104,7 @@ def benchmark(
             if not run.is_file():
                 _search(corpus, topics, qrels, roles[role], run, given[role])
         figures[collection.name] = ndcg_per_query(list(runs.values()), qrels, remove_query=remove_query)
-        _check_topics(collection, corpus, topics, qrels, remove_query=remove_query)
+        check_topics(collection, corpus, topics, qrels, remove_query=remove_query)
     encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
@@ -163,8 +163,16 @@ def _search(corpus: str, topics: str, qrels: str, model: str, run: Path, options
     shutil.rmtree(index_dir)
 
 
-def _check_topics(collection: Path, corpus: str, topics: str, qrels: str, *, remove_query: bool) -> None:
-    """Warn of what hides differences between models: queries that are documents, and those that are not there."""
+def check_topics(collection: Path, corpus: str, topics: str, qrels: str, *, remove_query: bool) -> None:
+    """Warn of what hides differences between models: queries that are documents, and judged ones without a text.
+
+    Args:
+        collection: Opens the warnings.
+        corpus: As ``read_corpus`` takes it.
+        topics: As ``read_topics`` takes it.
+        qrels: Judgments.
+        remove_query: Whether the document whose id is the query's is left out.
+    """
     judged = {qrel.query_id for qrel in read_qrels(qrels) if qrel.relevance > 0}
     queries = [query for query in read_topics(topics) if query.query_id in judged]
     if lacking := len(judged) - len(queries):

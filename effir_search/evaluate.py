@@ -125,7 +125,7 @@ def _check_computable(name: str, measure: Measure) -> None:
         raise ValueError(
             f"measure {name!r} is known to ir-measures, but needs a package that is not installed: {advice[0]}"
         )
-    raise ValueError(f"measure {name!r} is known to ir-measures, but no tool computes it so; try a cutoff, or no rel")
+    raise ValueError(f"measure {name!r} is known to ir-measures, but no tool computes it so; try other parameters")
 
 
 def evaluate(run: Iterable[ScoredDoc], qrels: Iterable[Qrel], measures: Sequence[Measure]) -> dict[Measure, float]:

@@ -234,7 +234,7 @@ def test_an_unknown_measure_is_an_error_that_names_it(name):
         ("IPrec", "measure 'IPrec' needs a recall, as in IPrec@0.5"),
         ("nDCG(depth=3)", "takes no depth; it takes cutoff, dcg, gains, judged_only"),
         ("NumQ@10", "takes no cutoff; it takes no parameter"),
-        ("ERR", "'ERR' is known to ir-measures, but no tool computes it so; try a cutoff"),
+        ("ERR", "'ERR' is known to ir-measures, but no tool computes it so; try other parameters"),
     ],
 )
 def test_a_parameter_that_no_tool_can_compute_with_is_an_error(name, message):

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, save_model, save_sentence_files, write_jsonl
 from ir_measures import nDCG
 
+from effir_search.benchmark import check_topics
 from effir_search.cli import cli
 from effir_search.compress import compress
 from effir_search.corpus import Document
@@ -168,6 +169,15 @@ def test_what_is_evaluated_otherwise_costs_no_stage_of_training_and_no_search(st
     for role, now, once in zip(("full", "compressed"), measured.ndcg[standing.name], before, strict=True):
         path = stages / "5-evaluation" / f"{standing.name}-{role}.trec"
         assert now == pytest.approx(ndcg_without_own(ir_measures.read_trec_run(str(path)))) and now > once
+
+
+def test_judged_queries_without_a_text_are_told_of(tmp_path, caplog):
+    folder = write_collection(tmp_path / "lacking", own=False)
+    with open(folder / "qrels" / "test.tsv", "a") as file:
+        file.write("lost\t001\t1\nunjudged\t001\t0\n")
+    paths = [str(folder / name) for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
+    check_topics(folder, *paths, remove_query=False)
+    assert warnings(caplog) == [f"{folder}: 1 of 4 judged queries are no topics and count 0"]
 
 
 def test_the_plan_says_whether_queries_are_removed(bert_folder, standing):
