@@ -31,7 +31,7 @@ _TREC_LABELS = {"num": "Number:", "title": "Topic:", "desc": "Description:", "na
 
 
 class Query(NamedTuple):
-    """One topic as it is searched: ``query_id`` holds no white space, ``text`` is not empty."""
+    """One topic as it is searched: ``query_id`` holds no white space; an empty ``text`` finds nothing."""
 
     query_id: str
     text: str
@@ -54,8 +54,6 @@ def read_topics(source: str | Path, *, field: str = "title") -> list[Query]:
         check_id(query.query_id, where)
         check_unicode(query.query_id, where)
         check_unicode(query.text, where)
-        if not query.text.strip():
-            raise ValueError(f'{where}: topic "{query.query_id}" has no text')
         if query.query_id in seen:
             raise ValueError(f'{where}: repeated topic id "{query.query_id}"')
         seen.add(query.query_id)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from effir_search.corpus import Document, beir_file, check_unicode, document_tex
 from effir_search.files import decode, read_lines, whole_file
 from effir_search.training.lines import Lines
 from effir_search.trec import FLOAT32_MAX, read_qrels, read_topics
+
+logger = logging.getLogger(__name__)
 
 # What a field of a record is, and the names it has in the formats that docs/formats.md lists.
 FIELDS = {
@@ -314,7 +317,11 @@ def _beir_records(folder: Path, split: str) -> Iterator[tuple[str, Record]]:
         if qrel.relevance > 0:
             positives.setdefault(qrel.query_id, []).append(qrel.doc_id)
     topics = beir_file(folder, "queries.jsonl")
-    queries = _Texts("query", "--topics", topics, find_queries(topics, positives))
+    by_id = find_queries(topics, positives)
+    if empty := {query_id for query_id, text in by_id.items() if not text.strip()}:
+        logger.warning("%s: %d of %d judged topics are empty and left out", topics, len(empty), len(by_id))
+        positives = {query_id: of_query for query_id, of_query in positives.items() if query_id not in empty}
+    queries = _Texts("query", "--topics", topics, by_id)
     doc_ids = set(itertools.chain.from_iterable(positives.values()))
     documents = _Texts("document", "--corpus", folder, find_texts(folder, doc_ids))
     for query_id, of_query in positives.items():

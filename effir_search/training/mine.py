@@ -29,6 +29,7 @@ class Mined(NamedTuple):
         without_positive: Queries of the run without a positive; left out.
         without_negative: Queries of the run of which no candidate was left; left out.
         not_in_run: Queries with a positive that the run does not have; left out.
+        without_text: Queries that are empty; left out.
     """
 
     num_queries: int
@@ -37,6 +38,7 @@ class Mined(NamedTuple):
     without_positive: int
     without_negative: int
     not_in_run: int
+    without_text: int = 0
 
 
 class _Query(NamedTuple):
@@ -127,6 +129,8 @@ def mine(
     doc_ids = set(itertools.chain.from_iterable(positives[query_id] + ranked[query_id] for query_id in mined))
     texts = find_texts(corpus, doc_ids)
     _check_found(topics, "topic", mined, queries)
+    with_text = [query_id for query_id in mined if queries[query_id].strip()]
+    without_text, mined = len(mined) - len(with_text), with_text
     _check_found(corpus, "document", doc_ids, texts)
 
     score = load_teacher(teacher, reranker, device=device) if teacher is not None or reranker is not None else None
@@ -158,10 +162,10 @@ def mine(
         if not num_queries:
             raise ValueError(
                 f"{run}: no query has both a positive and a negative left ({without_positive} without a positive, "
-                f"{without_negative} without a negative); nothing is written"
+                f"{without_negative} without a negative, {without_text} empty); nothing is written"
             )
     not_in_run = sum(bool(of_query) and query_id not in hits for query_id, of_query in positives.items())
-    return Mined(num_queries, num_negatives, num_false, without_positive, without_negative, not_in_run)
+    return Mined(num_queries, num_negatives, num_false, without_positive, without_negative, not_in_run, without_text)
 
 
 def describe_mined(mined: Mined) -> str:
@@ -170,6 +174,7 @@ def describe_mined(mined: Mined) -> str:
         "without a positive": mined.without_positive,
         "without a negative": mined.without_negative,
         "not in the run": mined.not_in_run,
+        "without a text": mined.without_text,
     }
     parts = [f"{mined.num_queries} queries, {mined.num_negatives} negatives"]
     parts += [f"{mined.num_false} probable positives left out"] if mined.num_false else []
