@@ -148,6 +148,12 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--devices", help="One process on each, sharing the work: cuda:0,cuda:1.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared]")
 @click.option("--dimension", type=click.IntRange(1), help="Leading components of a vector to keep.  [default: all]")
+@click.option(
+    "--normalize",
+    is_flag=True,
+    default=None,
+    help="Vectors of length 1, compared by the cosine.  [default: the model's]",
+)
 @encoder_options
 def index(
     corpus: str | None,
@@ -199,7 +205,7 @@ def index(
 @click.option("--qrels", help="Search only the topics that are judged here.")
 @click.option("--remove-query", is_flag=True, help="Drop the document whose id is the query's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of FAISS.  [default: all cores]")
-@click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128]")
+@click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128, or the hits]")
 @click.option("--nprobe", type=click.IntRange(1), help="Lists of an IVF that are searched.  [default: a sixteenth]")
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @encoder_options
@@ -711,16 +717,12 @@ def info(model_or_index: str | None, **options: object) -> None:
 @click.option("--corpus", help="Where the documents are.  [default: where they were]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 def verify(index_dir: Path, encoder: str | None, corpus: str | None, device: str) -> None:
-    """Check an index: counts, hashes, a sample encoded again."""
+    """Check an index: counts, hashes, a sample encoded again; of approximate kinds, which hits they find."""
     from effir_search.search import load_encoder
-    from effir_search.verify import verify_index
+    from effir_search.verify import describe_verified, verify_index
 
     model = load_encoder(index_dir, encoder, device=device)
-    checked = verify_index(index_dir, model, corpus=corpus)
-    click.echo(
-        f"{index_dir}: {checked.num_documents} documents, hashes right; {checked.num_sampled} encoded again, "
-        f"lowest cosine {checked.lowest_cosine:.6f}, all found"
-    )
+    click.echo(describe_verified(verify_index(index_dir, model, corpus=corpus), index_dir))
 
 
 @cli.command()
