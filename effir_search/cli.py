@@ -168,6 +168,12 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--devices", help="One process on each, sharing the work: cuda:0,cuda:1.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared]")
 @click.option("--dimension", type=click.IntRange(1), help="Leading components of a vector to keep.  [default: all]")
+@click.option(
+    "--normalize",
+    is_flag=True,
+    default=None,
+    help="Vectors of length 1, compared by the cosine.  [default: the model's]",
+)
 @encoder_options(length="Tokens of a text read, here and in a search.  [default: the model's]")
 def index(
     corpus: str | None,
@@ -219,7 +225,7 @@ def index(
 @click.option("--qrels", help="Search only the topics that are judged here.")
 @click.option("--remove-query", is_flag=True, help="Drop the document whose id is the query's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of FAISS.  [default: all cores]")
-@click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128]")
+@click.option("--ef-search", type=click.IntRange(1), help="Candidates an HNSW keeps.  [default: 128, or the hits]")
 @click.option("--nprobe", type=click.IntRange(1), help="Lists of an IVF that are searched.  [default: a sixteenth]")
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @encoder_options(length="Tokens of a query read; an index that says how many allows no other.  [default: the index's]")
@@ -745,16 +751,12 @@ def info(model_or_index: str | None, **options: object) -> None:
 def verify(
     index_dir: Path, encoder: str | None, corpus: str | None, device: str, stock_architecture: bool | None
 ) -> None:
-    """Check an index: counts, hashes, a sample encoded again."""
+    """Check an index: counts, hashes, a sample encoded again; of approximate kinds, which hits they find."""
     from effir_search.search import load_encoder
-    from effir_search.verify import verify_index
+    from effir_search.verify import describe_verified, verify_index
 
     model = load_encoder(index_dir, encoder, device=device, stock_architecture=stock_architecture)
-    checked = verify_index(index_dir, model, corpus=corpus)
-    click.echo(
-        f"{index_dir}: {checked.num_documents} documents, hashes right; {checked.num_sampled} encoded again, "
-        f"lowest cosine {checked.lowest_cosine:.6f}, all found"
-    )
+    click.echo(describe_verified(verify_index(index_dir, model, corpus=corpus), index_dir))
 
 
 @cli.command()

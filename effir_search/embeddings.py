@@ -5,6 +5,7 @@ A store is the folder ``NAME.parts`` beside the index ``NAME``::
     manifest.json         what the vectors depend on, and a record with the hashes of every finished part
     part-00012.npy        (documents, dimension) float32
     part-00012.ids        one document id a line
+    part-00012.tokens     a digest of each document's tokens, 16 bytes; texts of the same tokens have the same vector
     kept                  if there: the store stays when the index is written
     *.lock                held (flock) by the jobs at work; a lock vanishes with its process
 
@@ -35,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from effir_search.ahead import ahead
+from effir_search.copies import DIGEST, digests, first_of_equal
 from effir_search.corpus import CorpusHasher, Document, document_text
 from effir_search.encoder import Encoder, Tokens
 from effir_search.files import write_whole
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, MANIFEST_LOCK, KEPT = "manifest.json", "manifest.lock", "kept"
 # The files of a store, and the hidden ones that are written first or that a file system makes.
-OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids)")
+OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids|tokens)")
 REMEDY = "--repair encodes such parts again, --restart all"
 # Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
@@ -120,6 +122,7 @@ class Part(NamedTuple):
     documents_sha256: str
     npy_sha256: str = ""
     ids_sha256: str = ""
+    tokens_sha256: str = ""  # empty in a store of an earlier version, which has no such file
 
 
 class Shard(NamedTuple):
@@ -202,14 +205,17 @@ class Store:
                 "another --output leaves them, --restart discards them"
             )
 
-    def write(self, number: int, embeddings: np.ndarray, documents: list[Document], part: Part) -> None:
-        """Write a part whole: both files, flushed and renamed, then its record in the manifest.
+    def write(
+        self, number: int, embeddings: np.ndarray, documents: list[Document], part: Part, tokens: np.ndarray
+    ) -> None:
+        """Write a part whole: its files, flushed and renamed, then its record in the manifest.
 
         Args:
             number: Of the part, 0-based.
             embeddings: ``(documents, dimension)`` float32.
             documents: Of the part.
             part: Its record; the hashes of the files are filled in here.
+            tokens: A digest of each document's tokens.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written.
@@ -218,6 +224,7 @@ class Store:
         part = part._replace(
             npy_sha256=self._write(number, "npy", lambda file: np.save(file, embeddings, allow_pickle=False)),
             ids_sha256=self._write(number, "ids", lambda file: file.write(ids)),
+            tokens_sha256=self._write(number, "tokens", lambda file: file.write(tokens.tobytes())),
         )
         with _lock(self.path / MANIFEST_LOCK):
             settings, parts = self._manifest()
@@ -231,21 +238,48 @@ class Store:
         Raises:
             ValueError: A byte is not what was written, or a file is missing.
         """
-        contents = []
-        for suffix, sha256 in (("npy", part.npy_sha256), ("ids", part.ids_sha256)):
-            path = self._file(number, suffix)
-            if not path.is_file():
-                raise ValueError(f"{path}: missing, though the manifest lists it; {REMEDY}")
-            contents.append(path.read_bytes())
-            if hashlib.sha256(contents[-1]).hexdigest() != sha256:
-                raise ValueError(f"{path}: damaged, its SHA-256 is not the manifest's; {REMEDY}")
-        embeddings = np.lib.format.read_array(io.BytesIO(contents[0]), allow_pickle=False)
-        return embeddings, contents[1].decode("utf-8").split("\n")[:-1]
+        embeddings, ids = (self._read(number, *file) for file in (("npy", part.npy_sha256), ("ids", part.ids_sha256)))
+        self._token_digests(number, part)
+        embeddings = np.lib.format.read_array(io.BytesIO(embeddings), allow_pickle=False)
+        return embeddings, ids.decode("utf-8").split("\n")[:-1]
+
+    def _token_digests(self, number: int, part: Part) -> np.ndarray | None:
+        """Return a digest of the tokens of each document of a part, None where an earlier version wrote none."""
+        if not part.tokens_sha256:
+            return None
+        return np.frombuffer(self._read(number, "tokens", part.tokens_sha256), dtype=DIGEST)
+
+    def _read(self, number: int, suffix: str, sha256: str) -> bytes:
+        path = self._file(number, suffix)
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though the manifest lists it; {REMEDY}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{path}: damaged, its SHA-256 is not the manifest's; {REMEDY}")
+        return content
 
     def read_all(self) -> Iterator[tuple[np.ndarray, list[str]]]:
-        """Yield vectors and ids of every part in order, one part in memory at a time."""
-        for number, part in sorted(self.parts().items()):
-            yield self.read(number, part)
+        """Yield vectors and ids of every part in order, one part in memory at a time.
+
+        Documents of the same tokens have the vector of the first of them: the model's own differ in their last bits, in
+        bf16 in the third digit, where texts are in other batches.
+        """
+        parts = sorted(self.parts().items())
+        tokens = [self._token_digests(*part) for part in parts]
+        is_known = all(of_part is not None for of_part in tokens)
+        first = first_of_equal(tokens) if parts and is_known else None
+        starts = np.cumsum([0, *(part.num_documents for _, part in parts)])
+        for (number, part), start in zip(parts, starts.tolist(), strict=False):
+            vectors, ids = self.read(number, part)
+            if first is not None:
+                of_part = first[start : start + len(ids)]
+                for row in np.unique(of_part[of_part < start]):
+                    of_row = int(np.searchsorted(starts, row, side="right")) - 1
+                    earlier = np.load(self._file(parts[of_row][0], "npy"), mmap_mode="r", allow_pickle=False)
+                    vectors[of_part == row] = earlier[row - starts[of_row]]
+                inside = of_part >= start
+                vectors[inside] = vectors[of_part[inside] - start]
+            yield vectors, ids
 
     def forget_damaged(self, numbers: range) -> None:
         """Forget every part of these that cannot be read as it was written, with a warning for each."""
@@ -414,7 +448,8 @@ def encode_corpus(
 
     with tqdm(total=total, initial=reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
         for number, part, record, tokens in filter(None, ahead(prepared())):
-            store.write(number, encoder.encode_tokens(tokens, done=progress.update).embeddings, part, record)
+            embeddings = encoder.encode_tokens(tokens, done=progress.update).embeddings
+            store.write(number, embeddings, part, record, digests(np.array(ids) for ids in tokens.input_ids))
     if extra := [number for number in finished if number >= num_parts]:
         raise ValueError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")
     return num_parts, hasher.hexdigest()

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from effir_search.copies import COPIES_FILE, first_of_equal, vector_digests
 from effir_search.corpus import CorpusSummary, Document, read_corpus, scan_corpus
 from effir_search.embeddings import PART_SIZE, WHOLE, Shard, Store, encode_corpus, number_of_parts, settings_of
 from effir_search.encoder import Encoder, EncoderConfig
 from effir_search.files import refuse_existing, whole_folder
 from effir_search.kinds import (
     check_training,
+    is_graph,
     memory,
     new_index,
     reserve,
     sample_rows,
+    set_search_parameters,
     train,
     training_size,
     well_trained_size,
@@ -42,7 +45,7 @@ Rows = Callable[[], Iterator[tuple[np.ndarray, list[str]]]]
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """What ``effir.json`` says: what an index was built from, and the hashes of its two files.
+    """What ``effir.json`` says: what an index was built from, and the hashes of its files.
 
     Attributes:
         model: Folder or hub name the encoder was loaded from.
@@ -50,7 +53,7 @@ class IndexInfo:
         encoder: The ``EncoderConfig`` of the documents' vectors, and of the queries to come.
         dtype: Of the transformer's arithmetic, as torch names it.
         dimension: Components of a vector.
-        num_documents: Rows of the index.
+        num_documents: Those of the corpus; of an HNSW, equal vectors are one row, see ``copies``.
         num_empty: Documents without any text; they are encoded and counted all the same.
         num_truncated: Documents longer than the encoder's max_length.
         num_skipped: Bad lines of the corpus that were left out.
@@ -62,6 +65,7 @@ class IndexInfo:
         train_size: Vectors that an approximate kind was trained on.
         index_sha256: Of the file "index".
         docid_sha256: Of the file "docid".
+        copies_sha256: Of the file "copies", empty where there is none.
         created: UTC time, ISO 8601.
         versions: Of Python and of the packages that the vectors depend on.
         stock_architecture: Whether the model's own code, if it has any, was passed over, see ``Encoder``.
@@ -84,6 +88,7 @@ class IndexInfo:
     train_size: int = 0
     index_sha256: str = ""
     docid_sha256: str = ""
+    copies_sha256: str = ""
     created: str = ""
     versions: dict[str, str] | None = None
     stock_architecture: bool = False
@@ -253,12 +258,29 @@ def _write_folder(
     index = new_index(kind, info.dimension)
     if not index.is_trained:
         train(index, kind, sample_rows((vectors for vectors, _ in rows()), num_documents, size))
-    reserve(index, num_documents)
+    first = np.arange(num_documents)
+    if is_graph(index):
+        first = first_of_equal(vector_digests(vectors) for vectors, _ in rows())
+    is_node = first == np.arange(num_documents)
+    node = np.cumsum(is_node) - 1
+    reserve(index, int(is_node.sum()))
     with whole_folder(index_dir, replaces=replaced) as folder:
-        with open(folder / DOCID_FILE, "w", encoding="utf-8", newline="\n") as docids:
+        with (
+            open(folder / DOCID_FILE, "w", encoding="utf-8", newline="\n") as docids,
+            open(folder / COPIES_FILE, "w", encoding="utf-8", newline="\n") as copies,
+        ):
+            start = 0
             for vectors, ids in tqdm(rows(), desc="Indexing", unit=" parts", disable=None if kind != "Flat" else True):
-                index.add(vectors)
-                docids.writelines(f"{doc_id}\n" for doc_id in ids)
+                index.add(vectors[is_node[start : start + len(ids)]])
+                for row, doc_id in enumerate(ids, start=start):
+                    if is_node[row]:
+                        docids.write(f"{doc_id}\n")
+                    else:
+                        copies.write(f"{node[first[row]]} {doc_id}\n")
+                start += len(ids)
+        if index.ntotal == num_documents:
+            (folder / COPIES_FILE).unlink()
+        set_search_parameters(index)  # for Pyserini, which takes them from the file
         try:
             faiss.write_index(index, str(folder / INDEX_FILE))
         except RuntimeError as error:
@@ -270,6 +292,7 @@ def _write_folder(
             train_size=size,
             index_sha256=file_sha256(folder / INDEX_FILE),
             docid_sha256=file_sha256(folder / DOCID_FILE),
+            copies_sha256=file_sha256(folder / COPIES_FILE) if (folder / COPIES_FILE).is_file() else "",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         )
@@ -307,12 +330,12 @@ def rebuild_index(
     if info is None:
         raise ValueError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(kind, info.dimension)
-    rows = _rows_of_flat(source_dir, info) if info.kind == "Flat" else _rows_of_kept(source_dir, info)
+    rows = _rows_of_flat(source_dir, info) if info.kind == "Flat" else rows_of_kept(source_dir, info)
     _announce(kind, info.dimension, info.num_documents, train_size)
     return _write_folder(rows, replace(info, kind=kind), index_dir, replaced, train_size=train_size)
 
 
-def _rows_of_kept(index_dir: Path, info: IndexInfo) -> Rows:
+def rows_of_kept(index_dir: Path, info: IndexInfo) -> Rows:
     """Return the rows of the store that was kept beside an index, having checked that it is that index's."""
     store = store_of(index_dir)
     if (settings := store.settings()) is None:
@@ -353,8 +376,11 @@ def _announce(kind: str, dimension: int, num_documents: int, train_size: int | N
 
 
 def check_files(index_dir: Path, info: IndexInfo) -> None:
-    """Raise ValueError for a file of an index that is not as it was written; all of both is read."""
-    for name, sha256 in ((INDEX_FILE, info.index_sha256), (DOCID_FILE, info.docid_sha256)):
+    """Raise ValueError for a file of an index that is not as it was written; all of each is read."""
+    files = {INDEX_FILE: info.index_sha256, DOCID_FILE: info.docid_sha256}
+    if info.copies_sha256:
+        files[COPIES_FILE] = info.copies_sha256
+    for name, sha256 in files.items():
         if file_sha256(index_dir / name) != sha256:
             raise ValueError(f"{index_dir / name}: its SHA-256 is not the one in {INFO_FILE}; build the index again")
 
@@ -466,8 +492,16 @@ def index_corpus(
     else:
         _index_shard(job)
     # The job that completes the store writes the index, and removes the store unless it is to be kept.
-    complete = store.settings() is None or len(store.parts()) == number_of_parts(summary.num_documents)
-    return read_index_info(index_dir) if complete else None
+    num_encoded, num_parts = len(store.parts()), number_of_parts(summary.num_documents)
+    complete = store.settings() is None or num_encoded == num_parts
+    info = read_index_info(index_dir) if complete else None
+    if info is None:
+        logger.warning(
+            "no index was written, since other shards than this, %d of %d, are not encoded yet (%d of %d parts are); "
+            "the job that encodes the last part writes %s",
+            *(shard.number, shard.count, num_encoded, num_parts, index_dir),
+        )
+    return info
 
 
 def _discard(store: Store, shard: Shard) -> None:
@@ -542,7 +576,7 @@ def _replaced(overwrite: bool, index_dir: Path) -> tuple[str, ...]:
     """The files an existing folder may lose; one that holds anything else is no index, and never replaced."""
     if not overwrite and (index_dir / INDEX_FILE).is_file():
         raise FileExistsError(f"{index_dir}: an index is there already; choose another --output or --overwrite")
-    return (INDEX_FILE, DOCID_FILE, INFO_FILE) if overwrite else ()
+    return (INDEX_FILE, DOCID_FILE, COPIES_FILE, INFO_FILE) if overwrite else ()
 
 
 def scale(embeddings: np.ndarray, config: EncoderConfig) -> np.ndarray:

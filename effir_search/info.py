@@ -8,6 +8,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
+from effir_search.copies import read_copies
 from effir_search.embeddings import Store
 from effir_search.encoder import DTYPES, EncoderConfig, own_config
 from effir_search.index import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
@@ -105,7 +106,10 @@ def compare_sizes(config: PretrainedConfig, plan: dict[str, float], *, length: i
 def describe_index(index_dir: Path) -> Facts:
     """Return what an index folder holds, and what it was built from where it says so."""
     index, doc_ids = read_index(index_dir)
-    facts: Facts = {"index": str(index_dir), "documents": index.ntotal, "dimension": index.d}
+    num_copies = sum(map(len, read_copies(index_dir, index.ntotal).values()))
+    facts: Facts = {"index": str(index_dir), "documents": index.ntotal + num_copies, "dimension": index.d}
+    if num_copies:
+        facts["documents_with_the_vector_of_another"] = num_copies
     facts["bytes"] = sum(file.stat().st_size for file in index_dir.iterdir())
     facts["first_ids"] = doc_ids[:3]
     info = read_index_info(index_dir)

@@ -113,9 +113,7 @@ def reserve(index: faiss.Index, num_vectors: int) -> None:
 
     An IVF grows list by list, where that is little.
     """
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
+    inner = innermost(index)
     if isinstance(inner, faiss.IndexHNSW):
         storage = faiss.downcast_index(inner.storage)
         inner.hnsw.neighbors.resize(int(1.1 * num_vectors * inner.hnsw.nb_neighbors(0)))  # a tenth for upper levels
@@ -137,28 +135,50 @@ def sample_rows(vectors: Iterable[np.ndarray], num_vectors: int, size: int, *, s
     return np.concatenate(rows)
 
 
-def set_search_parameters(index: faiss.Index, *, ef_search: int | None = None, nprobe: int | None = None) -> None:
+def innermost(index: faiss.Index) -> faiss.Index:
+    """Return the index behind a rotation, or the index itself, as its own class."""
+    inner = faiss.downcast_index(index)
+    return faiss.downcast_index(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
+
+
+def is_graph(index: faiss.Index) -> bool:
+    """Whether an index is an HNSW, whose search follows links from row to row."""
+    return isinstance(innermost(index), faiss.IndexHNSW)
+
+
+def set_search_parameters(
+    index: faiss.Index, *, ef_search: int | None = None, nprobe: int | None = None, hits: int = 0
+) -> None:
     """Set how much of an approximate index a search looks at; None = a default that finds most of the true hits.
 
     Args:
         index: Of any kind.
         ef_search: Candidates that a search of an HNSW keeps; the default is 128, and never below the number of hits.
         nprobe: Lists of an IVF that are searched; the default is a sixteenth of them.
+        hits: How many rows will be asked for.
 
     Raises:
         ValueError: The index is not of the kind that the parameter is for.
     """
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
+    inner = innermost(index)
     if isinstance(inner, faiss.IndexIVF):
         inner.nprobe = min(inner.nlist, nprobe or max(1, round(inner.nlist * PROBED_SHARE)))
     elif nprobe is not None:
         raise ValueError(f"--nprobe is for IVF indexes; this one is {type(inner).__name__}")
     if isinstance(inner, faiss.IndexHNSW):
-        inner.hnsw.efSearch = ef_search or EF_SEARCH
+        inner.hnsw.efSearch = ef_search or max(EF_SEARCH, min(hits, index.ntotal))
     elif ef_search is not None:
         raise ValueError(f"--ef-search is for HNSW indexes; this one is {type(inner).__name__}")
+
+
+def short_list_advice(index: faiss.Index) -> str:
+    """Return why a search of this index may find fewer hits than asked for, and what to do."""
+    inner = innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        return f"the {inner.nprobe} of {inner.nlist} lists that are searched hold no more; raise --nprobe"
+    if isinstance(inner, faiss.IndexHNSW):
+        return "no more is reached in its graph; raise --ef-search"
+    return "it holds rows that have no score; effir verify tells more"
 
 
 def largest_cosine(index: faiss.Index) -> float:

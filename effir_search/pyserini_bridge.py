@@ -1,6 +1,7 @@
 """The only file that imports Pyserini: Java, our encoder as its encoder, our searcher as its FaissSearcher."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import re
@@ -10,12 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from ir_measures import ScoredDoc
 
+from effir_search.copies import best_documents, read_copies
 from effir_search.corpus import Document, document_text
 from effir_search.encoder import Encoder
 from effir_search.index import check_encoder, read_index, read_index_info, scale
+from effir_search.kinds import set_search_parameters
+from effir_search.nearest import nearest_rows
 from effir_search.trec import Query
 
 logger = logging.getLogger(__name__)
@@ -122,9 +127,15 @@ def _classes() -> tuple[type, type]:
             return scale(self.encoder.encode_queries(texts), self.encoder.config)
 
     class EffirSearcher(base.FaissSearcher):
-        """Pyserini's FaissSearcher over a folder that is checked when it is opened."""
+        """Pyserini's FaissSearcher over a folder that is checked when it is opened.
 
-        def __init__(self, index_dir: Path, encoder: Encoder) -> None:
+        Hits are the best by score, then by document id, descending, however many are tied where the list ends. With
+        ``return_vector`` they are Pyserini's, without the copies of an HNSW.
+        """
+
+        def __init__(
+            self, index_dir: Path, encoder: Encoder, ef_search: int | None = None, nprobe: int | None = None
+        ) -> None:
             info = read_index_info(index_dir)
             if info is not None:
                 check_encoder(info, encoder, index_dir)
@@ -133,10 +144,61 @@ def _classes() -> tuple[type, type]:
                 raise ValueError(
                     f"{index_dir}: dimension is {self.index.d} in the index and {encoder.dimension} in the encoder"
                 )
+            self.copies = read_copies(index_dir, self.index.ntotal)
+            self.num_documents = self.num_docs + sum(map(len, self.copies.values()))
+            if info is not None and self.num_documents != info.num_documents:
+                raise ValueError(
+                    f"{index_dir}: {self.num_documents} documents, where {info.num_documents} were indexed; "
+                    "is a file missing?"
+                )
+            self.parameters = {"ef_search": ef_search, "nprobe": nprobe}
+            try:
+                set_search_parameters(self.index, **self.parameters)
+            except ValueError as error:
+                raise ValueError(f"{index_dir}: {error}") from error
 
         def load_index(self, index_dir: str) -> tuple[Any, list[str]]:
             """Read the two files, with errors that name them."""
             return read_index(Path(index_dir))
+
+        def doc_ids(self) -> list[str]:
+            """Return the ids of all documents, those of copies last."""
+            return [*self.docids, *itertools.chain.from_iterable(self.copies.values())]
+
+        def search(
+            self,
+            query: str | np.ndarray,
+            k: int = 10,
+            threads: int = 1,
+            remove_dups: bool = False,
+            return_vector: bool = False,
+        ) -> Any:  # noqa: ANN401, as Pyserini's
+            """Return the ``k`` best hits of a text or of a ``(1, dimension)`` array; no document is there twice."""
+            if return_vector:
+                set_search_parameters(self.index, **self.parameters, hits=k)
+                return super().search(query, k, threads, return_vector=True)
+            return self.batch_search([query] if isinstance(query, str) else query, [""], k, threads)[""]
+
+        def batch_search(
+            self,
+            queries: Sequence[str] | np.ndarray,
+            q_ids: Sequence[str],
+            k: int = 10,
+            threads: int = 1,
+            return_vector: bool = False,
+        ) -> Any:  # noqa: ANN401, as Pyserini's
+            """Return the ``k`` best hits of each text, or row of an array, by query id."""
+            set_search_parameters(self.index, **self.parameters, hits=k)
+            if return_vector:
+                return super().batch_search(queries, q_ids, k, threads, return_vector=True)
+            vectors = queries if isinstance(queries, np.ndarray) else self.query_encoder.encode_batch(queries)
+            faiss.omp_set_num_threads(threads)
+            found = nearest_rows(self.index, np.ascontiguousarray(vectors, dtype=np.float32), k)
+            best = (best_documents(rows, scores, self.docids, self.copies, k) for rows, scores in found)
+            return {
+                query_id: [base.DenseSearchResult(doc_id, score) for score, doc_id in hits]
+                for query_id, hits in zip(q_ids, best, strict=True)
+            }
 
     return EffirQueryEncoder, EffirSearcher
 
@@ -146,14 +208,22 @@ def query_encoder(encoder: Encoder) -> Any:  # noqa: ANN401, a pyserini.encode.Q
     return _classes()[0](encoder)
 
 
-def faiss_searcher(index_dir: Path, encoder: Encoder) -> Any:  # noqa: ANN401, a pyserini.search.faiss.FaissSearcher
+def faiss_searcher(
+    index_dir: Path, encoder: Encoder, *, ef_search: int | None = None, nprobe: int | None = None
+) -> Any:  # noqa: ANN401, a pyserini.search.faiss.FaissSearcher
     """Return a ``pyserini.search.faiss.FaissSearcher`` over an index folder, for search, PRF and hybrid search.
 
+    Args:
+        index_dir: The folder.
+        encoder: The one it was built with.
+        ef_search: Of an HNSW index, see ``kinds.set_search_parameters``.
+        nprobe: Of an IVF index, likewise.
+
     Raises:
-        ValueError: The index is damaged, or it was built with another encoder.
+        ValueError: The index is damaged, or it was built with another encoder; a parameter of another kind of index.
         OSError: A file cannot be read.
     """
-    return _classes()[1](index_dir, encoder)
+    return _classes()[1](index_dir, encoder, ef_search, nprobe)
 
 
 def builtin_topics(name: str) -> list[Query] | None:

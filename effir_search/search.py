@@ -1,10 +1,11 @@
 """Topics to a run: encode the queries, search an index through Pyserini, order ties as trec_eval does."""
 
+import inspect
 import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from effir_search.corpus import DEFAULT_FIELDS, IR_DATASETS, CorpusFields, Document, documents_there, find_documents
 from effir_search.encoder import Encoder
 from effir_search.index import absolute_name, read_index_info, require_index, scale
-from effir_search.kinds import largest_cosine, set_search_parameters
+from effir_search.kinds import largest_cosine, short_list_advice
 from effir_search.own_documents import has_text, warn_of_own_documents
 from effir_search.pyserini_bridge import builtin_topics, faiss_searcher
 from effir_search.trec import FLOAT32_MAX, Query, read_qrels, read_topics, strictly_decreasing, write_run
@@ -60,24 +61,23 @@ def search(
     """
     if k < 1:
         raise ValueError(f"--hits {k}: must be at least 1")
+    if not any(query.text.strip() for query in topics):
+        raise ValueError(f"{len(topics)} topics, none of them with a text")
     folders = _folders(index_dir)
     _check_alike(folders)
-    searchers = [faiss_searcher(folder, encoder) for folder in folders]
-    for folder, searcher in zip(folders, searchers, strict=True):
-        try:
-            set_search_parameters(searcher.index, ef_search=ef_search, nprobe=nprobe)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+    opened = [faiss_searcher(folder, encoder, ef_search=ef_search, nprobe=nprobe) for folder in folders]
     if len(folders) > 1:
-        _check_disjoint(folders, [searcher.docids for searcher in searchers])
-    return _hits(
-        dict(zip(folders, searchers, strict=True)),
-        encoder,
-        topics,
-        k=k,
-        threads=threads or available_cores(),
-        remove_query=remove_query,
-    )
+        _check_disjoint(folders, [searcher.doc_ids() for searcher in opened])
+    searchers = dict(zip(folders, opened, strict=True))
+    depth = k + remove_query
+    for folder, searcher in searchers.items():
+        if ef_search is not None and ef_search < min(depth, searcher.num_docs):
+            logger.warning(
+                "%s: --ef-search %d is below the %d hits asked for, so many of these are not the best; without the "
+                "option it is as large as it must be",
+                *(folder, ef_search, min(depth, searcher.num_docs)),
+            )
+    return _hits(searchers, encoder, topics, k=k, threads=threads or available_cores(), remove_query=remove_query)
 
 
 def _folders(index_dir: Path | Sequence[Path]) -> list[Path]:
@@ -135,31 +135,39 @@ def _hits(
 ) -> Iterator[ScoredDoc]:
     depth = k + remove_query
     largest = {folder: _largest_score(folder, searcher, encoder) for folder, searcher in searchers.items()}
-    num_truncated = 0
-    with tqdm(total=len(topics), desc="Searching", unit=" queries", disable=None) as progress:
-        for start in range(0, len(topics), BATCH_SIZE):
-            batch = topics[start : start + BATCH_SIZE]
+    searched = [query for query in topics if query.text.strip()]
+    if len(searched) < len(topics):
+        logger.warning("%d of %d topics are empty and get no hits", len(topics) - len(searched), len(topics))
+    num_truncated, num_short = 0, dict.fromkeys(searchers, 0)
+    with tqdm(total=len(searched), desc="Searching", unit=" queries", disable=None) as progress:
+        for start in range(0, len(searched), BATCH_SIZE):
+            batch = searched[start : start + BATCH_SIZE]
             encoded = encoder.encode([query.text for query in batch], prompt=encoder.config.query_prompt)
             num_truncated += encoded.num_truncated
             query_ids = [query.query_id for query in batch]
             vectors = scale(encoded.embeddings, encoder.config)
             found = {
-                folder: searcher.batch_search(vectors, query_ids, min(depth, searcher.num_docs), threads)
+                folder: searcher.batch_search(vectors, query_ids, depth, threads)
                 for folder, searcher in searchers.items()
             }
             for query_id in query_ids:
+                hits = []
                 for folder, of in found.items():
                     _check_scores(of[query_id], largest[folder], folder)
-                hits = [
-                    ScoredDoc(query_id, hit.docid, float(hit.score)) for of in found.values() for hit in of[query_id]
-                ]
-                hits = sorted(hits, key=lambda hit: -hit.score)[:depth]
+                    num_short[folder] += len(of[query_id]) < min(depth, searchers[folder].num_documents)
+                    hits += [ScoredDoc(query_id, hit.docid, hit.score) for hit in of[query_id]]
                 if remove_query:
                     hits = [hit for hit in hits if hit.doc_id != query_id]
-                yield from strictly_decreasing(hits[:k])
+                yield from strictly_decreasing(hits)[:k]
             progress.update(len(batch))
     if num_truncated:
         logger.warning("%d queries were cut at %d tokens", num_truncated, encoder.config.max_length)
+    for folder, number in num_short.items():
+        if number:
+            wanted, advice = min(depth, searchers[folder].num_documents), short_list_advice(searchers[folder].index)
+            logger.warning(
+                "%s: %d of %d queries have fewer than %d hits: %s", folder, number, len(searched), wanted, advice
+            )
 
 
 def search_topics(
@@ -321,19 +329,16 @@ def load_encoder(index_dir: Path, name: str | None = None, **options: object) ->
         if name is None:
             raise ValueError(f"{index_dir}: no effir.json in it says which encoder made it; give --encoder MODEL")
         return Encoder.from_pretrained(name, **given).pack()
-    recorded = {
-        "dtype": info.dtype,
-        "pooling": info.encoder.pooling,
-        "query_prompt": info.encoder.query_prompt,
-        "document_prompt": info.encoder.document_prompt,
-        "max_length": info.encoder.max_length,
-        "append_eos": info.encoder.append_eos,
-        "dimension": info.encoder.dimension,
-    }
-    recorded |= {"stock_architecture": info.stock_architecture}
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
-    return Encoder.from_pretrained(name or info.model, **(recorded | given)).pack()
+    recorded = asdict(info.encoder)
+    accepted = inspect.signature(Encoder.from_pretrained).parameters
+    settings = {field: value for field, value in recorded.items() if field in accepted}
+    options = settings | {"dtype": info.dtype, "stock_architecture": info.stock_architecture} | given
+    encoder = Encoder.from_pretrained(name or info.model, **options)
+    # What a model's files say and no option does is the record's too: with normalize its similarity changed.
+    encoder.config = replace(encoder.config, **{key: recorded[key] for key in recorded.keys() - given.keys()})
+    return encoder.pack()
 
 
 def load_topics(source: str, *, field: str = "title", qrels: Sequence[Qrel] | None = None) -> list[Query]:

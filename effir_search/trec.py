@@ -53,7 +53,7 @@ _ENTITY = re.compile(r"&(?:#[0-9]+|#x[0-9a-f]+|[a-z][a-z0-9]*);", re.IGNORECASE)
 
 
 class Query(NamedTuple):
-    """One topic as it is searched: ``query_id`` holds no white space, ``text`` is not empty."""
+    """One topic as it is searched: ``query_id`` holds no white space; an empty ``text`` finds nothing."""
 
     query_id: str
     text: str
@@ -77,8 +77,6 @@ def read_topics(source: str | Path, *, field: str = "title") -> list[Query]:
         check_id(query.query_id, where)
         check_unicode(query.query_id, where)
         check_unicode(query.text, where)
-        if not query.text.strip():
-            raise ValueError(f'{where}: topic "{query.query_id}" has no text')
         if query.query_id in seen:
             raise ValueError(f'{where}: repeated topic id "{query.query_id}"')
         seen.add(query.query_id)

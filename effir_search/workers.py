@@ -18,20 +18,31 @@ from effir_search.messages import show_messages
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
+# The variables in which a launcher says a process' number and their count.
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 # Seconds a worker has to leave after SIGTERM, before it is killed.
 GRACE = 10
 
 
 def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
-    """Return the shard that options say, or else torchrun's (RANK, WORLD_SIZE) or SLURM's variables, or the whole.
+    """Return the shard that options say, or else torchrun's (RANK, WORLD_SIZE) or srun's variables, or the whole.
+
+    Of SLURM's variables those of a step count. A batch script and the shell of salloc are one process, though they have
+    SLURM_NTASKS, the tasks that a step may have, and SLURM_PROCID too.
 
     Raises:
-        ValueError: One option without the other, or a number outside the count.
+        ValueError: One option without the other, a number outside the count, or variables that are no numbers.
     """
     if num_shards is None and shard_id is None:
-        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        for number, count in LAUNCHERS:
             if number in os.environ and count in os.environ:
-                shard = Shard(int(os.environ[number]), int(os.environ[count]))
+                try:
+                    shard = Shard(int(os.environ[number]), int(os.environ[count]))
+                except ValueError:
+                    shard = Shard(-1, 0)
+                if not 0 <= shard.number < shard.count:
+                    found = f"{number}={os.environ[number]} and {count}={os.environ[count]}"
+                    raise ValueError(f"{found} name no shard; unset them, or give --num-shards and --shard-id")
                 if shard.count > 1:
                     logger.info("shard %d of %d, as %s and %s say", *shard, number, count)
                 return shard

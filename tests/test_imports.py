@@ -25,6 +25,8 @@ LEAVES = {
     "job": {"files", "corpus"},
     "texts": {"files", "corpus", "trec"},
     "kinds": set(),
+    "nearest": {"kinds"},
+    "copies": set(),
     "ranges": set(),
     "model.checkpoint": {"files", "model.modeling_effir"},
     "model.modeling_effir": set(),

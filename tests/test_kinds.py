@@ -20,7 +20,7 @@ from effir_search.kinds import (
 )
 from effir_search.search import load_encoder, search
 from effir_search.trec import Query
-from effir_search.verify import verify_index
+from effir_search.verify import describe_verified, recalls, verify_index
 
 KINDS = [
     "Flat",
@@ -199,6 +199,12 @@ def test_search_parameters_are_for_their_kinds(vectors):
     assert faiss.extract_index_ivf(ivf).nprobe == 2  # a sixteenth of 32
     set_search_parameters(hnsw, ef_search=77)
     assert hnsw.hnsw.efSearch == 77
+    set_search_parameters(hnsw, hits=1000)
+    assert hnsw.hnsw.efSearch == 128  # it is empty
+    hnsw.add(vectors)
+    for hits, wanted in ((0, 128), (1000, 1000), (10**6, len(vectors))):
+        set_search_parameters(hnsw, hits=hits)
+        assert hnsw.hnsw.efSearch == wanted
     with pytest.raises(ValueError, match="--nprobe is for IVF"):
         set_search_parameters(flat, nprobe=4)
     with pytest.raises(ValueError, match="--ef-search is for HNSW"):
@@ -232,7 +238,8 @@ def test_a_kind_built_again_from_kept_embeddings_is_the_same_to_the_bit(tmp_path
 @pytest.mark.parametrize("kind", ["SQ8", "HNSW16", "IVF16,PQ8x4"])
 def test_another_kind_comes_from_a_flat_index_without_encoding(tmp_path, flat_index, bert_folder, kind):
     rebuild_index(flat_index, tmp_path / "new", kind=kind)
-    assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
+    if "HNSW" not in kind:  # in which equal vectors are one row
+        assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     assert len(list(search(tmp_path / "new", encoder, [Query("q", "hot soup")], k=10))) == 10
 
@@ -268,7 +275,44 @@ def test_verify_finds_every_kind_right(tmp_path, bert_folder, kind):
     ]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
     index_corpus(str(corpus), str(bert_folder), tmp_path / "index", dtype="fp32", kind=kind)
-    assert verify_index(tmp_path / "index", load_encoder(tmp_path / "index")).num_sampled == 64
+    encoder = load_encoder(tmp_path / "index")
+    checked = verify_index(tmp_path / "index", encoder)
+    assert checked.num_sampled == 64
+    # 77 texts differ, and an HNSW of so few finds all; one list of four is searched.
+    if kind == "HNSW8":
+        assert (checked.recall.at_10, checked.recall.at_100) == (1, 1)
+        assert checked.recall.reference == "the vectors in it"
+    elif "IVF" in kind:
+        assert 0 < checked.recall.at_100 < 1
+    else:
+        assert checked.recall is None
+        assert "recall is not measured: " + kind in describe_verified(checked, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "at_least", "at_most"), [("SQ8", 0.9, 1), ("PQ4x4", 0.05, 0.9)])
+def test_verify_measures_codes_against_the_embeddings_that_were_kept(tmp_path, bert_folder, kind, at_least, at_most):
+    rng, words = np.random.default_rng(0), ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet", "fish", "milk"]
+    records = [{"_id": f"x{number}", "text": " ".join(rng.choice(words, size=8))} for number in range(600)]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
+    index_dir = tmp_path / "index"
+    index_corpus(str(corpus), str(bert_folder), index_dir, dtype="fp32", kind=kind, keep_embeddings=True)
+    encoder = load_encoder(index_dir)
+    checked = verify_index(index_dir, encoder)
+    assert at_least <= checked.recall.at_10 <= at_most
+    line = describe_verified(checked, index_dir)
+    assert f"over the embeddings that were kept, recall@10 is {checked.recall.at_10:.3f}" in line
+    # By hand: the queries are the documents' first eight words, which are all of these, and 64 of 600 are taken.
+    assert checked.recall.num_queries == 64
+
+
+def test_recall_is_the_share_of_the_best_documents_among_the_first_hits():
+    # Scores of 101 documents are 0, 1, ..., 100; the best ten are 91 to 100. Two of these are found, and one other.
+    rows = [(np.arange(101, dtype=np.float32)[:, None], [f"d{number}" for number in range(101)])]
+    at_10, at_100 = recalls([["d100", "d91", "d90"]], np.ones((1, 1), dtype=np.float32), rows)
+    assert (at_10, at_100) == (pytest.approx(2 / 10), pytest.approx(3 / 100))
+    # Of tied documents it does not matter which is found.
+    tied = [(np.ones((20, 1), dtype=np.float32), [f"d{number}" for number in range(20)])]
+    assert recalls([[f"d{number}" for number in range(10, 20)]], np.ones((1, 1), dtype=np.float32), tied) == [1, 0.5]
 
 
 def test_an_index_that_is_not_exact_and_has_no_embeddings_is_no_source(tmp_path, flat_index):
@@ -319,3 +363,29 @@ def test_a_search_looks_at_as_many_lists_as_it_is_told(tmp_path, flat_index, ber
     assert len(list(search(tmp_path / "ivf", encoder, query, k=3000, nprobe=1))) < 3000
     with pytest.raises(ValueError, match=f"^{flat_index}: --nprobe is for IVF indexes; this one is IndexFlat"):
         search([tmp_path / "ivf", flat_index], encoder, query, nprobe=4)
+
+
+def test_too_small_an_effort_for_the_hits_is_warned_of(tmp_path, flat_index, bert_folder, caplog):
+    rebuild_index(flat_index, tmp_path / "ivf", kind="IVF16,Flat")
+    rebuild_index(flat_index, tmp_path / "hnsw", kind="HNSW16")
+    encoder, queries = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("1", "hot soup"), Query("2", "cat")]
+    list(search(tmp_path / "ivf", encoder, queries, k=10))
+    list(search(tmp_path / "hnsw", encoder, queries, k=500, ef_search=500))
+    assert caplog.messages == []
+    list(search(tmp_path / "ivf", encoder, queries, k=3000))
+    (message,) = caplog.messages
+    advice = "the 1 of 16 lists that are searched hold no more; raise --nprobe"
+    assert message == f"{tmp_path / 'ivf'}: 2 of 2 queries have fewer than 3000 hits: {advice}"
+    caplog.clear()
+    list(search(tmp_path / "hnsw", encoder, queries, k=500, remove_query=True, ef_search=500))
+    assert "--ef-search 500 is below the 501 hits asked for" in caplog.text
+
+
+def test_an_hnsw_finds_a_thousand_hits_as_exact_search_does(tmp_path, flat_index, bert_folder):
+    rebuild_index(flat_index, tmp_path / "hnsw", kind="HNSW16")
+    encoder, queries = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("1", "hot soup"), Query("2", "cat")]
+    exact, found = (
+        {(hit.query_id, hit.doc_id) for hit in search(index_dir, encoder, queries, k=1000)}
+        for index_dir in (flat_index, tmp_path / "hnsw")
+    )
+    assert len(found) == 2000 and len(exact & found) >= 0.98 * len(exact)

@@ -178,17 +178,64 @@ def test_shards_write_into_an_empty_folder(tmp_path, corpus, bert_folder, whole)
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
-def test_the_shard_is_the_launchers_unless_options_say_otherwise(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+@pytest.fixture
+def launcher(monkeypatch):
+    """Set the variables of a launcher, and none of another."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "WORLD_SIZE"]:
         monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+def test_the_shard_is_the_launchers_unless_options_say_otherwise(launcher):
     assert this_shard(None, None) == Shard(0, 1)
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
+    launcher(SLURM_PROCID=3, SLURM_STEP_NUM_TASKS=8, SLURM_STEP_ID=0, SLURM_NTASKS=8)
     assert this_shard(None, None) == Shard(3, 8)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher(RANK=1, WORLD_SIZE=2)
     assert this_shard(None, None) == Shard(1, 2)
     assert this_shard(4, 0) == Shard(0, 4)
+
+
+# Those of sbatch's script, of salloc's shell, and of salloc's shell where it is a step of one task.
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "SLURM_NPROCS": 4, "SLURM_LOCALID": 0, "SLURM_JOB_ID": 7},
+        {"SLURM_NTASKS": 4, "SLURM_NPROCS": 4, "SLURM_JOB_ID": 7},
+        {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "SLURM_STEP_NUM_TASKS": 1, "SLURM_STEP_ID": 4294967290},
+    ],
+)
+def test_a_batch_script_and_an_allocations_shell_are_the_whole_job(launcher, variables):
+    launcher(**variables)
+    assert this_shard(None, None) == Shard(0, 1)
+
+
+@pytest.mark.parametrize(("number", "count"), [("4", "4"), ("-1", "4"), ("", "4"), ("0", "four"), ("0", "0")])
+def test_a_launchers_variables_that_name_no_shard_are_an_error(launcher, number, count):
+    launcher(RANK=number, WORLD_SIZE=count)
+    with pytest.raises(ValueError, match=f"^RANK={number} and WORLD_SIZE={count} name no shard; unset them, or give"):
+        this_shard(None, None)
+
+
+def test_a_batch_script_writes_the_index(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    done = run(corpus, bert_folder, tmp_path / "index", environment=batch)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "index") == files_of(whole)
+
+
+def test_a_shard_that_ends_before_others_says_that_no_index_was_written(tmp_path, corpus, bert_folder):  # noqa: F811
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    done = run(corpus, bert_folder, tmp_path / "index", environment=step)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" in done.stderr and "no index was written, since other shards than this, 1 of 2, are" in done.stderr
+    # A shard without any part, of more shards than parts, in which nobody else has begun.
+    done = run(corpus, bert_folder, tmp_path / "other", "--num-shards", "100", "--shard-id", "0")
+    assert done.returncode == 0 and "no index was written, since" in done.stderr
 
 
 def test_half_a_shard_or_one_too_many_is_an_error():

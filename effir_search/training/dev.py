@@ -1,5 +1,6 @@
 """How good an encoder is while it is trained: nDCG@10 on a split that is no test, or likeness to the teacher."""
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from effir_search.training.examples import warn_of_missing
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
 from effir_search.trec import Query, read_qrels, read_topics
+
+logger = logging.getLogger(__name__)
 
 # Name of a figure and the function that measures it; larger is better.
 Measure = tuple[str, Callable[[Encoder], float]]
@@ -46,7 +49,8 @@ def read_dev_split(
         seed: Of both samples.
 
     Raises:
-        ValueError: A bad line, or a split without a relevant document, or of other topics or another corpus.
+        ValueError: A bad line, or a split without a relevant document, without a topic that has a text, or of other
+            topics or another corpus.
         OSError: A file cannot be read.
     """
     corpus, topics = str(beir_file(folder, "corpus.jsonl")), beir_file(folder, "queries.jsonl")
@@ -68,6 +72,12 @@ def read_dev_split(
     there = {document.doc_id: document for document in documents}
     warn_of_missing(f"qrels/{split}.tsv", corpus, "document", relevant, there)
     queries = [query for query in found.values() if query.query_id in chosen]
+    if empty := {query.query_id for query in queries if not query.text.strip()}:
+        logger.warning("%s: %d of %d judged topics are empty and left out", topics, len(empty), len(queries))
+        queries = [query for query in queries if query.query_id not in empty]
+        qrels = [qrel for qrel in qrels if qrel.query_id not in empty]
+    if not queries:
+        raise ValueError(f"{topics}: no topic with a text is judged in the split {split!r}")
     return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in there])
 
 

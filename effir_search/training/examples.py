@@ -362,7 +362,11 @@ def _beir_records(folder: Path, split: str, *, warn: bool) -> Iterator[tuple[str
         if qrel.relevance > 0:
             positives.setdefault(qrel.query_id, []).append(qrel.doc_id)
     topics = beir_file(folder, "queries.jsonl")
-    queries = _Texts("query", "--topics", topics, find_queries(topics, positives))
+    by_id = find_queries(topics, positives)
+    if empty := {query_id for query_id, text in by_id.items() if not text.strip()}:
+        logger.warning("%s: %d of %d judged topics are empty and left out", topics, len(empty), len(by_id))
+        positives = {query_id: of_query for query_id, of_query in positives.items() if query_id not in empty}
+    queries = _Texts("query", "--topics", topics, by_id)
     doc_ids = set(itertools.chain.from_iterable(positives.values()))
     documents = _Texts("document", "--corpus", folder, find_texts(folder, doc_ids))
     if warn:

@@ -33,6 +33,7 @@ class Mined(NamedTuple):
         without_positive: Queries of the run without a positive; left out.
         without_negative: Queries of the run of which no candidate was left; left out.
         not_in_run: Queries with a positive that the run does not have; left out.
+        without_text: Queries that are empty; left out.
     """
 
     num_queries: int
@@ -43,6 +44,7 @@ class Mined(NamedTuple):
     without_positive: int
     without_negative: int
     not_in_run: int
+    without_text: int = 0
 
 
 class _Text(NamedTuple):
@@ -147,11 +149,15 @@ def mine(
     queries = find_queries(topics, mined)
     warn_of_missing(qrels, topics, "topic", mined, queries)
     mined = [query_id for query_id in mined if query_id in queries]
+    with_text = [query_id for query_id in mined if queries[query_id].strip()]
+    without_text, mined = len(mined) - len(with_text), with_text
     relevant = set(itertools.chain.from_iterable(positives[query_id] for query_id in mined))
     candidates = set(itertools.chain.from_iterable(ranked[query_id] for query_id in mined))
     texts = {doc_id: _text(document) for doc_id, document in documents_there(corpus, relevant | candidates).items()}
-    _check_hits(corpus, candidates, texts)
-    warn_of_missing(qrels, corpus, "document", relevant, {doc_id: texts[doc_id] for doc_id in relevant & texts.keys()})
+    if mined:
+        _check_hits(corpus, candidates, texts)
+        in_corpus = {doc_id: texts[doc_id] for doc_id in relevant & texts.keys()}
+        warn_of_missing(qrels, corpus, "document", relevant, in_corpus)
 
     score = None
     if teacher is not None or reranker is not None:
@@ -186,7 +192,7 @@ def mine(
         if not num_queries:
             raise ValueError(
                 f"{run}: no query has both a positive and a negative left ({without_positive} without a positive, "
-                f"{without_negative} without a negative); nothing is written"
+                f"{without_negative} without a negative, {without_text} empty); nothing is written"
             )
     not_in_run = sum(bool(of_query) and query_id not in hits for query_id, of_query in positives.items())
     return Mined(
@@ -198,6 +204,7 @@ def mine(
         without_positive=without_positive,
         without_negative=without_negative,
         not_in_run=not_in_run,
+        without_text=without_text,
     )
 
 
@@ -207,6 +214,7 @@ def describe_mined(mined: Mined) -> str:
         "without a positive": mined.without_positive,
         "without a negative": mined.without_negative,
         "not in the run": mined.not_in_run,
+        "without a text": mined.without_text,
     }
     parts = [f"{mined.num_queries} queries, {mined.num_negatives} negatives"]
     parts += [f"{mined.num_false} probable positives left out"] if mined.num_false else []
