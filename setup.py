@@ -26,7 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["effir_search", "effir_search.*"]),
-    package_data={"effir_search.demo_collection": ["queries.jsonl", "qrels/*.tsv", "README.md"]},
+    package_data={
+        "effir_search.demo": ["collection/queries.jsonl", "collection/qrels/*.tsv", "collection/README.md"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "pyserini>=1.6,<2",

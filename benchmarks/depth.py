@@ -17,15 +17,15 @@ import click
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
-from effir_search.corpus import document_text, read_corpus
-from effir_search.encoder import Encoder, Tokens
-from effir_search.evaluate import evaluate_queries, parse_measures
-from effir_search.index import scale
+from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.evaluation.measures import evaluate_queries, parse_measures
+from effir_search.indexing.build import scale
 from effir_search.model.layers import KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.importance import CRITERIA
-from effir_search.trec import read_qrels, read_topics
+from effir_search.text.corpus import document_text, read_corpus
+from effir_search.text.trec import read_qrels, read_topics
 
 
 class Collection(NamedTuple):

@@ -16,13 +16,13 @@ import click
 import numpy as np
 import torch
 
-from effir_search.ahead import ahead
-from effir_search.corpus import document_text, read_corpus
-from effir_search.embeddings import in_parts
-from effir_search.encoder import Encoder
-from effir_search.index import scale
-from effir_search.pyserini_bridge import pyserini_faiss
-from effir_search.verify import cosine
+from effir_search.encoding.encoder import Encoder
+from effir_search.indexing.build import scale
+from effir_search.indexing.read_ahead import ahead
+from effir_search.indexing.store import in_parts
+from effir_search.indexing.verify import cosine
+from effir_search.searching.pyserini_bridge import pyserini_faiss
+from effir_search.text.corpus import document_text, read_corpus
 
 
 def ours(model: str, dtype: str) -> Callable[[list[str]], np.ndarray]:

@@ -18,11 +18,11 @@ import click
 import faiss
 import numpy as np
 
-from effir_search.corpus import Document, read_corpus
-from effir_search.encoder import Encoder
-from effir_search.index import build_index, read_index, rebuild_index, scale
-from effir_search.kinds import set_search_parameters
-from effir_search.trec import read_topics
+from effir_search.encoding.encoder import Encoder
+from effir_search.indexing.build import build_index, read_index, rebuild_index, scale
+from effir_search.indexing.faiss_kinds import set_search_parameters
+from effir_search.text.corpus import Document, read_corpus
+from effir_search.text.trec import read_topics
 
 DEPTH = 100
 KINDS = "SQfp16 SQ8 HNSW32 IVF256,Flat IVF256,SQ8 PQ64 OPQ64,PQ64 IVF256,PQ64"

@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from effir_search.benchmark import RESAMPLES, resampled_means
-from effir_search.corpus import read_corpus
-from effir_search.encoder import Encoder
-from effir_search.evaluate import evaluate_queries, parse_measures
+from effir_search.encoding.encoder import Encoder
+from effir_search.evaluation.benchmark import RESAMPLES, resampled_means
+from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.model.arithmetic import count, empty_model
+from effir_search.text.corpus import read_corpus
+from effir_search.text.trec import read_qrels, read_topics
 from effir_search.training.dev import search_exactly
-from effir_search.trec import read_qrels, read_topics
 
 
 def per_query(encoder: Encoder, folder: Path) -> dict[str, float]:

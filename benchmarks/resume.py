@@ -20,9 +20,9 @@ from pathlib import Path
 
 import click
 
-from effir_search.corpus import document_text, read_corpus
-from effir_search.embeddings import number_of_parts
-from effir_search.index import DOCID_FILE, INDEX_FILE, store_of
+from effir_search.indexing.build import DOCID_FILE, INDEX_FILE, store_of
+from effir_search.indexing.store import number_of_parts
+from effir_search.text.corpus import document_text, read_corpus
 
 
 def write_first(corpus: str, limit: int, path: Path) -> int:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from effir_search.corpus import read_corpus
-from effir_search.evaluate import evaluate_queries, parse_measures
-from effir_search.index import index_corpus
-from effir_search.pyserini_bridge import build_bm25, search_bm25
-from effir_search.search import load_encoder, load_topics, search
-from effir_search.trec import read_qrels
+from effir_search.evaluation.measures import evaluate_queries, parse_measures
+from effir_search.indexing.build import index_corpus
+from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
+from effir_search.searching.search import load_encoder, load_topics, search
+from effir_search.text.corpus import read_corpus
+from effir_search.text.trec import read_qrels
 
 
 @click.command()

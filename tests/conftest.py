@@ -222,7 +222,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_folder: Path) -> Path:
     """The toy corpus indexed with the tiny BERT; tests copy it before they damage it."""
-    from effir_search.index import index_corpus
+    from effir_search.indexing.build import index_corpus
 
     index_dir = tmp_path_factory.mktemp("indexes") / "toy"
     index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir, dtype="fp32")

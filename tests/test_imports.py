@@ -1,6 +1,7 @@
-"""Which module may import which; what the package itself must not import."""
+"""Which package may import which; what the package itself must not import."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -13,99 +14,20 @@ import effir_search
 
 PACKAGE = Path(effir_search.__file__).parent
 
-# Each module with the modules of the package that it may import.
-LEAVES = {
-    "files": set(),
-    "corpus": {"files"},
-    "trec": {"corpus", "files"},
-    "own_documents": {"corpus", "trec"},
-    "pooling": set(),
-    "ahead": set(),
-    "messages": set(),
-    "job": {"files", "corpus"},
-    "texts": {"files", "corpus", "trec"},
-    "kinds": set(),
-    "nearest": {"kinds"},
-    "copies": set(),
-    "ranges": set(),
-    "model.checkpoint": {"files", "model.modeling_effir"},
-    "model.modeling_effir": set(),
-    "model.packed": {"model.layers", "model.modeling_effir"},
-    "model.layers": {"model.modeling_effir"},
-    "model.surgery": {"model.layers", "model.modeling_effir"},
-    "model.arithmetic": {"model.layers", "model.modeling_effir"},
-    "model.sentence_files": {"model.checkpoint", "model.modeling_effir", "pooling"},
-    "model.save": {"files", "model.arithmetic", "model.checkpoint", "model.modeling_effir", "model.sentence_files"},
-    "model.gguf_file": {"files", "model.checkpoint"},
-    "demo_collection.standard_library": {"corpus"},
-}
-ENCODER = set(LEAVES) - {"demo_collection.standard_library", "model.gguf_file"}
-PRUNING = ENCODER | {"encoder"}
-EMBEDDINGS = ENCODER | {"encoder"}
-INDEX = EMBEDDINGS | {"embeddings", "workers"}
-BRIDGE = INDEX | {"index"}
-SEARCH = BRIDGE | {"pyserini_bridge"}
-TRAINING = BRIDGE | {
-    f"training.{name}"
-    for name in ("data", "dev", "examples", "lines", "objective", "unlabelled", "teachers", "trainer")
-}
-ALLOWED = LEAVES | {
-    "encoder": ENCODER,
-    "model.convert": EMBEDDINGS,
-    "embeddings": EMBEDDINGS,
-    "workers": EMBEDDINGS | {"embeddings"},
-    "index": INDEX,
-    "pyserini_bridge": BRIDGE,
-    "search": SEARCH,
-    "verify": SEARCH,
-    "info": SEARCH,
-    "pruning.calibration": {"texts"},
-    "pruning.importance": PRUNING,
-    "pruning.gates": {"files", "model.layers"},
-    "pruning.width": {"model.layers", "pruning.gates"},
-    "pruning.figures": set(),
-    "pruning.prune": PRUNING | {"pruning.calibration", "pruning.importance"},
-    "pruning.analyze": PRUNING | {"pruning.calibration", "pruning.importance", "pruning.figures"},
-    "training.examples": {"files", "corpus", "trec", "training.lines"},
-    "training.losses": set(),
-    "training.lines": {"files", "corpus"},
-    "training.teachers": BRIDGE | {"training.examples"},
-    "training.mine": BRIDGE | {"training.examples", "training.teachers"},
-    "training.objective": ENCODER | {"encoder"} | {f"training.{name}" for name in ("losses", "examples", "unlabelled")},
-    "training.unlabelled": ENCODER | {"encoder", "training.lines"},
-    "training.dev": BRIDGE | {"evaluate", "training.examples", "training.objective", "training.unlabelled"},
-    "training.trainer": {"files", "encoder", "model.checkpoint", "training.dev", "training.objective"},
-    "training.data": EMBEDDINGS
-    | {f"training.{name}" for name in ("examples", "lines", "objective", "unlabelled", "teachers")},
-    "training.finetune": TRAINING,
-    "slim": PRUNING | {"pruning.gates", "pruning.width", "training.data", "training.objective", "training.unlabelled"},
-    "evaluate": {"files", "corpus", "trec"},
-    "compare": {"files", "corpus", "trec", "evaluate"},
-    "benchmark": SEARCH | {"search", "evaluate"},
-    "recipe": {"files", "ranges", "slim", "training.data", "training.finetune", "training.objective"},
-    "compress": SEARCH
-    | {"benchmark", "recipe", "slim", "pruning.analyze", "pruning.prune"}
-    | {f"training.{name}" for name in ("data", "finetune", "objective")},
-    "demo": SEARCH
-    | {"search", "evaluate", "demo_collection.standard_library", "benchmark", "compress", "recipe", "training.data"},
-    "cli": SEARCH
-    | {"compress", "recipe", "model.gguf_file"}
-    | {"model.convert", "search", "verify", "evaluate", "compare", "info", "demo", "pruning.prune", "pruning.analyze"}
-    | {"slim", "training.mine", "training.data", "training.finetune", "training.objective"},
-    "__main__": {"cli"},
-}
-HAS_PYSERINI = {"pyserini_bridge"}
+# From the lowest to the highest: each imports only those before it. Those in brackets do not know each other.
+PACKAGES = (
+    *("errors", "messages", "ranges", "settings", "files", "text", "model", "encoding", "indexing", "searching"),
+    *("evaluation", ("pruning", "training"), "compression", "demo", "cli", "__main__"),
+)
+GROUPS = [(names,) if isinstance(names, str) else names for names in PACKAGES]
+FLOORS = {name: floor for floor, names in enumerate(GROUPS) for name in names}
+HAS_PYSERINI = {"searching.pyserini_bridge"}
 
 
 def source_files() -> dict[str, Path]:
-    """Module names without the package's, and their files."""
-    files = [
-        path
-        for pattern in ("*.py", "model/*.py", "pruning/*.py", "training/*.py", "demo_collection/*.py")
-        for path in PACKAGE.glob(pattern)
-    ]
-    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
-    return {name: path for name, path in names.items() if not name.endswith("__init__")}
+    """Module names without the package's, and their files; those of packages are called as the packages."""
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in names.items() if name != "__init__"}
 
 
 def imported_names(tree: ast.AST, module: str) -> Iterator[str]:
@@ -133,25 +55,35 @@ def imports_within(module: str) -> set[str]:
     return {name.removeprefix("effir_search.") for name in imports_of(module)} & set(source_files())
 
 
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_a_module_imports_only_what_lies_below_it(module):
-    if module not in source_files():
-        pytest.skip(f"there is no {module}.py")
-    assert imports_within(module) <= ALLOWED[module]
+@pytest.mark.parametrize("module", sorted(source_files()))
+def test_a_package_imports_itself_and_what_lies_below_it(module):
+    own = module.split(".")[0]
+    for other in {name.split(".")[0] for name in imports_within(module)} - {own}:
+        assert FLOORS[other] < FLOORS[own], f"{module} imports {other}"
 
 
-def test_every_module_has_its_place():
-    # The collector runs in a process of its own, without this package.
-    assert set(source_files()) - {"demo_collection.collect_docstrings"} <= set(ALLOWED)
+def test_every_package_has_its_place_and_there_are_no_others():
+    assert {name.split(".")[0] for name in source_files()} == set(FLOORS)
 
 
-def test_the_places_have_no_circle():
-    left = dict(ALLOWED)
+def test_the_modules_of_a_package_have_no_circle():
+    left = {module: imports_within(module) - {module, module.split(".")[0]} for module in source_files()}
     while left:
         lowest = [name for name, below in left.items() if not below & left.keys()]
         assert lowest, f"a circle among {sorted(left)}"
         for name in lowest:
             del left[name]
+
+
+def test_every_package_says_what_comes_in_what_goes_out_and_where_to_begin():
+    folders = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    assert {path.name for path in folders} <= set(FLOORS)
+    for folder in folders:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        text = " ".join(text.split())
+        files = {name.strip("`") for name in text.split() if name.strip("`,;:.").endswith(".py")}
+        assert "comes in" in text and "goes out" in text and "Open ``" in text, folder.name
+        assert files and all((folder / name.strip("`,;:.")).is_file() for name in files), folder.name
 
 
 def test_only_the_bridge_imports_pyserini_and_java():
@@ -174,7 +106,10 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", ["evaluate", "compare", "trec", "corpus", "training.examples"])
+TEXT_SIDE = ["evaluation.measures", "evaluation.compare", "text.trec", "text.examples", "settings"]
+
+
+@pytest.mark.parametrize("module", TEXT_SIDE)
 def test_the_text_side_reaches_no_model(module):
     tops = {name.split(".")[0] for reached_one in reached(module) for name in imports_of(reached_one)}
     assert not tops & {"torch", "transformers", "faiss", "pyserini", "jnius"}
@@ -195,10 +130,22 @@ def test_imports_are_found_wherever_they_stand():
     }
 
 
-@pytest.mark.parametrize("module", ["effir_search", "effir_search.cli"])
+@pytest.mark.parametrize("module", ["effir_search", "effir_search.cli", "effir_search.settings"])
 def test_importing_the_package_and_its_commands_loads_nothing_heavy(module):
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert module in loaded
     heavy = {"torch", "transformers", "numpy", "pyserini", "jnius", "faiss", "ir_measures", "ir_datasets", "scipy"}
     assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize(("old", "name"), [
+    ("corpus", "read_corpus"), ("encoder", "Encoder"), ("evaluate", "evaluate"), ("evaluate", "parse_measures"),
+    ("index", "build_index"), ("search", "search"), ("trec", "read_qrels"), ("trec", "read_topics"),
+])  # fmt: skip
+def test_what_was_imported_from_where_it_stood_is_still_there_with_a_warning(old, name):
+    sys.modules.pop(f"effir_search.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"effir_search.{old} is effir_search"):
+        module = importlib.import_module(f"effir_search.{old}")
+    new = importlib.import_module(effir_search.MOVED[f"effir_search.{old}"])
+    assert getattr(module, name) is getattr(new, name)

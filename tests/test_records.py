@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from effir_search.corpus import document_text, read_corpus
-from effir_search.texts import read_query_texts, read_texts
-from effir_search.training.examples import read_records
-from effir_search.trec import read_qrels, read_run, read_topics
+from effir_search.text.corpus import document_text, read_corpus
+from effir_search.text.examples import read_records
+from effir_search.text.texts import read_query_texts, read_texts
+from effir_search.text.trec import read_qrels, read_run, read_topics
 
 RECORDS = Path(__file__).parent / "records"
 FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"

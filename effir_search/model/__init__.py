@@ -1,5 +1,9 @@
 """Model folders: what is in them, loading them strictly, and models of which parts are left out.
 
+What comes in is a folder, a hub name or a GGUF file; what goes out is a transformer with its tokenizer, or a folder.
+Open ``modeling_effir.py`` first: a pruned model as transformers knows it. ``checkpoint.py`` loads, ``save.py`` saves,
+``layers.py`` finds the parts of a model in every family, ``surgery.py`` takes them out.
+
 Importing this package makes such models known to ``AutoConfig`` and ``AutoModel``, and so to sentence-transformers,
 peft and everything else that loads by these.
 """

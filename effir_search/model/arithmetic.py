@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from effir_search.errors import UserError
 from effir_search.model.layers import NOTHING_LEFT, Kind, layers_of, parts_of
 from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of, has_part
 
@@ -176,7 +177,7 @@ def planned(
         ValueError: A family that cannot be pruned, more parts than the model has, a share out of range.
     """
     if not 0 <= narrow < 1:
-        raise ValueError(f"narrow {narrow} must be a share of the units, at least 0 and below 1")
+        raise UserError(f"narrow {narrow} must be a share of the units, at least 0 and below 1")
     family_of(config)
     full = config if isinstance(config, EffirConfig) else EffirConfig(config)
     num_layers = full.num_hidden_layers
@@ -188,7 +189,7 @@ def planned(
     no_mlp = {*blocks, *_last(mlps, drop_mlp, "MLPs")}
     no_attention = {*full.dropped_attention, *blocks, *_last(attentions, drop_attention, "attentions")}
     if len(no_mlp | {i for i, width in enumerate(full.mlp_widths) if not width}) == num_layers == len(no_attention):
-        raise ValueError(NOTHING_LEFT)
+        raise UserError(NOTHING_LEFT)
     widths = [0 if i in no_mlp else round(width * (1 - narrow)) for i, width in enumerate(full.mlp_widths)]
     return EffirConfig(
         full.base_config,
@@ -202,7 +203,7 @@ def planned(
 
 def _last(layers: list[int], number: int, what: str) -> list[int]:
     if not 0 <= number <= len(layers):
-        raise ValueError(f"{number} {what} cannot be dropped; there are {len(layers)}")
+        raise UserError(f"{number} {what} cannot be dropped; there are {len(layers)}")
     return layers[len(layers) - number :]
 
 

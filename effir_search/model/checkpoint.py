@@ -26,25 +26,35 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from effir_search.files import decode
+from effir_search.errors import UserError
+from effir_search.files.reading import file_sha256, read_json
 from effir_search.model.modeling_effir import EffirConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
 # What the hub is asked for: no code, and no pickle but weights of which there are no others.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
 # How huggingface_hub looks in its cache alone.
 CACHE = {"local_files_only": True}
+
 # What LoRA adapters may have besides; effir convert reads pickles without running what they hold.
 ADAPTER_FILES = ("*adapter_model.bin", "*embedding/*.pth")
+
 # The file beside the weights of this project's models, which run by the same code as it is installed.
 OWN_CODE = "modeling_effir."
+
 # What LLM-Drop's files are called, before the name of the family.
 LLM_DROP_CODE = ("configuration_dropped_", "modeling_dropped_")
+
 # Where LLM-Drop's config.json says what was dropped.
 DROP_LISTS = {"mlp": "drop_mlp_list", "attention": "drop_attn_list"}
+
 # What files and folders are called that have a name of their own only together with the folder they are in.
 COMMON = ("model", "corpus", "queries", "train")
+
 # What transformers, safetensors and torch raise about a folder or a file that is damaged or is something else.
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, EOFError, struct.error, SafetensorError,
@@ -95,7 +105,7 @@ def _checked(folder: Path, name: str | Path, *, adapter: bool = False) -> Path:
             f"{name}: is a file; a model is a folder with config.json and model.safetensors{advice}"
         )
     if not adapter and (folder / "adapter_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{name}: is a LoRA adapter; merge it into its base model first (peft's merge_and_unload, or effir convert "
             "where layers were dropped)"
         )
@@ -139,7 +149,7 @@ def load_transformer(
     ]
     problems += list(report["error_msgs"])
     if problems:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
+        raise UserError(f"{folder}: the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
     return model.to(device).eval()
 
 
@@ -153,7 +163,7 @@ def empty_transformer(folder: Path, *, stock_architecture: bool = False) -> PreT
 def _read_config(folder: Path, stock_architecture: bool) -> PretrainedConfig:
     for names in (("config.json",), WEIGHTS, TOKENIZERS):
         if not any((folder / name).is_file() for name in names):
-            raise ValueError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
+            raise UserError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
     check_config(folder / "config.json", stock_architecture=stock_architecture)
     with named_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -188,7 +198,7 @@ def check_config(path: Path, *, stock_architecture: bool = False) -> dict:
     """
     settings = read_json(path)
     if "model_type" not in settings:
-        raise ValueError(f"{path}: no model_type, so it is not a Hugging Face model's config")
+        raise UserError(f"{path}: no model_type, so it is not a Hugging Face model's config")
     _check_whole_layers(settings, path)
     check_stock(path, stock_architecture=stock_architecture)
     return settings
@@ -213,13 +223,13 @@ def check_stock(path: Path, *, stock_architecture: bool = False) -> None:
     if not code:
         return
     if kind is not None and kind not in CONFIG_MAPPING:
-        raise ValueError(
+        raise UserError(
             f"{path}: names code of its own ({code[-1]}), which is not run, and transformers has no model of type "
             f"{kind!r} to take instead"
         )
     if not stock_architecture:
         stock = f"model of type {kind!r}" if kind is not None else "tokenizer"
-        raise ValueError(
+        raise UserError(
             f"{path}: names code of its own ({code[-1]}), which is not run; --stock-architecture takes transformers' "
             f"stock {stock} instead, whose vectors may be others"
         )
@@ -237,7 +247,7 @@ def _check_whole_layers(settings: dict[str, object], path: Path) -> None:
     for name in DROP_LISTS.values():
         value = settings.get(name)
         if isinstance(value, list) and any(item is not False for item in value):
-            raise ValueError(
+            raise UserError(
                 f"{path}: is an LLM-Drop checkpoint ({name}), whose dropped parts would take part again; "
                 "effir convert makes it a model of this project"
             )
@@ -271,10 +281,10 @@ def load_tokenizer(folder: Path, model: nn.Module, *, stock_architecture: bool =
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, folder: Path) -> None:
     """Raise ValueError for a tokenizer that is no fast one, or has more tokens than the model has embeddings."""
     if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
+        raise UserError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; a tokenizer.json is needed")
     num_embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {num_embeddings}"
         )
 
@@ -318,15 +328,9 @@ def check_whole(path: Path) -> None:
         tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
         expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: cut or damaged, its header cannot be read; get it again") from error
+        raise UserError(f"{path}: cut or damaged, its header cannot be read; get it again") from error
     if size != expected:
-        raise ValueError(f"{path}: cut or damaged, {size:,} bytes and its header says {expected:,}; get it again")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise UserError(f"{path}: cut or damaged, {size:,} bytes and its header says {expected:,}; get it again")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -350,22 +354,6 @@ def lasting_name(name: str) -> str:
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return f"{path.parent.name}/{path.name}" if path.name.split(".")[0] in COMMON else path.name
-
-
-def read_json(path: Path) -> dict:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: No JSON object, or not UTF-8.
-        OSError: The file cannot be read.
-    """
-    try:
-        content = json.loads(decode(path.read_bytes(), str(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object but {type(content).__name__}")
-    return content
 
 
 def _from_hub(name: str, patterns: Sequence[str], *ways: dict[str, object], needed: Sequence[str]) -> Path:
@@ -409,7 +397,7 @@ def named_errors(path: Path) -> Iterator[None]:
             yield
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be loaded: {reason[:150]}") from error
+        raise UserError(f"{path}: cannot be loaded: {reason[:150]}") from error
 
 
 @contextmanager

@@ -26,8 +26,10 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from effir_search.files import refuse_existing, whole_folder
-from effir_search.model.checkpoint import check_tokenizer, file_sha256, named_errors, quiet_transformers
+from effir_search.errors import UserError
+from effir_search.files.reading import file_sha256
+from effir_search.files.whole import refuse_existing, whole_folder
+from effir_search.model.checkpoint import check_tokenizer, named_errors, quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -118,20 +120,20 @@ def describe_read(read: Read) -> str:
 
 def _open(source: Path) -> "GGUFReader":
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ValueError(f"{source}: reading GGUF needs {missing[0]}: pip install 'effir_search[gguf]'")
+        raise UserError(f"{source}: reading GGUF needs {missing[0]}: pip install 'effir_search[gguf]'")
     from gguf import GGUFReader
 
     with open(source, "rb") as file:
         if (start := file.read(len(MAGIC))) != MAGIC:
-            raise ValueError(f"{source}: is no GGUF file: it begins with {start!r}, not {MAGIC!r}")
+            raise UserError(f"{source}: is no GGUF file: it begins with {start!r}, not {MAGIC!r}")
     try:
         reader = GGUFReader(source)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{source}: cut or damaged GGUF file, or of an unknown version ({error})") from error
+        raise UserError(f"{source}: cut or damaged GGUF file, or of an unknown version ({error})") from error
     if (parts := _value(reader, "split.count", 1)) > 1:
-        raise ValueError(f"{source}: is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
+        raise UserError(f"{source}: is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
     if not isinstance(_value(reader, "general.architecture"), str) or not reader.tensors:
-        raise ValueError(f"{source}: says no architecture or has no tensors, so it is no model")
+        raise UserError(f"{source}: says no architecture or has no tensors, so it is no model")
     return reader
 
 
@@ -153,7 +155,7 @@ def _config(source: Path, place: Path, reader: "GGUFReader") -> PretrainedConfig
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     scaling = _value(reader, f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" and scaling not in str(config.rope_parameters):
-        raise ValueError(f"{source}: its RoPE is scaled ({scaling}), which transformers does not read from GGUF")
+        raise UserError(f"{source}: its RoPE is scaled ({scaling}), which transformers does not read from GGUF")
     _scale_rope(source, config, reader)
     return config
 
@@ -168,7 +170,7 @@ def _scale_rope(source: Path, config: PretrainedConfig, reader: "GGUFReader") ->
     config.rope_parameters |= LLAMA3 | {"rope_type": "llama3", "factor": float(factors.max())}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     if scaled.shape != factors.shape or not torch.allclose(scaled, plain / factors, rtol=1e-4, atol=0):
-        raise ValueError(f"{source}: the factors of RoPE in it ({ROPE_FACTORS}) are not those of a Llama 3")
+        raise UserError(f"{source}: the factors of RoPE in it ({ROPE_FACTORS}) are not those of a Llama 3")
 
 
 def _model(source: Path, place: Path, config: PretrainedConfig, reader: "GGUFReader") -> PreTrainedModel:
@@ -192,9 +194,7 @@ def _model(source: Path, place: Path, config: PretrainedConfig, reader: "GGUFRea
     if held != (taken := loaded.num_parameters()):
         problems.append(f"it holds {held:,} numbers, of which {type(loaded).__name__} takes {taken:,}")
     if problems:
-        raise ValueError(
-            f"{source}: transformers cannot read it in full: {problems[0]} ({len(problems)} such problems)"
-        )
+        raise UserError(f"{source}: transformers cannot read it in full: {problems[0]} ({len(problems)} such problems)")
     # transformers does not save a model that it read from GGUF.
     plain = loaded.config.to_dict()
     plain = {name: value for name, value in plain.items() if name not in ("quantization_config", "_model_name_or_path")}
@@ -213,7 +213,7 @@ def _tokenizer(source: Path, place: Path, reader: "GGUFReader") -> PreTrainedTok
     except Exception as error:
         if type(error) is not Exception:  # that is what tokenizers raises
             raise
-        raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
+        raise UserError(f"{source}: its tokenizer cannot be read: {error}") from error
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     own = set(_value(reader, "tokenizer.ggml.tokens"))
     added = [token for token in state["added_tokens"] if token["content"] in own]

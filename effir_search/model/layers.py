@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from effir_search.errors import UserError
 from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, class_without, family_of, has_part
 
 Kind = Literal["attention", "mlp", "block"]
@@ -107,7 +108,7 @@ def left_out(model: PreTrainedModel, kind: Kind, layer_idx: int) -> Iterator[Non
     family, layer = family_of(model.config), layers_of(model)[layer_idx]
     kinds = ("attention", "mlp") if kind == "block" else (kind,)
     if not any(has_part(layer, name) for name in kinds):
-        raise ValueError(f"layer {layer_idx} has no {kind} any more")
+        raise UserError(f"layer {layer_idx} has no {kind} any more")
     whole = type(layer)
     layer.__class__ = class_without(layer, family, attention="attention" in kinds, mlp="mlp" in kinds)
     try:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effir_search.files import whole_folder
+from effir_search.files.whole import whole_folder
 from effir_search.model.arithmetic import count, empty_model
 from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers
 from effir_search.model.modeling_effir import EffirConfig, EffirModel

@@ -12,16 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from effir_search.model.checkpoint import (
-    check_config,
-    check_stock,
-    model_configs,
-    read_config_file,
-    read_json,
-    weight_files,
-)
+from effir_search.errors import UserError
+from effir_search.files.reading import read_json
+from effir_search.model.checkpoint import check_config, check_stock, model_configs, read_config_file, weight_files
 from effir_search.model.modeling_effir import family_of
-from effir_search.pooling import pooling_modes
+from effir_search.settings import pooling_modes
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +86,15 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     transformer = _transformer_settings(transformer_folder)
     for name, value in transformer.items():
         if name not in HARMLESS and value:
-            raise ValueError(
-                f'{transformer_folder}: the setting "{name}" of sentence_bert_config.json is not supported'
-            )
+            raise UserError(f'{transformer_folder}: the setting "{name}" of sentence_bert_config.json is not supported')
     if (task := transformer.get("transformer_task", "feature-extraction")) != "feature-extraction":
-        raise ValueError(f'{transformer_folder}: transformer_task "{task}" is not supported, only feature-extraction')
+        raise UserError(f'{transformer_folder}: transformer_task "{task}" is not supported, only feature-extraction')
     if "message" in transformer.get("modality_config", {}):
-        raise ValueError(f"{transformer_folder}: models that read texts through a chat template are not supported")
+        raise UserError(f"{transformer_folder}: models that read texts through a chat template are not supported")
 
     length = transformer.get("max_seq_length")
     if length is not None and not (type(length) in (int, float) and length >= 1):
-        raise ValueError(
+        raise UserError(
             f"{transformer_folder}: max_seq_length {length!r} is no number of tokens; put right or remove it"
         )
 
@@ -125,7 +118,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         )
     similarity = settings.get("similarity_fn_name")
     if similarity not in (None, "cosine", "dot"):
-        raise ValueError(
+        raise UserError(
             f"{path}: similarity {similarity!r} is not supported; a FAISS inner product gives cosine or dot"
         )
     return SentenceFiles(
@@ -235,10 +228,10 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
     try:
         entries = [(str(entry["type"]), entry.get("path", "")) for entry in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
+        raise UserError(f"{path}: not a list of sentence-transformers modules ({error!r})") from error
     for position, (name, _place) in enumerate(entries):
         if not name.startswith("sentence_transformers."):
-            raise ValueError(f"{path}: module {position} is {name}, which is not supported: code of the model's own")
+            raise UserError(f"{path}: module {position} is {name}, which is not supported: code of the model's own")
     return entries
 
 
@@ -252,12 +245,12 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
         kind = name.rpartition(".")[2]
         allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
         if kind not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"{path}: module {position} is {name}, which is not supported; expected {' or '.join(allowed)}"
             )
         kinds.append((kind, place))
     if len(kinds) < 2:
-        raise ValueError(f"{path}: no Pooling module, so this is not a model with one vector a text")
+        raise UserError(f"{path}: no Pooling module, so this is not a model with one vector a text")
     return kinds
 
 
@@ -271,7 +264,7 @@ def _pooling(folder: Path) -> tuple[str, bool]:
     modes = [modes] if isinstance(modes, str) else list(modes)
     if unknown := [mode for mode in modes if mode not in LEGACY_POOLING.values()]:
         known = ", ".join(LEGACY_POOLING.values())
-        raise ValueError(f"{path}: pooling {unknown[0]} is not supported; known are {known}")
+        raise UserError(f"{path}: pooling {unknown[0]} is not supported; known are {known}")
     return "+".join(OUR_NAMES.get(mode, mode) for mode in modes), settings.get("include_prompt", True)
 
 
@@ -312,9 +305,9 @@ def _dense(folder: Path) -> Dense:
     if not str(name).startswith("torch.nn.") or not (
         isinstance(activation, type) and issubclass(activation, nn.Module)
     ):
-        raise ValueError(f"{folder}: the activation {name} is not one of torch.nn")
+        raise UserError(f"{folder}: the activation {name} is not one of torch.nn")
     if settings.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise ValueError(f"{folder}: a Dense module on {settings['module_input_name']} is not supported")
+        raise UserError(f"{folder}: a Dense module on {settings['module_input_name']} is not supported")
     try:
         width = settings["in_features"], settings["out_features"]
         linear = nn.Linear(*width, bias=settings.get("bias", True))
@@ -324,11 +317,11 @@ def _dense(folder: Path) -> Dense:
         dense = Dense(linear, activation(), residual)
         files = weight_files(folder)
         if not files:
-            raise ValueError("no model.safetensors in it")
+            raise UserError("no model.safetensors in it")
         load = load_file if files[0].suffix == ".safetensors" else _load_pickle
         dense.load_state_dict({key: tensor.float() for key, tensor in load(files[0]).items()})
     except (KeyError, TypeError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: this Dense module cannot be loaded: {' '.join(str(error).split())[:150]}"
         ) from error
     return dense

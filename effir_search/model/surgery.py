@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from effir_search.errors import UserError
 from effir_search.model.layers import NOTHING_LEFT, layers_of, mlp_output
 from effir_search.model.modeling_effir import EffirConfig, EffirModel, drop_parts, family_of, has_part, narrow_mlp
 
@@ -44,7 +45,7 @@ def prune(
     """
     family = family_of(model.config)
     if not isinstance(model, EffirModel) and model.base_model is not model:
-        raise ValueError(f"{type(model).__name__} cannot be pruned; what can is its base model, as AutoModel loads it")
+        raise UserError(f"{type(model).__name__} cannot be pruned; what can is its base model, as AutoModel loads it")
     mlp, attention, block = sorted(set(mlp)), sorted(set(attention)), sorted(set(block))
     units = dict(units or {})
     _check(model, mlp=mlp, attention=attention, block=block, units=units)
@@ -83,7 +84,7 @@ def kept_units(config: EffirConfig) -> dict[int, list[int]]:
     kept = {}
     for layer_idx, mask in _masks_of_base(config).items():
         if mask is None:
-            raise ValueError(
+            raise UserError(
                 f"layer {layer_idx}: the plan does not say which {config.mlp_widths[layer_idx]} units it has"
             )
         kept[layer_idx] = mask.nonzero()[0].tolist()
@@ -117,22 +118,22 @@ def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], bloc
     layers = layers_of(model)
     for layer_idx in (*mlp, *attention, *block, *units):
         if not 0 <= layer_idx < len(layers):
-            raise ValueError(f"there is no layer {layer_idx}; layers are 0 to {len(layers) - 1}")
+            raise UserError(f"there is no layer {layer_idx}; layers are 0 to {len(layers) - 1}")
     for kind, chosen in (("mlp", [*mlp, *units]), ("attention", attention)):
         if missing := [layer_idx for layer_idx in chosen if not has_part(layers[layer_idx], kind)]:
-            raise ValueError(f"layer {missing[0]} has no {kind} any more")
+            raise UserError(f"layer {missing[0]} has no {kind} any more")
     for layer_idx in block:
         if not (has_part(layers[layer_idx], "mlp") or has_part(layers[layer_idx], "attention")):
-            raise ValueError(f"of layer {layer_idx} nothing is left")
+            raise UserError(f"of layer {layer_idx} nothing is left")
     dropped = {"mlp": {*mlp, *block}, "attention": {*attention, *block}}
     if not any(has_part(layer, kind) and i not in dropped[kind] for kind in dropped for i, layer in enumerate(layers)):
-        raise ValueError(NOTHING_LEFT)
+        raise UserError(NOTHING_LEFT)
     for layer_idx, mask in units.items():
         width = mlp_output(model, layer_idx).in_features
         if mask.dtype != torch.bool or mask.shape != (width,):
-            raise ValueError(f"layer {layer_idx}: the mask must be bool of shape ({width},), one for each unit")
+            raise UserError(f"layer {layer_idx}: the mask must be bool of shape ({width},), one for each unit")
         if not mask.any():
-            raise ValueError(f"layer {layer_idx}: the mask leaves no unit; drop the MLP instead")
+            raise UserError(f"layer {layer_idx}: the mask leaves no unit; drop the MLP instead")
 
 
 def _wrap(base: PreTrainedModel, base_model: str | None, base_revision: str | None) -> EffirModel:

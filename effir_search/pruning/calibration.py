@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from effir_search.texts import read_texts, sampled
+from effir_search.errors import UserError
+from effir_search.text.texts import read_texts, sampled
 
 NUM_TEXTS = 256
 
@@ -44,13 +45,13 @@ def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0
         OSError: A file cannot be read.
     """
     if size < len(sources):
-        raise ValueError(f"{size} texts cannot be taken from {len(sources)} sources; give --num-texts {len(sources)}")
+        raise UserError(f"{size} texts cannot be taken from {len(sources)} sources; give --num-texts {len(sources)}")
     texts: list[str] = []
     for number, source in enumerate(sources):
         share = size * (number + 1) // len(sources) - size * number // len(sources)
         taken = sampled((text for text in read_texts(source) if text.strip()), share, seed)
         if not taken:
-            raise ValueError(f"{source}: no text in it to measure importance on")
+            raise UserError(f"{source}: no text in it to measure importance on")
         texts += taken
     digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
     return Calibration(texts, [Path(source).name for source in sources], seed, digest)

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from effir_search.files import write_whole
+from effir_search.errors import UserError
+from effir_search.files.whole import write_whole
 from effir_search.model.layers import mlp_output, mlp_widths
 
 logger = logging.getLogger(__name__)
@@ -197,10 +198,10 @@ def learn_gates(
             a family that cannot be pruned.
     """
     if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1")
+        raise UserError(f"steps {steps} must be at least 1")
     with gated(model) as gates, frozen(model):
         if not gates:
-            raise ValueError("the model has no MLP left to narrow")
+            raise UserError("the model has no MLP left to narrow")
         # Of many units each has a tiny gradient, that of the penalty is about 1e-9 in the paper's setting: Adam's usual
         # 1e-8 in the denominator would make the rate depend on the size of the model.
         optimizer = torch.optim.Adam(gates.values(), lr=learning_rate, eps=1e-15)
@@ -225,9 +226,9 @@ def checked(value: Tensor, place: str) -> Tensor:
         ValueError: It is not finite, or has no gradient; the message names ``place``.
     """
     if not math.isfinite(value.item()):
-        raise ValueError(f"{place}: the loss is {value.item()}; half precision may be too narrow, or a batch is broken")
+        raise UserError(f"{place}: the loss is {value.item()}; half precision may be too narrow, or a batch is broken")
     if not value.requires_grad:
-        raise ValueError(f"{place}: the loss has no gradient: it must run the model itself, and not in inference mode")
+        raise UserError(f"{place}: the loss has no gradient: it must run the model itself, and not in inference mode")
     return value
 
 
@@ -242,8 +243,8 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
             if done == steps:
                 return
         if done == 0:
-            raise ValueError("no batches")
+            raise UserError("no batches")
         if done == before or iter(batches) is batches:
-            raise ValueError(
+            raise UserError(
                 f"the batches ended after {done} of {steps} steps; give a list, which can be repeated, or more batches"
             )

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from effir_search.encoder import Encoder, Tokens, batches_by_length
+from effir_search.encoding.encoder import Encoder, Tokens, batches_by_length
+from effir_search.errors import UserError
 from effir_search.model.layers import KINDS, Kind, layers_of, left_out, parts_of, recorded, replayed, watched
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
             model(**tokens)
         num_tokens += int(real.sum())
     if num_tokens == 0:
-        raise ValueError(NO_TOKEN)
+        raise UserError(NO_TOKEN)
     for kind, layer_idx, _part in sorted(parts, key=lambda part: part[1]):
         if not turned[kind][layer_idx].isfinite():
-            raise ValueError(f"layer {layer_idx}: what enters or leaves its {kind} is not finite in {model.dtype}")
+            raise UserError(f"layer {layer_idx}: what enters or leaves its {kind} is not finite in {model.dtype}")
     return {kind: (sums / num_tokens).cpu() for kind, sums in turned.items()}
 
 
@@ -139,7 +140,7 @@ def _mean(turned: Tensor, reference: np.ndarray) -> float:
     """Return the mean over the texts with a token; one without any has the zero vector, whatever is left out."""
     there = torch.from_numpy(reference.any(axis=1))
     if not there.any():
-        raise ValueError(NO_TOKEN)
+        raise UserError(NO_TOKEN)
     return float(turned[there].mean())
 
 
@@ -181,7 +182,7 @@ def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> Non
     lengths = [len(ids) for ids in tokens.input_ids]
     batches = list(batches_by_length(lengths, encoder.batch_tokens))
     if not batches:
-        raise ValueError(NO_TOKEN)
+        raise UserError(NO_TOKEN)
     total = sum(passes.values())
     if total >= MANY:
         _ = encoder.dimension  # the first pass of all takes longer

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effir_search.encoder import Encoder, Tokens, checked_max_length
-from effir_search.files import refuse_existing
+from effir_search.encoding.encoder import Encoder, Tokens, checked_max_length
+from effir_search.errors import UserError
+from effir_search.files.reading import read_json
+from effir_search.files.whole import refuse_existing
 from effir_search.model.arithmetic import facts, format_facts, planned
-from effir_search.model.checkpoint import dtype_name, hub_revision, lasting_name, read_json
+from effir_search.model.checkpoint import dtype_name, hub_revision, lasting_name
 from effir_search.model.layers import Kind
 from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
@@ -83,11 +85,11 @@ def prune_encoder(
     """
     refuse_existing(output, replaces=())
     if both := sorted(numbers.keys() & layers.keys()):
-        raise ValueError(f"--drop-{both[0]} and --drop-{both[0]}-layers: give a number or the layers, not both")
+        raise UserError(f"--drop-{both[0]} and --drop-{both[0]}-layers: give a number or the layers, not both")
     if not any(numbers.values()) and not any(layers.values()):
-        raise ValueError("nothing to drop: give --drop-mlp N or --drop-mlp-layers 3,5, or the same for other parts")
+        raise UserError("nothing to drop: give --drop-mlp N or --drop-mlp-layers 3,5, or the same for other parts")
     if any(numbers.values()) and not sources:
-        raise ValueError("--texts is needed to find the parts that matter least; --drop-mlp-layers needs none")
+        raise UserError("--texts is needed to find the parts that matter least; --drop-mlp-layers needs none")
     prunable_config(encoder_name, stock_architecture=bool(options.get("stock_architecture")))
     calibration = sample_texts(sources, size=size, seed=seed) if sources else None
     given = {name: value for name, value in options.items() if value is not None}

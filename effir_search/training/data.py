@@ -12,15 +12,17 @@ import numpy as np
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from effir_search.encoder import Encoder
-from effir_search.job import job_folder, read_settings
-from effir_search.model.checkpoint import file_sha256, resolve_model
+from effir_search.encoding.encoder import Encoder
+from effir_search.errors import UserError
+from effir_search.files.job import job_folder, read_settings
+from effir_search.files.lines import Lines
+from effir_search.files.reading import file_sha256
+from effir_search.model.checkpoint import resolve_model
 from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.ranges import NonNegative, Positive
-from effir_search.training.examples import Example, Examples, prepare_examples, with_scores
-from effir_search.training.lines import Lines
+from effir_search.text.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.objective import (
     ImitationObjective,
     LossSettings,
@@ -78,19 +80,17 @@ class Data:
     def __post_init__(self) -> None:
         imitates = bool(self.texts or self.queries)
         if bool(self.train) == imitates:
-            raise ValueError(
-                "give either --train with examples, or --texts (or --queries) and --teacher without labels"
-            )
+            raise UserError("give either --train with examples, or --texts (or --queries) and --teacher without labels")
         if imitates and not self.teacher:
-            raise ValueError("--texts without --teacher: name the model to imitate, such as the one before pruning")
+            raise UserError("--texts without --teacher: name the model to imitate, such as the one before pruning")
         if self.reranker and (imitates or self.teacher):
-            raise ValueError("--reranker scores the candidates of --train examples; it does not go with --teacher")
+            raise UserError("--reranker scores the candidates of --train examples; it does not go with --teacher")
         if imitates and (ignored := [name for name in ("corpus", "topics") if getattr(self, name)]):
-            raise ValueError(f"--{ignored[0]} goes with --train, not with --texts")
+            raise UserError(f"--{ignored[0]} goes with --train, not with --texts")
         if self.train and self.num_texts:
-            raise ValueError("--num-texts goes with --texts; of --train all examples are learned from")
+            raise UserError("--num-texts goes with --texts; of --train all examples are learned from")
         if self.dev_remove_query and not self.dev:
-            raise ValueError("--dev-remove-query goes with --dev")
+            raise UserError("--dev-remove-query goes with --dev")
 
 
 class Loaded(NamedTuple):
@@ -268,13 +268,13 @@ def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encode
     of_tokens = losses.token_weight
     if teacher is None:
         if of_tokens:
-            raise ValueError(f"--token-weight {of_tokens:g} goes with --texts and a teacher that is imitated")
+            raise UserError(f"--token-weight {of_tokens:g} goes with --texts and a teacher that is imitated")
         of_tokens = 0.0
     elif of_tokens is None:
         pool_means = teacher.config.pooling == encoder.config.pooling == "mean"
         of_tokens = float(pool_means and read_differently(teacher, encoder) is None)
     elif of_tokens and (different := read_differently(teacher, encoder)):
-        raise ValueError(f"--token-weight {of_tokens:g}: {data.teacher} has another {different}")
+        raise UserError(f"--token-weight {of_tokens:g}: {data.teacher} has another {different}")
     return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)
 
 
@@ -304,7 +304,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         ValueError: One that cannot.
     """
     if not model.supports_gradient_checkpointing:
-        raise ValueError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
+        raise UserError(f"--gradient-checkpointing: {model.config.model_type} models do not support it")
     _switch_checkpointing(model, "enable")
     for layer in layers_of(model):
         layer.training = True  # what a layer looks at; its parts stay in the mode they are in

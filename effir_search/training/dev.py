@@ -10,15 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
-from effir_search.corpus import Document, beir_file, read_corpus
-from effir_search.encoder import Encoder
-from effir_search.evaluate import evaluate, parse_measures
-from effir_search.index import scale
-from effir_search.own_documents import check_own_documents
-from effir_search.training.examples import warn_of_missing
+from effir_search.encoding.encoder import Encoder
+from effir_search.errors import UserError
+from effir_search.evaluation.measures import evaluate, parse_measures
+from effir_search.indexing.build import scale
+from effir_search.text.corpus import Document, beir_file, read_corpus
+from effir_search.text.examples import warn_of_missing
+from effir_search.text.own_documents import check_own_documents
+from effir_search.text.trec import Query, read_qrels, read_topics
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
-from effir_search.trec import Query, read_qrels, read_topics
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def read_dev_split(
     qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
     judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     if not judged:
-        raise ValueError(f"{folder}: no relevant document in its split {split!r}")
+        raise UserError(f"{folder}: no relevant document in its split {split!r}")
     found = {query.query_id: query for query in read_topics(topics) if query.query_id in judged}
     warn_of_missing(f"qrels/{split}.tsv", topics, "topic", judged, found)
     judged = sorted(found)
@@ -77,7 +78,7 @@ def read_dev_split(
         queries = [query for query in queries if query.query_id not in empty]
         qrels = [qrel for qrel in qrels if qrel.query_id not in empty]
     if not queries:
-        raise ValueError(f"{topics}: no topic with a text is judged in the split {split!r}")
+        raise UserError(f"{topics}: no topic with a text is judged in the split {split!r}")
     return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in there])
 
 

@@ -22,12 +22,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
-from effir_search.encoder import LARGE, Encoder, chosen_device, computes_in_bf16, own_config
-from effir_search.files import refuse_existing, whole_file
-from effir_search.job import job_folder
-from effir_search.model.checkpoint import lasting_name, quiet_transformers, read_json
+from effir_search.encoding.encoder import LARGE, Encoder, chosen_device, computes_in_bf16, own_config
+from effir_search.errors import UserError
+from effir_search.files.job import job_folder
+from effir_search.files.reading import read_json
+from effir_search.files.whole import refuse_existing, whole_file
+from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.layers import lora_targets
 from effir_search.ranges import NonNegative, NonNegativeReal, PartialShare, Positive, PositiveReal, Share
+from effir_search.text.examples import Example
 from effir_search.training.data import (
     DATA,
     Data,
@@ -45,7 +48,6 @@ from effir_search.training.data import (
     teacher_reading,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
-from effir_search.training.examples import Example
 from effir_search.training.objective import LossSettings, Objective
 from effir_search.training.trainer import (
     ObjectiveTrainer,
@@ -220,7 +222,7 @@ def finetune(
         if measure is None and len(loaded.held_out) > 2:
             measure = likeness(loaded.held_out, teacher)
         if recipe.patience and measure is None:
-            raise ValueError("--patience needs something that is measured: give --dev")
+            raise UserError("--patience needs something that is measured: give --dev")
         outcome = _train(objective, loaded, measure, recipe, folder)
         done = Finetuned(
             num_examples=len(loaded.dataset),
@@ -256,7 +258,7 @@ def resolved_recipe(recipe: Recipe, data: Data, model: PreTrainedModel, device: 
     if rank is None:
         rank = 32 if model.num_parameters() >= LARGE else 0
     if not rank and (recipe.lora_alpha or recipe.lora_dropout):
-        raise ValueError("--lora-alpha and --lora-dropout go with LoRA, and all weights are trained: give --lora-rank")
+        raise UserError("--lora-alpha and --lora-dropout go with LoRA, and all weights are trained: give --lora-rank")
     of_lora, of_all = (1e-4, 2e-5) if data.train else (4e-4, 0.2 / model.config.hidden_size)
     rate = recipe.learning_rate or (of_lora if rank else of_all)
     bf16 = computes_in_bf16(device) if recipe.bf16 is None else recipe.bf16
@@ -280,9 +282,9 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
     chosen_device(device)
     for package in recipe.log_to:
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--log-to {package}: is not installed; pip install {package}")
+            raise UserError(f"--log-to {package}: is not installed; pip install {package}")
     if recipe.patience and data.train and not data.dev:
-        raise ValueError("--patience needs something that is measured: give --dev")
+        raise UserError("--patience needs something that is measured: give --dev")
     if data.dev and not (qrels := Path(data.dev) / "qrels" / f"{data.dev_split}.tsv").is_file():
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 
@@ -290,9 +292,9 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
 def check_processes(recipe: Recipe, processes: int, device: str) -> None:
     """Raise ValueError if a batch cannot be divided among processes, or all of them were to take one GPU."""
     if processes > 1 and device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: each of the {processes} processes takes a GPU of its own; give auto")
+        raise UserError(f"--device {device}: each of the {processes} processes takes a GPU of its own; give auto")
     if recipe.batch_size % processes:
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
+        raise UserError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
 
 
 def _dev_measure(data: Data) -> Measure | None:
@@ -347,7 +349,7 @@ def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe
     outcome = read_json(file)
     losses = [entry["loss"] for entry in outcome["log"] if "loss" in entry]
     if losses and not any(losses):
-        raise ValueError(
+        raise UserError(
             "the loss was 0 at every step, so nothing was learned: give a larger --batch-size, negatives, or a teacher "
             "that is not the encoder itself"
         )

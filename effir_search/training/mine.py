@@ -10,12 +10,13 @@ from typing import NamedTuple
 from ir_measures import ScoredDoc
 from tqdm import tqdm
 
-from effir_search.corpus import Document, document_text, documents_there
-from effir_search.files import whole_file
-from effir_search.own_documents import comparable
-from effir_search.training.examples import Scorer, checked_scores, document_key, find_queries, warn_of_missing
+from effir_search.errors import UserError
+from effir_search.files.whole import whole_file
+from effir_search.text.corpus import Document, document_text, documents_there
+from effir_search.text.examples import Scorer, checked_scores, document_key, find_queries, warn_of_missing
+from effir_search.text.own_documents import comparable
+from effir_search.text.trec import read_qrels, read_run, strictly_decreasing
 from effir_search.training.teachers import load_teacher
-from effir_search.trec import read_qrels, read_run, strictly_decreasing
 
 # Queries whose pairs go to the teacher together: it encodes each distinct text of them once.
 CHUNK = 1024
@@ -121,13 +122,13 @@ def mine(
     Source: the bound is TopK-PercPos of NV-Retriever, arXiv 2407.15831.
     """
     if not 1 <= first <= last:
-        raise ValueError(f"ranks from {first} to {last}: --first must be at least 1, and --last not below it")
+        raise UserError(f"ranks from {first} to {last}: --first must be at least 1, and --last not below it")
     if negatives < 1:
-        raise ValueError(f"--negatives {negatives} must be at least 1")
+        raise UserError(f"--negatives {negatives} must be at least 1")
     if not 0 < teacher_ratio <= 1:
-        raise ValueError(f"--teacher-ratio {teacher_ratio} must be above 0 and at most 1")
+        raise UserError(f"--teacher-ratio {teacher_ratio} must be above 0 and at most 1")
     if sample not in SAMPLES:
-        raise ValueError(f"sample {sample!r} is unknown; known are {', '.join(SAMPLES)}")
+        raise UserError(f"sample {sample!r} is unknown; known are {', '.join(SAMPLES)}")
 
     positives: dict[str, list[str]] = {}
     for qrel in read_qrels(qrels):
@@ -138,7 +139,7 @@ def mine(
     for hit in read_run(run):
         hits.setdefault(hit.query_id, []).append(hit)
     if not hits.keys() & positives.keys():
-        raise ValueError(f"{run}: no query of the run is judged in {qrels}: do run and qrels belong together?")
+        raise UserError(f"{run}: no query of the run is judged in {qrels}: do run and qrels belong together?")
 
     mined = [query_id for query_id, of_query in positives.items() if of_query and query_id in hits]
     ranked: dict[str, list[str]] = {}
@@ -190,7 +191,7 @@ def mine(
                 num_negatives += len(taken)
             progress.update(len(chunk))
         if not num_queries:
-            raise ValueError(
+            raise UserError(
                 f"{run}: no query has both a positive and a negative left ({without_positive} without a positive, "
                 f"{without_negative} without a negative, {without_text} empty); nothing is written"
             )
@@ -318,6 +319,6 @@ def _fields(query: _Query, taken: Sequence[str], scores: Mapping[str, float] | N
 
 def _check_hits(corpus: str, doc_ids: set[str], found: Mapping[str, _Text]) -> None:
     if missing := sorted(doc_ids - found.keys()):
-        raise ValueError(
+        raise UserError(
             f'{corpus}: no document "{missing[0]}" ({len(missing)} of {len(doc_ids)} hits of the run are not in it)'
         )

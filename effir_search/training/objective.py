@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from effir_search.encoder import Encoder, embed, vectors
+from effir_search.encoding.encoder import Encoder, embed, vectors
+from effir_search.errors import UserError
 from effir_search.ranges import NonNegativeReal, Positive, PositiveReal
-from effir_search.training.examples import Example, document_key
+from effir_search.text.examples import Example, document_key
 from effir_search.training.losses import (
     contrastive_loss,
     distillation_loss,
@@ -68,7 +69,7 @@ class Objective(nn.Module):
         self.encoder, self.settings, self.alone = encoder, settings, alone
         self.model = encoder.model
         if too_many := [size for size in settings.dimensions if not 0 < size <= encoder.dimension]:
-            raise ValueError(f"--matryoshka {too_many[0]}: embeddings have {encoder.dimension} components")
+            raise UserError(f"--matryoshka {too_many[0]}: embeddings have {encoder.dimension} components")
 
     def embed_texts(self, texts: Sequence[str], prompt: str) -> Tensor:
         """Return ``(texts, dimension)`` float32 in the texts' order, as ``Encoder.encode`` would; gradients flow.
@@ -87,7 +88,7 @@ class Objective(nn.Module):
         encoder = self.encoder
         tokens = encoder.tokenize(texts, prompt=prompt)
         if empty := [text for text, ids in zip(texts, tokens.input_ids, strict=True) if not ids]:
-            raise ValueError(f"the text {empty[0][:40]!r} has no token, so nothing can be learned from it")
+            raise UserError(f"the text {empty[0][:40]!r} has no token, so nothing can be learned from it")
         chunks, order = [], []
         for rows, batch in encoder.batches(tokens):
             if self.settings.cached and torch.is_grad_enabled():
@@ -198,9 +199,9 @@ class ImitationObjective(Objective):
         sizes = f"{self.teacher.dimension} and {self.encoder.dimension}"
         told = f"embeddings of teacher and encoder have {sizes} components"
         if not self.settings.score_weight:
-            raise ValueError(f"--score-weight 0: {told}, so that score matrices are all that can be matched")
+            raise UserError(f"--score-weight 0: {told}, so that score matrices are all that can be matched")
         if min(batch_size, len(dataset)) == 1:
-            raise ValueError(
+            raise UserError(
                 f"a batch of 1 text: {told}, so that the similarities of a batch's texts are all that can be matched; "
                 "give a larger --batch-size, or more texts"
             )
@@ -311,7 +312,7 @@ def check_examples(examples: Sequence[Example], batch_size: int, settings: LossS
             if positives.difference(own):
                 return
     what = "a batch of 1 example" if batch_size == 1 else f"{len(examples)} examples that share their positives"
-    raise ValueError(
+    raise UserError(
         f"{what} without hard negatives: no query meets a document to be told from its positive, so nothing can be "
         "learned; give more examples, a larger --batch-size or negatives (effir mine makes them)"
     )

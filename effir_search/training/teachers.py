@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from effir_search.encoder import Encoder
-from effir_search.index import scale
+from effir_search.encoding.encoder import Encoder
+from effir_search.errors import UserError
+from effir_search.indexing.build import scale
 from effir_search.model.checkpoint import named_errors, resolve_model
 from effir_search.model.sentence_files import check_stock_encoder
-from effir_search.training.examples import Pair, Scorer, checked_scores
+from effir_search.text.examples import Pair, Scorer, checked_scores
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -43,7 +44,7 @@ def load_teacher(
         OSError: A file cannot be read.
     """
     if (teacher is None) == (reranker is None):
-        raise ValueError("give one teacher: either --teacher, a bi-encoder, or --reranker, a cross-encoder")
+        raise UserError("give one teacher: either --teacher, a bi-encoder, or --reranker, a cross-encoder")
     if teacher is not None:
         encoder = Encoder.from_pretrained(teacher, device=device, stock_architecture=stock_architecture, **text_options)
         return functools.partial(bi_encoder_scores, encoder.pack())
@@ -92,7 +93,7 @@ def load_cross_encoder(name: str | Path, *, device: str = "auto", stock_architec
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as error:
-        raise ValueError("cross-encoders need sentence-transformers: pip install 'effir_search[train]'") from error
+        raise UserError("cross-encoders need sentence-transformers: pip install 'effir_search[train]'") from error
     check_stock_encoder(name, stock_architecture=stock_architecture)
     folder = resolve_model(name)
     with named_errors(folder):
@@ -102,9 +103,7 @@ def load_cross_encoder(name: str | Path, *, device: str = "auto", stock_architec
     classes = (model.model.config.architectures or [""]) if model.model is not None else [""]
     # Of any other class transformers would load the weights and draw those of the scoring layer at random.
     if not classes[0].endswith(("ForSequenceClassification", "ForCausalLM")) and len(model) == 1:
-        raise ValueError(
-            f"{name}: its weights are those of a {classes[0] or 'model'} without a layer that scores pairs"
-        )
+        raise UserError(f"{name}: its weights are those of a {classes[0] or 'model'} without a layer that scores pairs")
     return model
 
 
@@ -120,7 +119,7 @@ def cross_encoder_scores(model: "CrossEncoder", pairs: Sequence[Pair], *, batch_
         ValueError: A model with more than one label, or a score that is not finite.
     """
     if model.num_labels != 1:
-        raise ValueError(f"a cross-encoder with {model.num_labels} labels gives no score; one with 1 label is needed")
+        raise UserError(f"a cross-encoder with {model.num_labels} labels gives no score; one with 1 label is needed")
     if not pairs:
         return []
     scores = model.predict(

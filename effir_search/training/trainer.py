@@ -14,9 +14,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import ParallelMode
 
-from effir_search.encoder import NotFiniteError
-from effir_search.files import whole_file
-from effir_search.model.checkpoint import read_json
+from effir_search.encoding.encoder import NotFiniteError
+from effir_search.errors import UserError
+from effir_search.files.reading import read_json
+from effir_search.files.whole import whole_file
 from effir_search.training.dev import Measure
 from effir_search.training.objective import Objective
 
@@ -59,7 +60,7 @@ class ObjectiveTrainer(Trainer):
         try:
             return super().training_step(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"step {self.state.global_step + 1}: out of GPU memory; give --grad-cache and a lower --batch-tokens, "
                 "and for large models --gradient-checkpointing ([loss] and [finetune] of a recipe), with --restart"
             ) from error
@@ -73,7 +74,7 @@ class ObjectiveTrainer(Trainer):
         terms = model(**inputs)
         if not torch.isfinite(terms["loss"]):
             told = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite ({told}); {self._advice()}")
+            raise UserError(f"the loss of step {self.state.global_step + 1} is not finite ({told}); {self._advice()}")
         return terms["loss"]
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
@@ -92,7 +93,7 @@ class ObjectiveTrainer(Trainer):
                     found = [measure(self.objective.encoder)]
             except NotFiniteError as error:
                 step = self.state.global_step
-                raise ValueError(f"step {step}: embeddings are not finite any more; {self._advice()}") from error
+                raise UserError(f"step {step}: embeddings are not finite any more; {self._advice()}") from error
         metrics = {"eval_measure": broadcast_object_list(found)[0]}
         self.log(metrics)
         logger.info("step %d: %s %.4f", self.state.global_step, name, metrics["eval_measure"])
@@ -109,7 +110,7 @@ class ObjectiveTrainer(Trainer):
         for name, parameter in trained_parameters(self.objective):
             if not torch.isfinite(parameter).all():
                 step = self.state.global_step
-                raise ValueError(f"step {step}: the weights are not finite any more ({name}); {self._advice()}")
+                raise UserError(f"step {step}: the weights are not finite any more ({name}); {self._advice()}")
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return inputs  # texts; the objective moves what it makes of them
@@ -144,7 +145,7 @@ def load_trained(objective: Objective, checkpoint: Path) -> None:
     parameters = dict(trained_parameters(objective))
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())[0]
-        raise ValueError(f"{checkpoint}: is of another model; {odd} is only in one of the two")
+        raise UserError(f"{checkpoint}: is of another model; {odd} is only in one of the two")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
@@ -158,7 +159,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     try:
         return load_file(checkpoint / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{checkpoint}: its weights cannot be read ({error})") from error
+        raise UserError(f"{checkpoint}: its weights cannot be read ({error})") from error
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

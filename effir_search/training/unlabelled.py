@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effir_search.encoder import Encoder
-from effir_search.files import whole_file
-from effir_search.texts import read_query_texts, read_texts, sampled
-from effir_search.training.lines import Lines
+from effir_search.encoding.encoder import Encoder
+from effir_search.errors import UserError
+from effir_search.files.lines import Lines
+from effir_search.files.whole import whole_file
+from effir_search.text.texts import read_query_texts, read_texts, sampled
 
 
 class PlainText(NamedTuple):
@@ -47,7 +48,7 @@ def prepare_texts(
             number += 1
     if not number:
         output.unlink()
-        raise ValueError(f"{', '.join([*documents, *queries])}: no text in it to learn from")
+        raise UserError(f"{', '.join([*documents, *queries])}: no text in it to learn from")
     return number
 
 

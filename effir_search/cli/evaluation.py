@@ -1,0 +1,47 @@
+"""``effir evaluate`` and ``compare``: from runs and qrels to measures and tests."""
+
+from pathlib import Path
+
+import click
+
+from effir_search.cli.options import COMPARISON_FORMATS, PATH, REPORT_FORMATS
+
+
+@click.command()
+@click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
+@click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
+@click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Format of the answer.")
+@click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
+@click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
+def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bool, only_with_positives: bool) -> None:
+    """Score a TREC run against qrels with ir-measures."""
+    from effir_search.evaluation.measures import evaluate_run, format_evaluation
+
+    evaluation = evaluate_run(run_file, qrels, measures, only_with_positives=only_with_positives)
+    click.echo(format_evaluation(evaluation, form, per_query=per_query))
+
+
+@click.command()
+@click.argument("baseline", type=PATH)
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
+@click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
+@click.option("--format", "form", type=click.Choice(COMPARISON_FORMATS), default="text", help="Format of the answer.")
+@click.option(
+    "--figure", type=PATH, help="PNG of each query's difference in the first measure; an existing one is replaced."
+)
+@click.option("--alpha", type=click.FloatRange(0, 1), default=0.05, help="Mark a corrected p below this.")
+@click.option("--resamples", type=click.IntRange(1), default=10_000, help="Sign patterns of the randomisation test.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of these patterns.")
+@click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
+def compare(
+    baseline: Path, runs: tuple[Path, ...], form: str, figure: Path | None, alpha: float, **options: object
+) -> None:
+    """Compare TREC runs with the first one, query by query: wins, losses, tests with Holm's correction."""
+    from effir_search.evaluation.compare import compare_runs, draw_figure, format_comparison
+
+    comparison = compare_runs(baseline, runs, **options)
+    if figure is not None:
+        draw_figure(comparison, figure)
+    click.echo(format_comparison(comparison, form, alpha=alpha))

@@ -1,0 +1,5 @@
+"""EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate.
+
+What comes in is a recipe; what goes out is a model folder of half the size, with what was measured beside it. Open
+``compress.py`` first; ``recipe.py`` reads and checks the TOML file, ``slim.py`` narrows MLPs by a retrieval loss.
+"""

@@ -1,1 +1,0 @@
-"""The built-in demo collection: Python's standard library as documents, with queries and qrels."""

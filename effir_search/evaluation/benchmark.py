@@ -1,0 +1,262 @@
+"""Two models side by side: nDCG@10 on test collections through the whole path, sizes, documents a second."""
+
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from effir_search.encoding.encoder import Encoder
+from effir_search.evaluation.measures import evaluate_queries, parse_measures
+from effir_search.files.reading import file_sha256, read_json
+from effir_search.files.whole import whole_file
+from effir_search.indexing.build import index_corpus
+from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
+from effir_search.searching.search import load_encoder, load_topics, search
+from effir_search.text.corpus import beir_file, documents_there
+from effir_search.text.own_documents import check_own_documents
+from effir_search.text.trec import read_qrels, read_run, read_topics, write_run
+
+logger = logging.getLogger(__name__)
+
+RESAMPLES = 10_000
+# Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn: so
+# many that those of a batch are of like lengths, as they are while a corpus is encoded.
+ROUNDS, TURN = 3, 256
+HITS = 100
+# In the folder of the runs: by collection the hashes of its files.
+COLLECTIONS_FILE = "collections.json"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured; of two figures the first is the full model's.
+
+    Attributes:
+        sizes: ``arithmetic.facts``, FLOPs those of a text of the mean length.
+        tokens: Of a text, the mean.
+        speed: Documents encoded a second, medians of the rounds.
+        speedup: The median of the rounds' ratios.
+        cosine: Between both models' embeddings of a text, the mean.
+        ndcg: By collection nDCG@10, the mean over judged queries with a relevant document.
+        queries: By collection, how many these are.
+        kept: The share of the full model's mean over collections that the other keeps, with the ends of its 95 %
+            interval; None without collections, or where the full model finds nothing.
+    """
+
+    sizes: tuple[dict[str, int], dict[str, int]]
+    tokens: float
+    speed: tuple[float, float]
+    speedup: float
+    cosine: float
+    ndcg: dict[str, tuple[float, float]]
+    queries: dict[str, int]
+    kept: tuple[float, float, float] | None
+
+
+def benchmark(
+    full: str,
+    compressed: str,
+    folder: Path,
+    *,
+    texts: Sequence[str],
+    collections: Sequence[str] = (),
+    split: str = "test",
+    remove_query: bool = False,
+    seed: int = 0,
+    text_options: Mapping[str, object] = MappingProxyType({}),
+    **options: object,
+) -> Benchmark:
+    """Measure a model beside the one it was made from; runs stay in a folder and are not made again.
+
+    Args:
+        full: Model folder or hub name.
+        compressed: The other.
+        folder: Gets ``COLLECTION-full.trec`` and ``COLLECTION-compressed.trec``, and what they were made from.
+        texts: Documents that speed and cosine are measured on.
+        collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
+        split: Name of the qrels.
+        remove_query: Leave out the document whose id is the query's, as in ArguAna; it stays in the runs.
+        seed: Of the bootstrap.
+        text_options: Of the full model alone, as ``Encoder.from_pretrained`` takes them.
+        options: Of both, likewise; None = its default.
+
+    Raises:
+        ValueError: A bad model or collection.
+        OSError: A file cannot be read or written.
+    """
+    roles = {"full": full, "compressed": compressed}
+    machine = {name: value for name, value in options.items() if value is not None}
+    given = {"full": {**machine, **text_options}, "compressed": machine}
+    figures = {}
+    _remove_other_runs(folder, list(map(Path, collections)), split)
+    for collection in map(Path, collections):
+        corpus, topics, qrels = map(str, collection_files(collection, split))
+        runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
+        for role, run in runs.items():
+            if not run.is_file():
+                _search(corpus, topics, qrels, roles[role], run, given[role])
+        figures[collection.name] = ndcg_per_query(list(runs.values()), qrels, remove_query=remove_query)
+        check_topics(collection, corpus, topics, qrels, remove_query=remove_query)
+    encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
+    tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
+    length = statistics.mean(map(len, tokens.input_ids))
+    sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
+    speeds, cosine = _encode_in_turns(encoders, texts)
+    kept = None
+    if figures:
+        means = resampled_means(figures, seed=seed)
+        if means[:, 0].all():
+            shares = means[:, 1] / means[:, 0]
+            kept = (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
+    return Benchmark(
+        sizes=(sizes[0], sizes[1]),
+        tokens=length,
+        speed=(statistics.median(speeds[:, 0]), statistics.median(speeds[:, 1])),
+        speedup=statistics.median(speeds[:, 1] / speeds[:, 0]),
+        cosine=cosine,
+        ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in figures.items()},
+        queries={name: values.shape[1] for name, values in figures.items()},
+        kept=kept,
+    )
+
+
+def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) -> None:
+    """Remove what a folder has of collections of the same names whose files were others."""
+    path = folder / COLLECTIONS_FILE
+    known = read_json(path) if path.is_file() else {}
+    now = {
+        collection.name: [file_sha256(file) for file in collection_files(collection, split)]
+        for collection in collections
+    }
+    for name in now:
+        if name in known and known[name] != now[name]:
+            for left in folder.glob(f"{escape(name)}-*"):  # of another collection too, if its name begins so
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with whole_file(path) as file:
+        file.write(json.dumps(known | now, indent=1) + "\n")
+
+
+def collection_files(collection: Path, split: str) -> list[Path]:
+    """Return a BEIR folder's corpus, queries and qrels.
+
+    Raises:
+        FileNotFoundError: One is missing.
+    """
+    return [beir_file(collection, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
+
+
+def _search(corpus: str, topics: str, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
+    """Index a collection, search its judged topics, write the run; the index goes."""
+    index_dir = run.with_suffix(".index")
+    if not index_dir.is_dir():
+        index_corpus(corpus, model, index_dir, **options)
+    chosen, encoder = load_topics(topics, qrels=read_qrels(qrels)), load_encoder(index_dir, **options)
+    write_run(search(index_dir, encoder, chosen, k=HITS), run, tag=run.stem)
+    shutil.rmtree(index_dir)
+
+
+def check_topics(collection: Path, corpus: str, topics: str, qrels: str, *, remove_query: bool) -> None:
+    """Warn of what hides differences between models: queries that are documents, and judged ones without a text.
+
+    Args:
+        collection: Opens the warnings.
+        corpus: As ``read_corpus`` takes it.
+        topics: As ``read_topics`` takes it.
+        qrels: Judgments.
+        remove_query: Whether the document whose id is the query's is left out.
+    """
+    judged = {qrel.query_id for qrel in read_qrels(qrels) if qrel.relevance > 0}
+    queries = [query for query in read_topics(topics) if query.query_id in judged]
+    if lacking := len(judged) - len(queries):
+        logger.warning("%s: %d of %d judged queries are no topics and count 0", collection, lacking, len(judged))
+    documents = documents_there(corpus, [query.query_id for query in queries])
+    option = "--remove-query (remove_query in [evaluate] of a recipe)"
+    check_own_documents(str(collection), queries, documents, remove_query=remove_query, option=option)
+
+
+def ndcg_per_query(runs: Sequence[Path], qrels: str, *, remove_query: bool = False) -> np.ndarray:
+    """Return nDCG@10 of each run, ``(runs, queries)``, for the judged queries that have a relevant document.
+
+    Args:
+        runs: TREC runs.
+        qrels: Judgments.
+        remove_query: Leave out hits whose document has the query's id.
+    """
+    judgments, (measure,) = read_qrels(qrels), parse_measures("nDCG@10")
+    of_runs = []
+    for run in runs:
+        hits = [hit for hit in read_run(run) if not (remove_query and hit.doc_id == hit.query_id)]
+        of_runs.append(evaluate_queries(hits, judgments, [measure], only_with_positives=True))
+    return np.array([[of_query[measure] for of_query in of_run.per_query.values()] for of_run in of_runs])
+
+
+def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
+    """Return each model's mean over collections, ``(resamples + 1, models)``.
+
+    Row 0 is that of the queries as they are. For the others queries are drawn with replacement within each collection,
+    the same for every model: the paired bootstrap (Efron and Tibshirani, 1993).
+
+    Args:
+        figures: By collection ``(models, queries)``.
+        seed: Of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    of_collections = []
+    for values in figures.values():
+        rows = generator.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
+        drawn = np.stack([of_model[rows].mean(axis=1) for of_model in values], axis=1)
+        of_collections.append(np.vstack([values.mean(axis=1), drawn]))
+    return np.mean(of_collections, axis=0)
+
+
+def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Return documents a second, ``(rounds, models)``, and the mean cosine of two models' embeddings.
+
+    Both encode in turns after every few texts, so that a slow moment of the machine meets both.
+    """
+    for encoder in encoders:
+        encoder.pack().encode_documents(texts[:TURN])  # warm up
+    seconds = np.zeros((ROUNDS, len(encoders)))
+    cosines = []
+    for of_round in seconds:
+        for start in range(0, len(texts), TURN):
+            turn, embeddings = texts[start : start + TURN], []
+            for column, encoder in enumerate(encoders):
+                begun = time.perf_counter()
+                embeddings.append(encoder.encode_documents(turn))
+                of_round[column] += time.perf_counter() - begun
+            a, b = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in embeddings)
+            cosines += (a * b).sum(axis=1).tolist()
+    return len(texts) / seconds, statistics.mean(cosines)
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Return what was measured, from the JSON of a ``Benchmark``."""
+    return Benchmark(**read_json(path))
+
+
+def format_benchmark(measured: Benchmark) -> str:
+    """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
+    rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes, round(measured.tokens))]
+    rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
+    for name, (of_full, of_other) in measured.ndcg.items():
+        share = f"{of_other / of_full:.1%}" if of_full else "-"
+        rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", share))
+    if measured.kept:
+        of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
+        rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
+    lines = [aligned(rows)]
+    lines += ["", f"Speed is the median of {ROUNDS} rounds in turns, its ratio that of the rounds' ratios."]
+    lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
+    if measured.kept:
+        share, low, high = measured.kept
+        lines.append(f"Quality kept: {share:.1%}, 95 % interval {low:.1%} to {high:.1%} (paired bootstrap)")
+    return "\n".join(lines)

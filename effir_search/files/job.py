@@ -1,0 +1,95 @@
+"""The folder in which a job that can be stopped keeps what it continues from."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from effir_search.errors import UserError
+from effir_search.files.reading import decode, parse_json_object
+from effir_search.files.whole import whole_file
+
+SETTINGS, LOCK = "settings.json", "job.lock"
+
+
+@contextmanager
+def job_folder(path: Path, settings: dict, *, restart: bool = False, keep: Collection[str] = ()) -> Iterator[None]:
+    """Hold a job's folder, made if it is missing; what an earlier job of the same settings left in it may be used.
+
+    Args:
+        path: The folder.
+        settings: What the job's result depends on, in JSON types.
+        restart: Discard what an earlier job left.
+        keep: Names in the folder that are not discarded, and depend on settings of their own.
+
+    Raises:
+        OSError: Another job is at work in it, it is not a job's, or it cannot be written.
+        ValueError: What is there is of other settings; the first difference is named.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    there = {child.name for child in path.iterdir()}
+    # A job writes its settings before anything else, under a temporary name at first.
+    if SETTINGS not in there and any(name != LOCK and not name.startswith(f".{SETTINGS}.") for name in there):
+        raise FileExistsError(f"{path}: is not a job's folder, and is left as it is; move it, or give another --output")
+    with open(path / LOCK, "w", encoding="utf-8") as lock:
+        if not try_lock(lock, fcntl.LOCK_EX):
+            raise OSError(f"{path}: another job is at work in it; wait for it, or stop it")
+        for child in path.glob(".*"):  # what a job that was killed was writing
+            _remove(child)
+        left = [child for child in path.iterdir() if child.name not in (LOCK, SETTINGS, *keep)]
+        if restart:
+            for child in left:
+                _remove(child)
+        settings, found = json.loads(json.dumps(settings)), read_settings(path)
+        if restart or not left:
+            with whole_file(path / SETTINGS) as file:
+                file.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        elif changed := [name for name in settings | found if settings.get(name) != found.get(name)]:
+            ours, theirs = differing(settings.get(changed[0]), found.get(changed[0]))
+            raise UserError(
+                f"{path}: is of another job: {changed[0]} was {theirs} there and is {ours} now; "
+                "--restart discards what depends on it"
+            )
+        try:
+            yield
+        except BaseException:
+            if all(child.name in (LOCK, SETTINGS) for child in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)  # nothing was begun
+            raise
+
+
+def read_settings(path: Path) -> dict | None:
+    """Return the settings of the job whose folder this is; None where there are none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = path / SETTINGS
+    return parse_json_object(decode(file.read_bytes(), str(file)), str(file)) if file.is_file() else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def try_lock(file: IO[str], kind: int) -> bool:
+    """Take a lock of a kind of ``fcntl`` on an open file; return whether it could be had."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def differing(ours: object, theirs: object) -> tuple[object, object]:
+    """Return both values; of two dicts only the entries in which they differ."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ours, theirs
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return {name: ours.get(name) for name in names}, {name: theirs.get(name) for name in names}

@@ -1,0 +1,464 @@
+"""The store: embeddings on disk, in parts, from which a stopped job continues and an index is built.
+
+A store is the folder ``NAME.parts`` beside the index ``NAME``::
+
+    manifest.json         what the vectors depend on, and a record with the hashes of every finished part
+    part-00012.npy        (documents, dimension) float32
+    part-00012.ids        one document id a line
+    part-00012.tokens     a digest of each document's tokens, 16 bytes; texts of the same tokens have the same vector
+    kept                  if there: the store stays when the index is written
+    *.lock                held (flock) by the jobs at work; a lock vanishes with its process
+
+A part is a fixed number of consecutive documents, encoded by themselves: a continued job repeats the very same
+batches. A part counts once the manifest lists it.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from glob import escape
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.errors import UserError
+from effir_search.files.job import differing, try_lock
+from effir_search.files.reading import read_json
+from effir_search.files.whole import write_whole
+from effir_search.indexing.copies import DIGEST, digests, first_of_equal
+from effir_search.indexing.read_ahead import ahead
+from effir_search.model.checkpoint import dtype_name
+from effir_search.text.corpus import CorpusHasher, Document, document_text
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, MANIFEST_LOCK, KEPT = "manifest.json", "manifest.lock", "kept"
+# The files of a store, and the hidden ones that are written first or that a file system makes.
+OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids|tokens)")
+REMEDY = "--repair encodes such parts again, --restart all"
+# Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
+PART_SIZE = 1024
+ARITHMETIC = ("torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What the vectors of a store depend on, to the bit: a job that differs in one of these cannot continue it.
+
+    The processor is the exception: on another one the last bits differ, which makes the vectors no worse.
+
+    Attributes:
+        model_sha256: See ``model.checkpoint.weights_sha256``.
+        encoder: The fields of the ``EncoderConfig``.
+        dtype: Of the transformer's arithmetic, as torch names it.
+        device: "cpu" or "cuda".
+        threads: Of torch.
+        batch_tokens: See ``Encoder``.
+        dimension: Components of a vector.
+        part_size: Documents of a part; the last may have fewer.
+        corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
+        versions: Of the packages that do the arithmetic.
+        processor: Of the job that began the store, see ``processor_name``.
+    """
+
+    model_sha256: str
+    encoder: dict[str, object]
+    dtype: str
+    device: str
+    threads: int
+    batch_tokens: int
+    dimension: int
+    part_size: int
+    corpus_sha256: str | None
+    versions: dict[str, str]
+    processor: str
+
+
+def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
+    """Return what the vectors of a job with this encoder depend on."""
+    return StoreSettings(
+        model_sha256=encoder.weights_sha256,
+        encoder=asdict(encoder.config),
+        dtype=dtype_name(encoder.dtype),
+        device=encoder.device.type,
+        threads=torch.get_num_threads(),
+        batch_tokens=encoder.batch_tokens,
+        dimension=encoder.dimension,
+        part_size=PART_SIZE,
+        corpus_sha256=corpus_sha256,
+        versions={package: version(package) for package in ARITHMETIC},
+        processor=processor_name(encoder.device),
+    )
+
+
+def processor_name(device: torch.device) -> str:
+    """Return the model of a GPU or CPU; of a CPU also what torch computes with, since virtual machines hide models."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    able = torch.cpu.get_capabilities()
+    sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
+    return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
+
+
+class Part(NamedTuple):
+    """The manifest's record of a finished part; hashes are SHA-256."""
+
+    num_documents: int
+    num_empty: int
+    num_truncated: int
+    documents_sha256: str
+    npy_sha256: str = ""
+    ids_sha256: str = ""
+    tokens_sha256: str = ""  # empty in a store of an earlier version, which has no such file
+
+
+class Shard(NamedTuple):
+    """Shard ``number`` (0-based) of ``count``: the number-th contiguous block of parts."""
+
+    number: int = 0
+    count: int = 1
+
+    def parts(self, num_parts: int) -> range:
+        """Return the numbers of this shard's parts; any two shards differ by one part at most."""
+        return range(num_parts * self.number // self.count, num_parts * (self.number + 1) // self.count)
+
+
+WHOLE = Shard()
+
+
+def number_of_parts(num_documents: int) -> int:
+    """Return how many parts a corpus has."""
+    return -(-num_documents // PART_SIZE)
+
+
+def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:
+    """Yield consecutive documents in lists of ``part_size``; the last may be shorter."""
+    iterator = iter(documents)
+    while part := list(islice(iterator, part_size)):
+        yield part
+
+
+def documents_sha256(documents: Iterable[Document]) -> str:
+    """Return the hash of some documents, as of a corpus that has only these."""
+    hasher = CorpusHasher()
+    for document in documents:
+        hasher.add(document)
+    return hasher.hexdigest()
+
+
+class Store:
+    """A store on disk. Nothing is kept in memory, so several processes may work on one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def is_there(self) -> bool:
+        """Whether the folder is a store, in which there may be no more than locks yet."""
+        return (self.path / MANIFEST_LOCK).is_file()
+
+    def settings(self) -> StoreSettings | None:
+        """Return what the manifest says the vectors depend on; None if there is no store (yet, or any more)."""
+        return self._manifest()[0]
+
+    def parts(self) -> dict[int, Part]:
+        """Return the finished parts, by number."""
+        return self._manifest()[1]
+
+    def begin(self, settings: StoreSettings) -> None:
+        """Write the manifest of a new store, or check that an old one has these settings.
+
+        Another processor is warned of: shards may be on machines of several kinds.
+
+        Raises:
+            ValueError: The store has other settings; the first difference is named.
+        """
+        with _lock(self.path / MANIFEST_LOCK):
+            found = self.settings()
+            if found is None:
+                self._write_manifest(settings, {})
+                return
+        ours, theirs = asdict(settings), asdict(found)
+        changed = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
+        if changed == ["processor"]:
+            logger.warning(
+                "%s was begun on %s, this is %s: the last bits of vectors differ between the two",
+                *(self.path, found.processor, settings.processor),
+            )
+        elif changed:
+            name = changed[0]
+            ours, theirs = differing(ours[name], theirs[name])
+            raise UserError(
+                f"{self.path}: its embeddings are of another job: {name} is {theirs} there and {ours} now; "
+                "another --output leaves them, --restart discards them"
+            )
+
+    def write(
+        self, number: int, embeddings: np.ndarray, documents: list[Document], part: Part, tokens: np.ndarray
+    ) -> None:
+        """Write a part whole: its files, flushed and renamed, then its record in the manifest.
+
+        Args:
+            number: Of the part, 0-based.
+            embeddings: ``(documents, dimension)`` float32.
+            documents: Of the part.
+            part: Its record; the hashes of the files are filled in here.
+            tokens: A digest of each document's tokens.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        ids = "".join(f"{document.doc_id}\n" for document in documents).encode("utf-8")
+        part = part._replace(
+            npy_sha256=self._write(number, "npy", lambda file: np.save(file, embeddings, allow_pickle=False)),
+            ids_sha256=self._write(number, "ids", lambda file: file.write(ids)),
+            tokens_sha256=self._write(number, "tokens", lambda file: file.write(tokens.tobytes())),
+        )
+        with _lock(self.path / MANIFEST_LOCK):
+            settings, parts = self._manifest()
+            if settings is None:
+                raise FileNotFoundError(f"{self.path / MANIFEST}: has gone while a job was at work")
+            self._write_manifest(settings, parts | {number: part})
+
+    def read(self, number: int, part: Part) -> tuple[np.ndarray, list[str]]:
+        """Return ``(documents, dimension)`` float32 and the ids of a part, checked against its record.
+
+        Raises:
+            ValueError: A byte is not what was written, or a file is missing.
+        """
+        embeddings, ids = (self._read(number, *file) for file in (("npy", part.npy_sha256), ("ids", part.ids_sha256)))
+        self._token_digests(number, part)
+        embeddings = np.lib.format.read_array(io.BytesIO(embeddings), allow_pickle=False)
+        return embeddings, ids.decode("utf-8").split("\n")[:-1]
+
+    def _token_digests(self, number: int, part: Part) -> np.ndarray | None:
+        """Return a digest of the tokens of each document of a part, None where an earlier version wrote none."""
+        if not part.tokens_sha256:
+            return None
+        return np.frombuffer(self._read(number, "tokens", part.tokens_sha256), dtype=DIGEST)
+
+    def _read(self, number: int, suffix: str, sha256: str) -> bytes:
+        path = self._file(number, suffix)
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though the manifest lists it; {REMEDY}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{path}: damaged, its SHA-256 is not the manifest's; {REMEDY}")
+        return content
+
+    def read_all(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Yield vectors and ids of every part in order, one part in memory at a time.
+
+        Documents of the same tokens have the vector of the first of them: the model's own differ in their last bits, in
+        bf16 in the third digit, where texts are in other batches.
+        """
+        parts = sorted(self.parts().items())
+        tokens = [self._token_digests(*part) for part in parts]
+        is_known = all(of_part is not None for of_part in tokens)
+        first = first_of_equal(tokens) if parts and is_known else None
+        starts = np.cumsum([0, *(part.num_documents for _, part in parts)])
+        for (number, part), start in zip(parts, starts.tolist(), strict=False):
+            vectors, ids = self.read(number, part)
+            if first is not None:
+                of_part = first[start : start + len(ids)]
+                for row in np.unique(of_part[of_part < start]):
+                    of_row = int(np.searchsorted(starts, row, side="right")) - 1
+                    earlier = np.load(self._file(parts[of_row][0], "npy"), mmap_mode="r", allow_pickle=False)
+                    vectors[of_part == row] = earlier[row - starts[of_row]]
+                inside = of_part >= start
+                vectors[inside] = vectors[of_part[inside] - start]
+            yield vectors, ids
+
+    def forget_damaged(self, numbers: range) -> None:
+        """Forget every part of these that cannot be read as it was written, with a warning for each."""
+        for number, part in self.parts().items():
+            if number not in numbers:
+                continue
+            try:
+                self.read(number, part)
+            except ValueError as error:
+                logger.warning("%s: part %d is encoded again", str(error).removesuffix(f"; {REMEDY}"), number)
+                with _lock(self.path / MANIFEST_LOCK):
+                    settings, parts = self._manifest()
+                    del parts[number]
+                    self._write_manifest(settings, parts)
+
+    def keep(self) -> None:
+        """Mark the store as one that stays when an index is built from it, until ``clear``."""
+        (self.path / KEPT).touch()
+
+    def is_kept(self) -> bool:
+        """Whether ``keep`` has marked it."""
+        return (self.path / KEPT).is_file()
+
+    def clear(self) -> None:
+        """Forget the parts and settings; the locks stay."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        (self.path / KEPT).unlink(missing_ok=True)
+        for file in self.path.glob("part-*"):
+            file.unlink()
+
+    def remove(self) -> None:
+        """Delete the store; the manifest goes first, so that a kill half-way leaves nothing that counts."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        os.replace(self.path, self.path.with_name(f".{self.path.name}.{os.getpid()}"))
+        for hidden in self.path.parent.glob(f".{escape(self.path.name)}.*"):  # also what a kill right here has left
+            shutil.rmtree(hidden, ignore_errors=True)  # NFS keeps files that are open: the locks of jobs at work
+
+    @contextmanager
+    def at_work(self, shard: Shard) -> Iterator[None]:
+        """Hold the locks of a job on one shard; the folder is made if it is missing.
+
+        Raises:
+            OSError: Another job works on this shard, or on another number of shards, or a file in the folder is none
+                of a store's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if foreign := sorted(file.name for file in self.path.iterdir() if not OWN_FILE.fullmatch(file.name)):
+            raise FileExistsError(
+                f"{self.path}: {foreign[0]} in it is no file of this program, which needs the folder to itself and "
+                "deletes it in the end; move it, or choose another --output"
+            )
+        with ExitStack() as stack:
+            shards = stack.enter_context(open(self.path / "shards.lock", "a+", encoding="utf-8"))
+            with _lock(self.path / MANIFEST_LOCK):
+                if try_lock(shards, fcntl.LOCK_EX):  # nobody is at work: this job says how many shards there are
+                    shards.truncate(0)
+                    shards.write(str(shard.count))
+                    shards.flush()
+                fcntl.flock(shards, fcntl.LOCK_SH)
+            shards.seek(0)
+            if (count := shards.read()) != str(shard.count):
+                raise OSError(f"{self.path}: another job is at work on it, in {count} shards, not {shard.count}")
+            own = stack.enter_context(open(self.path / f"shard-{shard.number}.lock", "w", encoding="utf-8"))
+            if not try_lock(own, fcntl.LOCK_EX):
+                which = f" on shard {shard.number} of {shard.count}" if shard.count > 1 else ""
+                raise OSError(f"{self.path}: another job is at work on it{which}; wait for it, or stop it")
+            yield
+
+    @contextmanager
+    def finishing(self) -> Iterator[bool]:
+        """Hold the lock of the job that writes the index, having waited for it; yield whether the store still is."""
+        try:
+            file = open(self.path / "finish.lock", "w", encoding="utf-8")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield self.path.is_dir()
+
+    def _manifest(self) -> tuple[StoreSettings | None, dict[int, Part]]:
+        path = self.path / MANIFEST
+        try:
+            record = read_json(path)
+        except FileNotFoundError:
+            return None, {}
+        try:
+            parts = {int(number): Part(**part) for number, part in record["parts"].items()}
+            return StoreSettings(**record["settings"]), parts
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: not a manifest of this version; --restart encodes all anew ({error!r})"
+            ) from error
+
+    def _write_manifest(self, settings: StoreSettings, parts: dict[int, Part]) -> None:
+        record = {"settings": asdict(settings), "parts": {number: parts[number]._asdict() for number in sorted(parts)}}
+        text = json.dumps(record, indent=1, ensure_ascii=False).encode("utf-8")
+        write_whole(self.path / MANIFEST, lambda file: file.write(text))
+
+    def _write(self, number: int, suffix: str, write: Callable[[IO[bytes]], object]) -> str:
+        return write_whole(self._file(number, suffix), write)
+
+    def _file(self, number: int, suffix: str) -> Path:
+        return self.path / f"part-{number:05}.{suffix}"
+
+
+def encode_corpus(
+    documents: Iterable[Document],
+    encoder: Encoder,
+    store: Store,
+    *,
+    shard: Shard = WHOLE,
+    num_documents: int | None = None,
+) -> tuple[int, str]:
+    """Encode the documents of a shard that the store lacks; return the number of all parts and the corpus' hash.
+
+    A thread reads and tokenizes the next parts while the model works on one.
+
+    Args:
+        documents: The whole corpus, in order, whatever the shard.
+        encoder: Turns documents into vectors.
+        store: Of this corpus and encoder, with the locks held.
+        shard: The block of parts that is this job's.
+        num_documents: Of the whole corpus; needed if there is more than one shard.
+
+    Raises:
+        ValueError: A repeated id, a vector that is not finite, or a finished part that is of other documents.
+        OSError: The disk is full, or a file cannot be read.
+    """
+    if shard.count > 1 and num_documents is None:
+        raise UserError("shards need the number of all documents")
+    finished = store.parts()
+    mine = None if num_documents is None else shard.parts(number_of_parts(num_documents))
+    reused = sum(part.num_documents for number, part in finished.items() if mine is None or number in mine)
+    if reused:
+        logger.info("continuing: %d documents are encoded already", reused)
+    total = num_documents
+    if mine is not None and shard.count > 1:
+        total = min(mine.stop * PART_SIZE, num_documents) - mine.start * PART_SIZE
+    hasher, doc_ids, num_parts = CorpusHasher(), set(), 0
+
+    def prepared() -> Iterator[tuple[int, list[Document], Part, Tokens] | None]:
+        nonlocal num_parts
+        for number, part in enumerate(in_parts(documents)):
+            num_parts += 1
+            for document in part:
+                if document.doc_id in doc_ids:
+                    raise UserError(f'repeated document id "{document.doc_id}"')
+                doc_ids.add(document.doc_id)
+                hasher.add(document)
+            if mine is not None and number not in mine:
+                yield None  # so that the thread notices an end while it reads other shards' parts
+                continue
+            sha256 = documents_sha256(part)
+            if number in finished:
+                if finished[number].documents_sha256 != sha256:
+                    raise UserError(
+                        f"{store.path}: part {number} is of other documents than the corpus has now; "
+                        "--restart discards it"
+                    )
+                yield None
+                continue
+            texts = [document_text(document) for document in part]
+            tokens = encoder.tokenize(texts, prompt=encoder.config.document_prompt)
+            yield number, part, Part(len(part), texts.count(""), tokens.num_truncated, sha256), tokens
+
+    with tqdm(total=total, initial=reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
+        for number, part, record, tokens in filter(None, ahead(prepared())):
+            embeddings = encoder.encode_tokens(tokens, done=progress.update).embeddings
+            store.write(number, embeddings, part, record, digests(np.array(ids) for ids in tokens.input_ids))
+    if extra := [number for number in finished if number >= num_parts]:
+        raise UserError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")
+    return num_parts, hasher.hexdigest()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
