@@ -17,7 +17,8 @@ import click
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
-from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.encoding.batching import Tokens
+from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import scale
 from effir_search.model.layers import KINDS

@@ -87,6 +87,7 @@ class Settings:
 
 
 MODELS = "the model's"
+STOCK = "Instead of a model's own code, which is never run, take transformers' stock model; vectors may be others."
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class EncoderOptions(TextSettings):
         dtype: Of the transformer's arithmetic; "auto" is bf16 where the processor computes in it, fp32 elsewhere;
             "saved" is that of the weights; None = whatever the job at hand takes by itself.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
+        stock_architecture: Take transformers' stock model of a folder that has code of its own, which is never run.
     """
 
     max_length: Count | None = setting(None, help="Tokens of a text read.", default_text=MODELS)
@@ -130,6 +132,7 @@ class EncoderOptions(TextSettings):
         default_text="auto; in a search, the index's",
     )
     batch_tokens: Count | None = setting(None, help="Padded tokens a forward pass.", default_text="by device")
+    stock_architecture: bool = setting(False, help=STOCK)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class IndexSettings(Settings):
         train_size: Vectors that an approximate kind is trained on.
         overwrite: Replace an existing index, once the new one is complete.
         fields: JSON fields whose texts, joined by one space, are a document's text.
+        id_field: JSON field that is a document's id.
         skip_bad: Leave out bad lines, with a warning for each.
         restart: Discard what an earlier job left in the store.
         repair: Encode again what is damaged or missing in the store, instead of raising.
@@ -154,6 +158,7 @@ class IndexSettings(Settings):
     fields: tuple[str, ...] = setting(
         (), help="JSON fields that are the text, as in title,abstract.", default_text="contents, or title,text"
     )
+    id_field: str | None = setting(None, help="JSON field that is the id.", default_text="_id, id, pid, docid, ...")
     skip_bad: bool = setting(False, help="Leave out bad lines and list them, instead of stopping at the first.")
     restart: bool = setting(False, help="Discard what a stopped job left, instead of continuing it.")
     repair: bool = setting(False, help="Encode again what is damaged or missing in OUTPUT.parts.")
@@ -198,6 +203,7 @@ class MiningSettings(Settings):
         sample: Which of the candidates are taken.
         seed: Of a random sample; what a query gets does not depend on other queries.
         device: Of the teacher.
+        stock_architecture: See ``EncoderOptions``, for the teacher.
     """
 
     first: Count = setting(1, help="Rank of the first candidate.")
@@ -212,6 +218,7 @@ class MiningSettings(Settings):
     sample: NegativeSample = setting("random", help="Which of the candidates to take.")
     seed: CountFrom0 = setting(0, help="Seed of a random sample.")
     device: str = setting("auto", help="Of the teacher: auto, cpu, cuda, cuda:1, ...")
+    stock_architecture: bool = setting(False, help=STOCK)
 
 
 @dataclass(frozen=True)
@@ -220,8 +227,8 @@ class DataSettings(Settings):
 
     Attributes:
         train: Examples, see ``examples.read_records``; or None, and
-        texts: texts to imitate a teacher on, as documents,
-        queries: and as queries; each as ``texts.read_texts`` takes it.
+        texts: texts to imitate a teacher on, as documents, each as ``texts.read_texts`` takes it,
+        queries: and as queries, as ``texts.read_query_texts`` does.
         num_texts: At most so many of them; None = all.
         corpus: For examples that are ids.
         topics: For examples that are ids.
@@ -233,6 +240,7 @@ class DataSettings(Settings):
         dev_split: Its name.
         dev_queries: At most so many of its queries.
         dev_documents: In so many of its documents.
+        dev_remove_query: Leave out the document whose id is the query's, where its queries are documents.
     """
 
     train: str | None = setting(
@@ -253,6 +261,7 @@ class DataSettings(Settings):
     dev_split: str = setting("dev", help="Its qrels.")
     dev_queries: Count = setting(200, help="Sample of its queries.")
     dev_documents: Count = setting(2000, help="Sample of its documents.")
+    dev_remove_query: bool = setting(False, help="There, drop the document whose id is the query's.")
 
     def __post_init__(self) -> None:
         imitates = bool(self.texts or self.queries)
@@ -266,6 +275,8 @@ class DataSettings(Settings):
             raise UserError(f"--{ignored[0]} goes with --train, not with --texts")
         if self.train and self.num_texts:
             raise UserError("--num-texts goes with --texts; of --train all examples are learned from")
+        if self.dev_remove_query and not self.dev:
+            raise UserError("--dev-remove-query goes with --dev")
 
 
 @dataclass(frozen=True)
@@ -427,10 +438,12 @@ class EvaluationSettings(Settings):
     Attributes:
         collections: BEIR folders.
         split: Their qrels.
+        remove_query: Leave out the document whose id is the query's.
     """
 
     collections: tuple[str, ...] = setting((), option="--evaluate", help="BEIR folder to compare both models on.")
     split: str = setting("test", help="Its qrels.")
+    remove_query: bool = setting(False, help="In all of these, drop the document whose id is the query's.")
 
 
 @dataclass(frozen=True)
@@ -442,6 +455,7 @@ class CompressionSettings(Settings):
         output: The new folder; None = it is said elsewhere.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
+        stock_architecture: See ``EncoderOptions``, for every model of the recipe.
         text: How a text becomes one vector.
         data: What is learned from.
         prune: What is dropped.
@@ -460,6 +474,7 @@ class CompressionSettings(Settings):
         None, help="Tokens of a text that analysis and training read.", default_text=MODELS
     )
     seed: CountFrom0 = setting(0, help="Of samples, order, LoRA.")
+    stock_architecture: bool = setting(False, help=STOCK)
     text: TextSettings = TextSettings()
     prune: DepthSettings = DepthSettings()
     slim: WidthSettings = WidthSettings()

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from effir_search.cli.options import CRITERIA, OWN_LENGTH, PATH, UNIT_CRITERIA, data_options
+from effir_search.cli.legacy_options import CRITERIA, OWN_LENGTH, PATH, UNIT_CRITERIA, data_options
 
 
 @click.command()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.options import COMPARISON_FORMATS, PATH, REPORT_FORMATS
+from effir_search.cli.legacy_options import COMPARISON_FORMATS, PATH, REPORT_FORMATS
 
 
 @click.command()

@@ -1,191 +1,175 @@
-"""Options that several commands have, and what becomes of the values they were given."""
+"""Command options made from the fields of settings dataclasses, and settings made from what a command was given."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
+from annotated_types import Ge, Gt, Le, Lt
 from click.core import ParameterSource
 
-# What the library's tables hold, written out: importing them would make --help wait for torch. A test compares them.
-POOLINGS = ("cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")
+from effir_search.settings import DataSettings, EncoderOptions, Settings
 
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
-
-
-REPORT_FORMATS = ("text", "json", "csv", "markdown")
-
-
-COMPARISON_FORMATS = (*REPORT_FORMATS, "latex")
-
-
-DTYPE_HELP = "Arithmetic; auto is bf16 where the processor has it.  [default: auto; in a search, the index's]"
-
-
-CRITERIA = ("cosine", "embedding", "greedy")
-
-
-UNIT_CRITERIA = ("gates", "activation", "taylor", "magnitude", "random")
-
-
-SCHEDULES = ("linear", "cosine", "constant")
-
-
-REPORTERS = ("tensorboard", "wandb")
-
-
-TOPIC_FIELDS = ("title", "description", "narrative")
-
-
-SAMPLES = ("random", "top")
-
-
-# What --max-length changes where a model is saved.
-OWN_LENGTH = "Tokens of a text read for {}; the saved model keeps its own.  [default: the model's]"
-
+Kind = TypeVar("Kind", bound=Settings)
+Command = Callable[..., object]
 
 PATH = click.Path(path_type=Path)
+# What --max-length changes where a model is saved.
+OWN_LENGTH = "Tokens of a text read for {}; the saved model keeps its own."
+# Fields of a list whose values may stand between commas; in the name of a file a comma may be part of it.
+DIVIDED_BY_COMMAS = ("fields", "log_to", "dimensions")
+
+
+class Listed(click.ParamType):
+    """Values of a list option: what stands between commas, each of the type ``of``."""
+
+    def __init__(self, of: click.ParamType) -> None:
+        self.of, self.name = of, f"{of.name},..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
+        """Return the values."""
+        return tuple(self.of.convert(part.strip(), param, ctx) for part in str(value).split(","))
+
+
+def options_of(
+    kind: type[Settings],
+    *,
+    without: Collection[str] = (),
+    only: Collection[str] | None = None,
+    unset: bool = False,
+    help: Mapping[str, str] = MappingProxyType({}),
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[Command], Command]:
+    """Return what adds an option for each field of a settings dataclass to a command, in their order.
+
+    Args:
+        kind: The dataclass.
+        without: Fields that get none.
+        only: The fields that get one; None = all.
+        unset: Let every option be None unless it is given, and show the field's default all the same.
+        help: By field, what the option's help says in this command instead.
+        names: By field, the option's name in this command instead, as in ``--evaluate``.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    chosen = [f for f in fields(kind) if f.name not in without and (only is None or f.name in only)]
+
+    def add(command: Command) -> Command:
+        for field in reversed(chosen):
+            option = names.get(field.name, field.metadata.get("option"))
+            command = _option(field, hints[field.name], option, help.get(field.name), unset)(command)
+        return command
+
+    return add
+
+
+def _option(
+    field: Field, hint: object, name: str | None, help: str | None, unset: bool
+) -> Callable[[Command], Command]:
+    """Return the option of one field."""
+    name = name or f"--{field.name.replace('_', '-')}"
+    default_text, default = field.metadata["default_text"], field.default
+    text = help or field.metadata["help"]
+    hint = _without_none(hint)
+    attributes: dict[str, Any] = {}
+    if get_origin(hint) is tuple:
+        of = _type(get_args(hint)[0])
+        attributes = {"multiple": True, "type": Listed(of) if field.name in DIVIDED_BY_COMMAS else of}
+        text = f"{text.removesuffix('.')}; repeatable."
+    elif hint is bool and default is None:
+        name = f"{name}/--no-{name.removeprefix('--')}"
+    elif hint is bool:
+        attributes["is_flag"] = True
+        default_text = None
+    else:
+        attributes["type"] = _type(hint)
+    if default is MISSING:
+        attributes["required"] = not unset
+    elif unset or default is None:
+        attributes["default"] = () if attributes.get("multiple") else None
+        if default not in (None, (), False) and default_text is None:
+            default_text = f"{default:g}" if isinstance(default, float) else str(default)
+    elif get_origin(hint) is not tuple:
+        attributes["default"] = default
+    if default_text:
+        text = f"{text}  [default: {default_text}]"
+        attributes["show_default"] = False
+    return click.option(name, field.name, help=text, **attributes)
+
+
+def _without_none(hint: object) -> object:
+    """Return X of ``X | None``."""
+    if isinstance(hint, UnionType) or get_origin(hint) is not None and NoneType in get_args(hint):
+        (hint,) = (part for part in get_args(hint) if part is not NoneType)
+    return hint
+
+
+def _type(hint: object) -> click.ParamType:
+    """Return the click type of a field's type."""
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    if get_origin(hint) is Annotated:
+        base, *bounds = get_args(hint)
+        lowest = next((b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, Ge | Gt)), None)
+        highest = next((b.le if isinstance(b, Le) else b.lt for b in bounds if isinstance(b, Le | Lt)), None)
+        is_open = {
+            "min_open": any(isinstance(b, Gt) for b in bounds),
+            "max_open": any(isinstance(b, Lt) for b in bounds),
+        }
+        return (click.IntRange if base is int else click.FloatRange)(lowest, highest, **is_open)
+    return click.types.convert_type(hint)
+
+
+def taken(kind: type[Kind], options: dict[str, object], **values: object) -> Kind:
+    """Return settings made of the options that are their fields, which are taken out; None is the default.
+
+    Args:
+        kind: The dataclass.
+        options: What the command was given, by field.
+        values: Fields that are not options.
+    """
+    found = {f.name: options.pop(f.name) for f in fields(kind) if f.name in options}
+    return kind(**{name: _value(value) for name, value in found.items() if value is not None}, **values)
+
+
+def _value(value: object) -> object:
+    """Return the values of a list option as one tuple: ``--fields title,abstract`` is one value of two."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(part for one in value for part in (one if isinstance(one, tuple) else (one,)))
 
 
 def refuse(names: Iterable[str], why: str) -> None:
     """Raise a usage error if one of these options of the running command was given: it would be ignored."""
     context = click.get_current_context()
+    names = set(names)
     for parameter in context.command.params:
-        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+        if parameter.name in names and was_given(parameter.name):
             raise click.UsageError(f"{parameter.opts[0]} {why}")
 
 
-def with_options(command: Callable, options: Sequence[Callable]) -> Callable:
-    """Return the command with these options, which its help shows in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
+def numbers(name: str, help: str) -> Callable[[Command], Command]:
+    """Return an option of whole numbers, as in ``3,5``."""
+    return click.option(name, type=Listed(click.INT), help=help)
 
 
-def stock_option(default: bool | None = False) -> Callable[[Callable], Callable]:
-    """Return what adds the option that takes models with code of their own; a search's default is the index's."""
-    told = "Instead of a model's own code, which is never run, take transformers' stock model; vectors may be others."
-    return click.option("--stock-architecture", is_flag=True, default=default, help=told)
-
-
-def text_options(*, length: str, field: str = "max_length", normalize: bool = False) -> Callable[[Callable], Callable]:
-    """Return what adds the options that say how a text becomes one vector.
-
-    Args:
-        length: Help of --max-length: what it changes.
-        field: The parameter that takes it.
-        normalize: Whether there is --normalize too.
-    """
-    choice = click.Choice
-    options = [
-        click.option("--pooling", type=choice(POOLINGS), help="Token states to one vector.  [default: the model's]"),
-        click.option("--query-prompt", help="Text before every query.  [default: the model's]"),
-        click.option("--document-prompt", help="Text before every document.  [default: the model's]"),
-        click.option("--max-length", field, type=click.IntRange(1), help=length),
-        click.option("--append-eos", is_flag=True, default=None, help="End every text with the EOS token."),
-        click.option(
-            "--normalize", is_flag=True, default=None,
-            help="Vectors of length 1, compared by the cosine.  [default: the model's]",
-        ),
-    ]  # fmt: skip
-    return lambda command: with_options(command, options if normalize else options[:-1])
-
-
-def encoder_options(*, length: str) -> Callable[[Callable], Callable]:
-    """Return what adds the options that say how texts are encoded; ``length`` as in ``text_options``."""
-    options = [
-        click.option("--dtype", type=click.Choice(DTYPES), help=DTYPE_HELP),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a batch.  [default: by device]"),
-        stock_option(None),
-    ]  # fmt: skip
-    return lambda command: text_options(length=length)(with_options(command, options))
-
-
-class Numbers(click.ParamType):
-    """Whole numbers, as in ``16,17,18``."""
-
-    name = "numbers"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Return the numbers."""
-        try:
-            return [int(number) for number in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 16,17,18", param, ctx)
-
-
-def data_options(command: Callable) -> Callable:
-    """Add the options that say what is learned from."""
-    options = [
-        click.option(
-            "--train", help="Examples: JSONL of query, positives, negatives or of their ids, or a BEIR folder."
-        ),
-        click.option("--corpus", help="Where the documents are, for examples that are ids."),
-        click.option("--topics", help="Where the queries are, for examples that are ids."),
-        click.option("--split", default="train", help="Qrels of a BEIR folder to train on."),
-        click.option(
-            "--negatives", type=click.IntRange(0), default=7, help="Hard negatives of an example that are used."
-        ),
-        click.option(
-            "--texts", multiple=True, help="Without labels: corpus or text file to imitate the teacher on; repeatable."
-        ),
-        click.option("--queries", multiple=True, help="The same, with the query prompt: topics or text file."),
-        click.option("--num-texts", type=click.IntRange(1), help="Take a sample of so many texts.  [default: all]"),
-        click.option("--teacher", help="Encoder to imitate on --texts, or whose scores to learn with --train."),
-        click.option("--reranker", help="Cross-encoder whose scores to learn with --train."),
-        stock_option(),
-    ]
-    return with_options(command, options)
-
-
-def loss_options(command: Callable) -> Callable:
-    """Add the options that say what is minimised."""
-    options = [
-        click.option(
-            "--temperature",
-            type=click.FloatRange(0, min_open=True),
-            help="Of InfoNCE and KL.  [default: 0.02; dot products: 1]",
-        ),
-        click.option(
-            "--teacher-temperature",
-            type=click.FloatRange(0, min_open=True),
-            help="Of the teacher's scores.  [default: 1; with --teacher: --temperature]",
-        ),
-        click.option("--distillation-weight", type=click.FloatRange(0), default=1.0, help="Of KL beside InfoNCE."),
-        click.option(
-            "--score-weight",
-            type=click.FloatRange(0),
-            default=10.0,
-            help="With --texts: of score matrices beside embeddings.",
-        ),
-        click.option("--matryoshka", "dimensions", type=Numbers(), help="Train vectors that can be cut: 384,256,128."),
-        click.option(
-            "--grad-cache", "cached", is_flag=True, help="The memory of one forward pass, whatever the batch size."
-        ),
-    ]
-    return with_options(command, options)
-
-
-def taken(kind: type, options: dict[str, object]) -> object:
-    """Return a dataclass made of the options that are its fields, which are taken out; None is its default."""
-    values = {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-            if value is not None
-        }
-    )
-
-
-def data_given(options: dict[str, object]) -> object:
-    """Return the ``Data`` that the options name, which are taken out; None where they name none."""
-    from effir_search.training.data import Data
-
+def data_settings(options: dict[str, object]) -> DataSettings | None:
+    """Return the ``DataSettings`` that the options name, which are taken out; None where they name none."""
     if any(options[name] for name in ("train", "texts", "queries")):
-        return taken(Data, options)
-    refuse(Data.__dataclass_fields__, "goes with --train or --texts")
-    for name in Data.__dataclass_fields__:
+        return taken(DataSettings, options)
+    names = [f.name for f in fields(DataSettings)]
+    refuse(names, "goes with --train or --texts")
+    for name in names:
         options.pop(name, None)
     return None
+
+
+def encoder_options(options: dict[str, object], **values: object) -> EncoderOptions:
+    """Return ``EncoderOptions`` made of the options that are its fields, which are taken out."""
+    return taken(EncoderOptions, options, **values)
+
+
+def was_given(name: str) -> bool:
+    """Return whether an option of the running command stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.options import (
+from effir_search.cli.legacy_options import (
     CRITERIA,
     DTYPES,
     OWN_LENGTH,
@@ -21,6 +21,7 @@ from effir_search.cli.options import (
     text_options,
     with_options,
 )
+from effir_search.settings import EncoderOptions
 
 
 def depth_options(command: Callable) -> Callable:
@@ -129,14 +130,14 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
 
     The criteria magnitude and random read weights alone and need no texts.
     """
-    from effir_search.compression.slim import WITHOUT_TEXTS, Scoring, describe_slimmed, slim_encoder
-    from effir_search.training.objective import LossSettings
+    from effir_search.compression.slim import WITHOUT_TEXTS, describe_slimmed, slim_encoder
+    from effir_search.settings import LossSettings, ScoringSettings
 
     if options["criterion"] != "gates":
         refuse(["learning_rate", "penalty"], "goes with --criterion gates")
     if options["criterion"] in WITHOUT_TEXTS:
         refuse(["steps", "batch_size", *LossSettings.__dataclass_fields__], "goes with criteria that score on texts")
-    scoring, losses = (taken(kind, options) for kind in (Scoring, LossSettings))
+    scoring, losses = (taken(kind, options) for kind in (ScoringSettings, LossSettings))
     data = data_given(options)
     slimmed = slim_encoder(encoder, output, narrow, data, scoring=scoring, losses=losses, **options)
     click.echo(describe_slimmed(slimmed, output))
@@ -162,5 +163,7 @@ def convert(source: str, output: Path, **options: object) -> None:
         refuse(options, "does not go with a GGUF file, which becomes a plain language model")
         click.echo(f"{describe_read(convert_gguf(Path(source), output))} -> {output}")
         return
-    config = convert_checkpoint(source, output, **options)
+    own = {name: options.pop(name) for name in ("base", "drop_mlp_layers", "drop_attention_layers")}
+    given = {name: value for name, value in options.items() if value is not None}
+    config = convert_checkpoint(source, output, **own, options=EncoderOptions(**given))
     click.echo(f"{describe_converted(config)} -> {output}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.options import DTYPES, PATH, TOPIC_FIELDS, encoder_options, refuse, stock_option
+from effir_search.cli.legacy_options import DTYPES, PATH, TOPIC_FIELDS, encoder_options, refuse, stock_option
 
 
 @click.command()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.options import (
+from effir_search.cli.legacy_options import (
     OWN_LENGTH,
     PATH,
     REPORTERS,
@@ -102,13 +102,13 @@ def mine(run_file: Path, qrels: str, corpus: str, topics: str, output: Path, sam
 @text_options(length=OWN_LENGTH.format("training"), normalize=True)
 def finetune(encoder: str, output: Path, full: bool, **options: object) -> None:
     """Fine-tune an encoder for retrieval, or let it imitate a teacher; after a stop, the same command continues."""
-    from effir_search.training.finetune import Data, Recipe, describe_finetuned, finetune
-    from effir_search.training.objective import LossSettings
+    from effir_search.settings import DataSettings, LossSettings, TrainingSettings
+    from effir_search.training.finetune import describe_finetuned, finetune
 
     if full:
         refuse(["lora_rank", "lora_alpha", "lora_dropout"], "does not go with --full")
         options["lora_rank"] = 0
-    data, recipe, losses = (taken(kind, options) for kind in (Data, Recipe, LossSettings))
+    data, recipe, losses = (taken(kind, options) for kind in (DataSettings, TrainingSettings, LossSettings))
     done = finetune(encoder, output, data, recipe=recipe, losses=losses, **options)
     if done is not None:
         click.echo(describe_finetuned(done, output))

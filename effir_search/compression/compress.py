@@ -10,9 +10,10 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import PretrainedConfig
 
-from effir_search.compression.recipe import RECIPE_FILE, Compression, format_recipe
+from effir_search.compression.recipe import RECIPE_FILE, format_recipe
 from effir_search.compression.slim import OF_LOSS, check_cut, slim_encoder
-from effir_search.encoding.encoder import Encoder, chosen_device
+from effir_search.encoding.devices import chosen_device
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.files.job import job_folder, read_settings
@@ -25,6 +26,7 @@ from effir_search.model.save import TRAINING_FILE
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
+from effir_search.settings import CompressionSettings
 from effir_search.text.corpus import document_text, read_corpus
 from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
 from effir_search.training.finetune import check_processes, check_training, finetune, resolved_recipe
@@ -37,7 +39,7 @@ CALIBRATION_FILE, BENCHMARK_FILE = "calibration.jsonl", "benchmark.json"
 
 
 def compress(
-    compression: Compression,
+    compression: CompressionSettings,
     output: Path,
     *,
     device: str = "auto",
@@ -103,7 +105,7 @@ def stages_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.stages")
 
 
-def job_settings(compression: Compression, files: dict[str, str]) -> dict[str, object]:
+def job_settings(compression: CompressionSettings, files: dict[str, str]) -> dict[str, object]:
     """Return all that a job's stages depend on, in JSON types; what is evaluated at the end is not part of that.
 
     What changes a stage's memory and not its result is that of fine-tuning alone.
@@ -133,7 +135,7 @@ def unchanged_stages(settings: dict[str, object], folder: Path) -> list[str]:
     return of_depth + ([SLIMMED, f"{SLIMMED}.slimming"] if changed <= {"finetune"} else [])
 
 
-def with_numbers(compression: Compression) -> Compression:
+def with_numbers(compression: CompressionSettings) -> CompressionSettings:
     """Return the recipe with the number of MLPs to drop: where it says none, half of those that the encoder has.
 
     Raises:
@@ -146,7 +148,7 @@ def with_numbers(compression: Compression) -> Compression:
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
-def _check(compression: Compression, device: str) -> None:
+def _check(compression: CompressionSettings, device: str) -> None:
     """Raise now what would otherwise end the job after hours."""
     data, slim = compression.data, compression.slim
     check_training(compression.finetune, data, device)
@@ -170,11 +172,11 @@ def _check(compression: Compression, device: str) -> None:
         collection_files(collection, evaluated.split)
 
 
-def _config(compression: Compression) -> PretrainedConfig:
+def _config(compression: CompressionSettings) -> PretrainedConfig:
     return prunable_config(compression.encoder, stock_architecture=compression.stock_architecture)
 
 
-def _check_examples(compression: Compression, loaded: Loaded) -> None:
+def _check_examples(compression: CompressionSettings, loaded: Loaded) -> None:
     """Raise now what slimming and fine-tuning would raise of examples that nothing can be learned from."""
     if not compression.data.train:
         return
@@ -185,11 +187,11 @@ def _check_examples(compression: Compression, loaded: Loaded) -> None:
         check_examples(loaded.dataset, size, compression.loss)
 
 
-def _drops(compression: Compression) -> dict[str, int]:
+def _drops(compression: CompressionSettings) -> dict[str, int]:
     return {name: getattr(compression.prune, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
 
 
-def _write_calibration(loaded: Loaded, path: Path, compression: Compression) -> None:
+def _write_calibration(loaded: Loaded, path: Path, compression: CompressionSettings) -> None:
     """Write a sample of what is learned from as a corpus; of examples, queries and their positives."""
     if path.is_file():
         return
@@ -200,20 +202,20 @@ def _write_calibration(loaded: Loaded, path: Path, compression: Compression) -> 
             file.write(json.dumps({"_id": str(doc_id), "text": text.text}, ensure_ascii=False) + "\n")
 
 
-def _current(compression: Compression, folder: Path) -> str:
+def _current(compression: CompressionSettings, folder: Path) -> str:
     """Return the model that the last finished stage before fine-tuning left."""
     done = [folder / name for name in (SLIMMED, DROPPED) if (folder / name).is_dir()]
     return str(done[0]) if done else compression.encoder
 
 
-def _text_options(compression: Compression, model: str) -> dict[str, object]:
+def _text_options(compression: CompressionSettings, model: str) -> dict[str, object]:
     """Return how a text becomes a vector; a model that was made in a stage before says it itself."""
     if model != compression.encoder:
         return {}
     return {name: value for name, value in asdict(compression.text).items() if value not in (None, False)}
 
 
-def _teacher_options(compression: Compression) -> dict[str, object]:
+def _teacher_options(compression: CompressionSettings) -> dict[str, object]:
     """Return how a text becomes a vector for a bi-encoder as teacher: as the recipe says for the model as it was."""
     teacher = compression.data.teacher
     return _text_options(compression, teacher) if teacher else {}
@@ -226,12 +228,12 @@ def _begins(folder: Path, name: str, what: str) -> bool:
     return not done
 
 
-def _numbers(compression: Compression) -> dict[Kind, int]:
+def _numbers(compression: CompressionSettings) -> dict[Kind, int]:
     """Return how many parts to drop by kind, in the order in which kinds go."""
     return {kind: number for kind in NAMES if (number := getattr(compression.prune, f"drop_{kind}"))}
 
 
-def _analyze(compression: Compression, folder: Path, machine: dict) -> None:
+def _analyze(compression: CompressionSettings, folder: Path, machine: dict) -> None:
     """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``_drop`` to use."""
     if _begins(folder, ANALYSIS, "where the model is redundant"):
         numbers = _numbers(compression)
@@ -248,7 +250,7 @@ def _analyze(compression: Compression, folder: Path, machine: dict) -> None:
         )
 
 
-def _drop(compression: Compression, folder: Path, machine: dict) -> None:
+def _drop(compression: CompressionSettings, folder: Path, machine: dict) -> None:
     numbers = _numbers(compression)
     told = ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items())
     if told and _begins(folder, DROPPED, f"dropping {told}"):
@@ -268,7 +270,7 @@ def _drop(compression: Compression, folder: Path, machine: dict) -> None:
         logger.info("mean cosine of the embeddings to those before: %.4f", pruned.cosine)
 
 
-def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
+def _narrow(compression: CompressionSettings, folder: Path, machine: dict) -> None:
     settings = compression.slim
     if settings.narrow and _begins(folder, SLIMMED, f"narrowing the MLPs that are left by {settings.narrow:.0%}"):
         model = _current(compression, folder)
@@ -289,7 +291,7 @@ def _narrow(compression: Compression, folder: Path, machine: dict) -> None:
         )
 
 
-def _fine_tune(compression: Compression, folder: Path, machine: dict) -> None:
+def _fine_tune(compression: CompressionSettings, folder: Path, machine: dict) -> None:
     if _begins(folder, TUNED, "fine-tuning"):
         model = _current(compression, folder)
         finetune(
@@ -306,7 +308,7 @@ def _fine_tune(compression: Compression, folder: Path, machine: dict) -> None:
         )
 
 
-def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmark:
+def _evaluate(compression: CompressionSettings, folder: Path, machine: dict) -> Benchmark:
     logger.info("5 of 5: evaluation")
     texts = [document_text(document) for document in read_corpus(folder / CALIBRATION_FILE)]
     (folder / EVALUATION).mkdir(exist_ok=True)
@@ -324,7 +326,7 @@ def _evaluate(compression: Compression, folder: Path, machine: dict) -> Benchmar
     )
 
 
-def _save(compression: Compression, measured: Benchmark, folder: Path, output: Path) -> None:
+def _save(compression: CompressionSettings, measured: Benchmark, folder: Path, output: Path) -> None:
     """Write the fine-tuned model under its final name, with the recipe and what was measured."""
     encoder = Encoder.from_pretrained(str(folder / TUNED), device="cpu", dtype="saved")
     beside = {
@@ -342,7 +344,7 @@ def describe_compressed(measured: Benchmark, output: Path) -> str:
     return f"{format_benchmark(measured)}\n\nThe stages are in {output}.stages.\n-> {output}"
 
 
-def describe_plan(compression: Compression) -> str:
+def describe_plan(compression: CompressionSettings) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
     config = _config(compression)

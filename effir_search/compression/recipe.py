@@ -3,141 +3,39 @@
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from effir_search.compression.slim import Scoring
 from effir_search.errors import UserError
 from effir_search.files.reading import decode
-from effir_search.ranges import NonNegative, PartialShare, Positive, Share
-from effir_search.training.data import Data
-from effir_search.training.finetune import Recipe
-from effir_search.training.objective import LossSettings
+from effir_search.settings import (
+    CompressionSettings,
+    DataSettings,
+    DepthSettings,
+    EvaluationSettings,
+    LossSettings,
+    TextSettings,
+    TrainingSettings,
+    WidthSettings,
+)
 
 RECIPE_FILE = "recipe.toml"
 # What sections share, and is given once for all of them.
 SHARED = "seed"
 
 
-@dataclass(frozen=True)
-class Text:
-    """How a text becomes one vector, where that is not to be what the model's own files say.
-
-    Attributes:
-        pooling: A key of ``POOLERS``.
-        query_prompt: Put before every query.
-        document_prompt: Put before every document.
-        append_eos: End every text with the EOS token.
-        normalize: Let vectors have length 1 and be compared by the cosine.
-    """
-
-    pooling: Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"] | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    append_eos: bool = False
-    normalize: bool = False
-
-
-@dataclass(frozen=True)
-class Depth:
-    """What is dropped whole.
-
-    Attributes:
-        drop_mlp: MLPs; None = half of them, as in EffiR.
-        drop_attention: Attentions.
-        drop_block: Whole layers.
-        criterion: A key of ``importance.CRITERIA``.
-        num_texts: Texts that importance is measured on, of those that are learned from.
-    """
-
-    drop_mlp: NonNegative | None = None
-    drop_attention: NonNegative = 0
-    drop_block: NonNegative = 0
-    criterion: Literal["cosine", "embedding", "greedy"] = "cosine"
-    num_texts: Positive = 256
-
-
-@dataclass(frozen=True)
-class Width(Scoring):
-    """How the MLPs that are left are narrowed, besides how their units are scored.
-
-    Attributes:
-        narrow: Share of all units left to cut; 0 = none.
-        floor: Share of each layer's units that stays in any case.
-        multiple: Of which widths are to be multiples.
-    """
-
-    narrow: PartialShare = 0.3
-    floor: Share = 0.05
-    multiple: Positive = 1
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What the full and the compressed model are measured on at the end.
-
-    Attributes:
-        collections: BEIR folders.
-        split: Their qrels.
-        remove_query: Leave out the document whose id is the query's, for collections whose queries are documents.
-    """
-
-    collections: tuple[str, ...] = ()
-    split: str = "test"
-    remove_query: bool = False
-
-    def __post_init__(self) -> None:
-        if self.remove_query and not self.collections:
-            raise UserError("--remove-query goes with --evaluate")
-
-
-@dataclass(frozen=True)
-class Compression:
-    """A whole recipe; each section is one of the file, with the names of its fields.
-
-    Attributes:
-        encoder: The model that is compressed, folder or hub name.
-        output: The new folder; None = it is said elsewhere.
-        max_length: Tokens of a text that are read in all stages but the evaluation; the saved model keeps its own.
-            None = the model's.
-        seed: Of samples, order, dropout, LoRA's start.
-        stock_architecture: Of models with code of their own, which is never run, take transformers' stock ones.
-        text: How a text becomes one vector.
-        data: What is learned from.
-        prune: What is dropped.
-        slim: How the rest is narrowed.
-        finetune: How it is trained.
-        loss: What is minimised, by gates and in training.
-        evaluate: What is measured at the end.
-    """
-
-    encoder: str
-    data: Data
-    output: str | None = None
-    max_length: Positive | None = None
-    seed: NonNegative = 0
-    stock_architecture: bool = False
-    text: Text = Text()
-    prune: Depth = Depth()
-    slim: Width = Width()
-    finetune: Recipe = Recipe()
-    loss: LossSettings = LossSettings()
-    evaluate: Evaluated = Evaluated()
-
-
 SECTIONS = {
-    "text": Text,
-    "data": Data,
-    "prune": Depth,
-    "slim": Width,
-    "finetune": Recipe,
+    "text": TextSettings,
+    "data": DataSettings,
+    "prune": DepthSettings,
+    "slim": WidthSettings,
+    "finetune": TrainingSettings,
     "loss": LossSettings,
-    "evaluate": Evaluated,
+    "evaluate": EvaluationSettings,
 }
 # The defaults of the dataclasses are the paper's. These are for learning without labels, from the model itself.
 WITHOUT_LABELS = {
@@ -172,7 +70,7 @@ def merged(*given: Mapping[str, object]) -> dict[str, object]:
     return settings
 
 
-def as_compression(given: Mapping[str, object], *, where: str = "the recipe") -> Compression:
+def as_compression(given: Mapping[str, object], *, where: str = "the recipe") -> CompressionSettings:
     """Return a checked recipe; what is not given has its default.
 
     Without labels the defaults are ``WITHOUT_LABELS`` before those of the dataclasses, and the teacher is the encoder.
@@ -184,7 +82,7 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
     Raises:
         ValueError: An unknown name, a value of another type, or sections that contradict one another.
     """
-    _check_names(given, Compression, where)
+    _check_names(given, CompressionSettings, where)
     for section, kind in SECTIONS.items():
         value = given.get(section, {})
         if not isinstance(value, Mapping):
@@ -204,11 +102,11 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
         whole = dropped[0] == 0 and not any(dropped) and data.get("teacher") in (None, given["encoder"])
         own = {"data": {"teacher": given["encoder"]}} | (OF_WHOLE_MODELS if whole else {})
         learned = given.get("slim", {}).get("criterion") == "gates"
-        of_gates = {"slim": {"steps": Width.steps}} if learned else {}  # not those of a pass that measures
+        of_gates = {"slim": {"steps": WidthSettings.steps}} if learned else {}  # not those of a pass that measures
         given = merged(WITHOUT_LABELS, own, of_gates, given)
     given = merged({section: {SHARED: given.get(SHARED, 0)} for section in ("slim", "finetune")}, given)
     try:
-        return TypeAdapter(Compression).validate_json(json.dumps(given, default=str), strict=True)
+        return TypeAdapter(CompressionSettings).validate_json(json.dumps(given, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -220,7 +118,7 @@ def as_compression(given: Mapping[str, object], *, where: str = "the recipe") ->
 
 
 def _check_names(given: Mapping[str, object], kind: type, where: str) -> None:
-    names = [field.name for field in fields(kind) if kind is Compression or field.name != SHARED]
+    names = [field.name for field in fields(kind) if kind is CompressionSettings or field.name != SHARED]
     for name in given:
         if name not in names:
             close = get_close_matches(name, names, n=1)
@@ -228,7 +126,7 @@ def _check_names(given: Mapping[str, object], kind: type, where: str) -> None:
             raise UserError(f"{where}: there is no {name!r}; {known}")
 
 
-def format_recipe(compression: Compression) -> str:
+def format_recipe(compression: CompressionSettings) -> str:
     """Return a recipe as TOML, with all defaults written out but those that are None."""
     settings = json.loads(json.dumps(asdict(compression)))
     told = {

@@ -3,15 +3,17 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effir_search.encoding.encoder import Encoder, computes_in_bf16, own_config
+from effir_search.encoding.config import own_config
+from effir_search.encoding.devices import computes_in_bf16
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.job import job_folder
 from effir_search.files.whole import refuse_existing
@@ -22,10 +24,9 @@ from effir_search.model.sentence_files import prunable_config, read_sentence_fil
 from effir_search.model.surgery import prune
 from effir_search.pruning.gates import Checkpoint
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
-from effir_search.ranges import NonNegative, NonNegativeReal, Positive, PositiveReal
+from effir_search.settings import DataSettings, LossSettings, ScoringSettings
 from effir_search.training.data import (
     DATA,
-    Data,
     Loaded,
     Shuffled,
     checkpoint_activations,
@@ -39,7 +40,6 @@ from effir_search.training.data import (
     sampled_texts,
     teacher_reading,
 )
-from effir_search.training.objective import LossSettings
 from effir_search.training.unlabelled import PlainText, encode_texts
 
 # Criteria that run nothing and so need no texts.
@@ -50,31 +50,6 @@ OF_LOSS = ("gates", "taylor")
 GATES_FILE = "gates.safetensors"
 # Texts, or examples, whose embeddings before and after are compared.
 SAMPLE = 256
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How units are scored.
-
-    Attributes:
-        criterion: A key of ``units.UNIT_CRITERIA``.
-        steps: Batches: of "gates" the steps of training, of other criteria at most one pass over the data.
-        batch_size: Examples or texts of a batch.
-        learning_rate: Of the gates.
-        penalty: Of open gates, the paper's lambda.
-        bf16: Compute the loss in bfloat16 beside float32 weights; None = where the processor does by itself.
-        gradient_checkpointing: Keep only the layers' inputs for the backward pass.
-        seed: Of samples, order and random scores.
-    """
-
-    criterion: Literal["gates", "activation", "taylor", "magnitude", "random"] = "gates"
-    steps: Positive = 500
-    batch_size: Positive = 64
-    learning_rate: PositiveReal = 0.01
-    penalty: NonNegativeReal = 1e-8
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
-    seed: NonNegative = 0
 
 
 class Slimmed(NamedTuple):
@@ -118,9 +93,9 @@ def slim_encoder(
     encoder_name: str,
     output: Path,
     narrow: float,
-    data: Data | None,
+    data: DataSettings | None,
     *,
-    scoring: Scoring,
+    scoring: ScoringSettings,
     losses: LossSettings,
     floor: float = 0.05,
     multiple: int = 1,
@@ -229,7 +204,7 @@ def _scored(
     encoder: Encoder,
     loaded: Loaded | None,
     teacher: Encoder | None,
-    scoring: Scoring,
+    scoring: ScoringSettings,
     losses: LossSettings,
     gates_file: Path,
     files: dict[str, str],
@@ -316,7 +291,7 @@ def check_cut(widths: Mapping[int, int], narrow: float, *, floor: float, multipl
         raise UserError(f"--narrow {narrow:g} of {total} units is none, so nothing would be cut; 0.3 is the paper's")
 
 
-def _is_its_own_teacher(encoder: Encoder, data: Data) -> bool:
+def _is_its_own_teacher(encoder: Encoder, data: DataSettings) -> bool:
     if data.train:
         return False
     teacher = read_sentence_files(resolve_model(data.teacher))
@@ -342,7 +317,7 @@ def _keyed(widths: Mapping[int, int]) -> dict[str, int]:
     return {str(layer_idx): width for layer_idx, width in widths.items()}
 
 
-def _named(data: Data) -> dict[str, object]:
+def _named(data: DataSettings) -> dict[str, object]:
     """Return which data it was, in JSON types; of files and folders their own names, without where they lay."""
     one = {name: getattr(data, name) for name in ("train", "corpus", "topics", "teacher", "reranker")}
     named = {name: lasting_name(value) for name, value in one.items() if value}

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from effir_search.encoding.encoder import Encoder, EncoderConfig
+from effir_search.encoding.config import EncoderConfig
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import refuse_existing, whole_folder

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.encoding.batching import Tokens
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.job import differing, try_lock
 from effir_search.files.reading import read_json

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.encoding.batching import Tokens
+from effir_search.encoding.encoder import Encoder
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
 from effir_search.model.checkpoint import dtype_name, lasting_name

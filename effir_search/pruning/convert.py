@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from effir_search.encoding.encoder import Encoder, encoder_config
+from effir_search.encoding.config import encoder_config
+from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing
@@ -35,6 +36,7 @@ from effir_search.model.checkpoint import (
 )
 from effir_search.model.modeling_effir import FAMILIES, EffirConfig, EffirModel
 from effir_search.model.sentence_files import SentenceFiles, read_sentence_files
+from effir_search.settings import EncoderOptions
 
 # Layers without MLP and layers without attention, sorted.
 Plan = dict[str, list[int]]
@@ -69,12 +71,7 @@ def convert(
     base: str | Path | None = None,
     drop_mlp_layers: Iterable[int] | None = None,
     drop_attention_layers: Iterable[int] | None = None,
-    pooling: str | None = None,
-    query_prompt: str | None = None,
-    document_prompt: str | None = None,
-    max_length: int | None = None,
-    append_eos: bool | None = None,
-    stock_architecture: bool = False,
+    options: EncoderOptions = DEFAULT_OPTIONS,
 ) -> EffirConfig:
     """Write a checkpoint as a pruned model folder, whole or not at all, and return its config.
 
@@ -87,12 +84,8 @@ def convert(
         base: For a LoRA folder: the model it was trained on, plain or an LLM-Drop checkpoint.
         drop_mlp_layers: 0-based layers without MLP, where no config.json says it.
         drop_attention_layers: The same for attentions.
-        pooling: A key of ``POOLERS``.
-        query_prompt: Put before every query.
-        document_prompt: Put before every document.
-        max_length: Tokens of a text that are read, special tokens included.
-        append_eos: Let the tokenizer end every text with the EOS token.
-        stock_architecture: Pass over code that the model names besides LLM-Drop's, as ``Encoder.from_pretrained``.
+        options: How the saved model makes a vector of a text; ``stock_architecture`` passes over code that the model
+            names besides LLM-Drop's.
 
     Raises:
         ValueError: A folder of another format or family, code of the model's own, accounts of what is dropped that are
@@ -107,14 +100,10 @@ def convert(
     if (adapter := _adapter_folder(folder)) is None:
         if base is not None:
             raise UserError(f"{source}: is no LoRA folder, so it goes without --base")
-        model, tokenizer, files = _read_llm_drop(folder, given, origin, stock_architecture)
+        model, tokenizer, files = _read_llm_drop(folder, given, origin, options.stock_architecture)
     else:
-        model, tokenizer, files = _read_lora(folder, adapter, base, given, origin, stock_architecture)
-    config = encoder_config(
-        files, model, tokenizer,
-        pooling=pooling, query_prompt=query_prompt, document_prompt=document_prompt, max_length=max_length,
-        append_eos=bool(append_eos),
-    )  # fmt: skip
+        model, tokenizer, files = _read_lora(folder, adapter, base, given, origin, options.stock_architecture)
+    config = encoder_config(files, model, tokenizer, options)
     Encoder(model, tokenizer, config, name=str(source), files=files).save(output)
     return model.config
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from effir_search.encoding.encoder import Encoder, Tokens, batches_by_length
+from effir_search.encoding.batching import Tokens, batches_by_length
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.model.layers import KINDS, Kind, layers_of, left_out, parts_of, recorded, replayed, watched
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effir_search.encoding.encoder import Encoder, Tokens, checked_max_length
+from effir_search.encoding.batching import Tokens
+from effir_search.encoding.config import checked_max_length
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing

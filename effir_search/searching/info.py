@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
-from effir_search.encoding.encoder import DTYPES, EncoderConfig, own_config
+from effir_search.encoding.config import EncoderConfig, own_config
+from effir_search.encoding.devices import DTYPES
 from effir_search.errors import UserError
 from effir_search.indexing.build import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.indexing.copies import read_copies

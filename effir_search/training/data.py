@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -21,15 +21,9 @@ from effir_search.model.checkpoint import resolve_model
 from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
 from effir_search.model.sentence_files import read_sentence_files
-from effir_search.ranges import NonNegative, Positive
+from effir_search.settings import DataSettings, LossSettings
 from effir_search.text.examples import Example, Examples, prepare_examples, with_scores
-from effir_search.training.objective import (
-    ImitationObjective,
-    LossSettings,
-    Objective,
-    RetrievalObjective,
-    read_differently,
-)
+from effir_search.training.objective import ImitationObjective, Objective, RetrievalObjective, read_differently
 from effir_search.training.teachers import load_teacher
 from effir_search.training.unlabelled import PlainText, PlainTexts, as_batch, prepare_texts
 
@@ -37,60 +31,6 @@ from effir_search.training.unlabelled import PlainText, PlainTexts, as_batch, pr
 DATA = "data"
 # Texts that are held out to measure likeness to the teacher.
 HELD_OUT = 256
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is learned from, and what is measured on meanwhile.
-
-    Attributes:
-        train: Examples, see ``examples.read_records``; or None, and
-        texts: texts to imitate a teacher on, as documents, each as ``texts.read_texts`` takes it,
-        queries: and as queries, as ``texts.read_query_texts`` does.
-        num_texts: At most so many of them; None = all.
-        corpus: For examples that are ids.
-        topics: For examples that are ids.
-        split: Of a BEIR folder.
-        negatives: Hard negatives of an example that are used, the first ones.
-        teacher: A bi-encoder: what is imitated, or what scores candidates.
-        reranker: A cross-encoder that scores candidates.
-        dev: BEIR folder with a split for nDCG@10 while training.
-        dev_split: Its name.
-        dev_queries: At most so many of its queries.
-        dev_documents: In so many of its documents.
-        dev_remove_query: Leave out the document whose id is the query's, where its queries are documents.
-    """
-
-    train: str | None = None
-    texts: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()
-    num_texts: Positive | None = None
-    corpus: str | None = None
-    topics: str | None = None
-    split: str = "train"
-    negatives: NonNegative = 7
-    teacher: str | None = None
-    reranker: str | None = None
-    dev: str | None = None
-    dev_split: str = "dev"
-    dev_queries: Positive = 200
-    dev_documents: Positive = 2000
-    dev_remove_query: bool = False
-
-    def __post_init__(self) -> None:
-        imitates = bool(self.texts or self.queries)
-        if bool(self.train) == imitates:
-            raise UserError("give either --train with examples, or --texts (or --queries) and --teacher without labels")
-        if imitates and not self.teacher:
-            raise UserError("--texts without --teacher: name the model to imitate, such as the one before pruning")
-        if self.reranker and (imitates or self.teacher):
-            raise UserError("--reranker scores the candidates of --train examples; it does not go with --teacher")
-        if imitates and (ignored := [name for name in ("corpus", "topics") if getattr(self, name)]):
-            raise UserError(f"--{ignored[0]} goes with --train, not with --texts")
-        if self.train and self.num_texts:
-            raise UserError("--num-texts goes with --texts; of --train all examples are learned from")
-        if self.dev_remove_query and not self.dev:
-            raise UserError("--dev-remove-query goes with --dev")
 
 
 class Loaded(NamedTuple):
@@ -138,7 +78,7 @@ class Shuffled:
 
 def prepare(
     folder: Path,
-    data: Data,
+    data: DataSettings,
     seed: int,
     device: str,
     *,
@@ -183,7 +123,7 @@ def prepare(
             with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device, **teacher_options))
 
 
-def load(folder: Path, data: Data, seed: int) -> Loaded:
+def load(folder: Path, data: DataSettings, seed: int) -> Loaded:
     """Return what ``prepare`` wrote; of texts a tenth is held out, at most 256, the same for the same seed."""
     if data.train:
         return Loaded(Examples(folder / DATA / "examples.jsonl"), _as_examples, [])
@@ -205,7 +145,7 @@ def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
     return texts
 
 
-def teacher_reading(data: Data, encoder: Encoder) -> dict[str, object]:
+def teacher_reading(data: DataSettings, encoder: Encoder) -> dict[str, object]:
     """Return how the teacher makes a vector of a text: as the encoder does if its own files do not say how.
 
     So a language model teaches what was pruned from it, which has been told.
@@ -230,7 +170,7 @@ def teacher_reading(data: Data, encoder: Encoder) -> dict[str, object]:
     }
 
 
-def imitated(data: Data, encoder: Encoder, device: str, **text_options: object) -> Encoder | None:
+def imitated(data: DataSettings, encoder: Encoder, device: str, **text_options: object) -> Encoder | None:
     """Return the teacher that is imitated, which reads no more of a text than the encoder does; None with labels.
 
     Args:
@@ -251,7 +191,7 @@ def imitated(data: Data, encoder: Encoder, device: str, **text_options: object) 
     return teacher.pack()
 
 
-def resolved(losses: LossSettings, data: Data, encoder: Encoder, teacher: Encoder | None) -> LossSettings:
+def resolved(losses: LossSettings, data: DataSettings, encoder: Encoder, teacher: Encoder | None) -> LossSettings:
     """Return the settings with a value for every None that stands for one.
 
     Args:
@@ -321,7 +261,7 @@ def _switch_checkpointing(model: PreTrainedModel, state: Literal["enable", "disa
     getattr(model, f"{name}_checkpointing_{state}")()
 
 
-def hashes(data: Data) -> dict[str, str]:
+def hashes(data: DataSettings) -> dict[str, str]:
     """Return the SHA-256 of every file that is learned from, by name."""
     files = _files(data.train, data.split)
     for name in (*data.texts, *data.queries, data.corpus, data.topics, data.teacher, data.reranker):
@@ -329,7 +269,7 @@ def hashes(data: Data) -> dict[str, str]:
     return {str(file): file_sha256(file) for file in files}
 
 
-def dev_hashes(data: Data) -> dict[str, str]:
+def dev_hashes(data: DataSettings) -> dict[str, str]:
     """Return the SHA-256 of every file that is measured on, by name."""
     return {str(file): file_sha256(file) for file in _files(data.dev, data.dev_split)}
 

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -22,18 +22,20 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
-from effir_search.encoding.encoder import LARGE, Encoder, chosen_device, computes_in_bf16, own_config
+from effir_search.encoding.batching import LARGE
+from effir_search.encoding.config import own_config
+from effir_search.encoding.devices import chosen_device, computes_in_bf16
+from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.job import job_folder
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.layers import lora_targets
-from effir_search.ranges import NonNegative, NonNegativeReal, PartialShare, Positive, PositiveReal, Share
+from effir_search.settings import DataSettings, LossSettings, TrainingSettings
 from effir_search.text.examples import Example
 from effir_search.training.data import (
     DATA,
-    Data,
     Loaded,
     Shuffled,
     checkpoint_activations,
@@ -48,7 +50,7 @@ from effir_search.training.data import (
     teacher_reading,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
-from effir_search.training.objective import LossSettings, Objective
+from effir_search.training.objective import Objective
 from effir_search.training.trainer import (
     ObjectiveTrainer,
     last_whole_checkpoint,
@@ -58,55 +60,6 @@ from effir_search.training.trainer import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How it is learned. The defaults of LoRA are EffiR's.
-
-    Attributes:
-        lora_rank: Rank of LoRA on all matrices of attentions and MLPs; 0 = all weights are trained; None = 32 for a
-            model of a billion parameters or more, 0 for a smaller one.
-        lora_alpha: None = twice the rank.
-        lora_dropout: Of LoRA's input.
-        learning_rate: None = 1e-4 for LoRA, 2e-5 for full fine-tuning; for imitation 4e-4 for LoRA, and for full
-            fine-tuning 0.2 / hidden_size, since rates of Adam scale with 1 / width (arXiv 2203.03466).
-        batch_size: Examples or texts of a step, over all devices.
-        accumulation: Forward passes whose gradients make a step; in-batch negatives come from one of them.
-        epochs: Passes over the data.
-        max_steps: At most so many; None = by epochs.
-        warmup: Share of the steps in which the rate rises from 0, rounded down.
-        schedule: "linear", "cosine" or "constant" after that.
-        weight_decay: Of AdamW.
-        max_grad_norm: Longer gradients are scaled down to this length.
-        bf16: Compute in bfloat16 beside float32 weights; None = where the processor does by itself.
-        gradient_checkpointing: Keep only the layers' inputs for the backward pass.
-        dropout: As the model's config says; False = none.
-        eval_steps: Steps between two measurements and checkpoints; None = a twentieth of all.
-        patience: Measurements without a better one after which training ends; None = never.
-        seed: Of order, dropout and LoRA's start.
-        log_to: Where transformers reports besides the JSON log: "tensorboard", "wandb".
-    """
-
-    lora_rank: NonNegative | None = None
-    lora_alpha: Positive | None = None
-    lora_dropout: PartialShare = 0.0
-    learning_rate: PositiveReal | None = None
-    batch_size: Positive = 64
-    accumulation: Positive = 1
-    epochs: PositiveReal = 1
-    max_steps: Positive | None = None
-    warmup: Share = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: NonNegativeReal = 0.0
-    max_grad_norm: PositiveReal = 1.0
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
-    dropout: bool = False
-    eval_steps: Positive | None = None
-    patience: Positive | None = None
-    seed: NonNegative = 0
-    log_to: tuple[str, ...] = ()
 
 
 class Finetuned(NamedTuple):
@@ -134,9 +87,9 @@ class Finetuned(NamedTuple):
 def finetune(
     encoder_name: str,
     output: Path,
-    data: Data,
+    data: DataSettings,
     *,
-    recipe: Recipe,
+    recipe: TrainingSettings,
     losses: LossSettings,
     max_length: int | None = None,
     device: str = "auto",
@@ -242,7 +195,9 @@ def finetune(
     return done
 
 
-def resolved_recipe(recipe: Recipe, data: Data, model: PreTrainedModel, device: torch.device) -> Recipe:
+def resolved_recipe(
+    recipe: TrainingSettings, data: DataSettings, model: PreTrainedModel, device: torch.device
+) -> TrainingSettings:
     """Return the recipe with a value for every None that stands for one.
 
     Args:
@@ -277,7 +232,7 @@ def _warn_of_cosines(examples: Sequence[Example], losses: LossSettings) -> None:
         )
 
 
-def check_training(recipe: Recipe, data: Data, device: str) -> None:
+def check_training(recipe: TrainingSettings, data: DataSettings, device: str) -> None:
     """Raise ValueError or OSError for what does not fit this machine or this data."""
     chosen_device(device)
     for package in recipe.log_to:
@@ -289,7 +244,7 @@ def check_training(recipe: Recipe, data: Data, device: str) -> None:
         raise FileNotFoundError(f"{qrels}: is not there; --dev takes a BEIR folder, --dev-split the name of its qrels")
 
 
-def check_processes(recipe: Recipe, processes: int, device: str) -> None:
+def check_processes(recipe: TrainingSettings, processes: int, device: str) -> None:
     """Raise ValueError if a batch cannot be divided among processes, or all of them were to take one GPU."""
     if processes > 1 and device.startswith("cuda:"):
         raise UserError(f"--device {device}: each of the {processes} processes takes a GPU of its own; give auto")
@@ -297,14 +252,16 @@ def check_processes(recipe: Recipe, processes: int, device: str) -> None:
         raise UserError(f"--batch-size {recipe.batch_size} is no multiple of the {processes} processes")
 
 
-def _dev_measure(data: Data) -> Measure | None:
+def _dev_measure(data: DataSettings) -> Measure | None:
     if data.dev is None:
         return None
     size = {"num_queries": data.dev_queries, "num_documents": data.dev_documents}
     return ndcg(read_dev_split(Path(data.dev), data.dev_split, **size), remove_query=data.dev_remove_query)
 
 
-def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe: Recipe, folder: Path) -> dict:
+def _train(
+    objective: Objective, loaded: Loaded, measure: Measure | None, recipe: TrainingSettings, folder: Path
+) -> dict:
     """Train, from the last checkpoint on, leave the best weights in the model, and return the figures.
 
     The figures are in ``trained.json`` from then on, so that a job that was stopped while it saved trains no further.
@@ -360,7 +317,7 @@ def _train(objective: Objective, loaded: Loaded, measure: Measure | None, recipe
     return outcome
 
 
-def _make_trainable(encoder: Encoder, recipe: Recipe) -> None:
+def _make_trainable(encoder: Encoder, recipe: TrainingSettings) -> None:
     """Say which parameters are trained: those of LoRA, which are added, or all, in float32."""
     set_seed(recipe.seed)
     model = encoder.model
@@ -409,7 +366,7 @@ def _make_plain(encoder: Encoder, dtype: torch.dtype) -> None:
 
 
 def _arguments(
-    folder: Path, recipe: Recipe, encoder: Encoder, steps: int, *, begins: bool, watched: bool
+    folder: Path, recipe: TrainingSettings, encoder: Encoder, steps: int, *, begins: bool, watched: bool
 ) -> TrainingArguments:
     """Return the recipe in transformers' words; ``begins`` says that no step was done yet."""
     every = recipe.eval_steps or max(1, steps // 20)

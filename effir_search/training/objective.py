@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effir_search.encoding.encoder import Encoder, embed, vectors
 from effir_search.errors import UserError
-from effir_search.ranges import NonNegativeReal, Positive, PositiveReal
+from effir_search.settings import LossSettings
 from effir_search.text.examples import Example, document_key
 from effir_search.training.losses import (
     contrastive_loss,
@@ -23,34 +22,6 @@ from effir_search.training.losses import (
     token_loss,
 )
 from effir_search.training.unlabelled import PlainText, encode_texts
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What the losses depend on.
-
-    Attributes:
-        temperature: What similarities are divided by; None = 0.02 for cosines, 1 for dot products.
-        teacher_temperature: What a teacher's scores are divided by; None = 1, but for a bi-encoder as its student's.
-        distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
-        score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
-        token_weight: Of 1 - cosine of the states of each token, beside that of embeddings; None = 1 for a teacher that
-            reads the same tokens into states of the same size, such as the model before pruning, if both pool their
-            mean; 0 for others.
-        dimensions: The loss is the mean over the leading so many components of the embeddings (Matryoshka,
-            arXiv 2205.13147); empty = all components alone.
-        cached: Keep no activations between the forward and the backward pass (GradCache, arXiv 2101.06983): a batch
-            then needs the memory of one chunk, for the time of one more forward pass.
-    """
-
-    temperature: PositiveReal | None = None
-    teacher_temperature: PositiveReal | None = None
-    distillation_weight: NonNegativeReal = 1.0
-    score_weight: NonNegativeReal = 10.0
-    token_weight: NonNegativeReal | None = None
-    dimensions: tuple[Positive, ...] = ()
-    cached: bool = False
-
 
 # Takes a batch and the number of the prompt's tokens; returns tensors with a row for each text.
 Forward = Callable[[dict[str, Tensor], int], tuple[Tensor, ...]]

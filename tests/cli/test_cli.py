@@ -15,8 +15,10 @@ from click.testing import CliRunner
 from conftest import QRELS as QRELS_OF_COLLECTION
 from ir_measures import R
 
-from effir_search.cli import cli, one_line
-from effir_search.cli import options as commands
+from effir_search.cli import cli
+from effir_search.cli import legacy_options as commands
+from effir_search.cli.main import describe_error
+from effir_search.errors import UserError
 
 QUERIES = '{"_id": "q1", "text": "what eats the cat?"}\n'
 CORPUS = '{"_id": "d1", "text": "The cat."}\n'
@@ -129,7 +131,7 @@ def test_the_choices_of_pooling_are_the_poolers():
 
 
 def test_the_choices_of_dtype_are_auto_and_known_types():
-    from effir_search.encoding.encoder import DTYPES
+    from effir_search.encoding.devices import DTYPES
 
     assert commands.DTYPES[0] == "auto"
     assert set(commands.DTYPES[1:]) <= set(DTYPES)
@@ -551,11 +553,11 @@ def test_an_option_that_would_be_ignored_is_a_usage_error_that_names_it(args):
 
 
 def test_an_error_of_several_lines_becomes_one():
-    assert one_line(ValueError("a:1: bad\n  because\tof this\n")) == "a:1: bad because of this"
+    assert describe_error(UserError("a:1: bad\n  because\tof this\n")) == "a:1: bad because of this"
 
 
 def test_a_long_error_is_cut_at_its_end():
-    line = "Error: " + one_line(ValueError("corpus.jsonl:7: " + "x" * 1000))
+    line = "Error: " + describe_error(UserError("corpus.jsonl:7: " + "x" * 1000))
     assert len(line) == 300
     assert line.startswith("Error: corpus.jsonl:7: xxx")
     assert line.endswith("xxx...")
@@ -563,14 +565,14 @@ def test_a_long_error_is_cut_at_its_end():
 
 def test_an_error_of_just_300_characters_is_not_cut():
     message = "x" * (300 - len("Error: "))
-    assert one_line(ValueError(message)) == message
-    assert one_line(ValueError(message + "x")) != message + "x"
+    assert describe_error(UserError(message)) == message
+    assert describe_error(UserError(message + "x")) != message + "x"
 
 
 def test_an_error_of_the_system_names_the_file_and_leaves_out_the_number(tmp_path):
     with pytest.raises(OSError) as caught:
         open(tmp_path / "missing")
-    assert one_line(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
+    assert describe_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
 
 
 @pytest.mark.parametrize("package", ["accelerate", "peft", "pydantic", "tomli_w"])
@@ -620,3 +622,21 @@ def test_the_stock_architecture_travels_from_the_option_to_the_index_and_every_c
     CliRunner().invoke(cli, ["index", "--corpus", str(corpus), "--encoder", str(bert_folder), "--output", str(plain)])
     assert (plain / "index").read_bytes() == (tmp_path / "index" / "index").read_bytes()
     assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text())
+
+
+def test_what_a_person_cannot_put_right_is_called_a_bug_with_a_status_of_its_own(monkeypatch):
+    def broken() -> None:
+        raise KeyError("layer")
+
+    monkeypatch.setitem(cli.commands, "broken", click.Command("broken", callback=broken))
+    result = CliRunner().invoke(cli, ["broken"])
+    assert result.exit_code == 70
+    assert result.stderr.startswith("Error: this is a bug: KeyError: 'layer'; effir --debug")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert isinstance(CliRunner().invoke(cli, ["--debug", "broken"]).exception, KeyError)
+
+
+def test_a_long_bug_keeps_the_advice_behind_it(monkeypatch):
+    message = describe_error(RuntimeError("x" * 1000))
+    assert len("Error: " + message) == 300
+    assert message.endswith("please report that")

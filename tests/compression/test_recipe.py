@@ -4,18 +4,11 @@ from pathlib import Path
 import pytest
 from transformers import MistralConfig
 
-from effir_search.compression.recipe import (
-    WITHOUT_LABELS,
-    Compression,
-    as_compression,
-    format_recipe,
-    merged,
-    read_recipe,
-)
+from effir_search.compression.recipe import WITHOUT_LABELS, as_compression, format_recipe, merged, read_recipe
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.pruning.importance import CRITERIA
 from effir_search.pruning.units import UNIT_CRITERIA
-from effir_search.training.data import Data
+from effir_search.settings import CompressionSettings, DataSettings
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 LABELS = {"encoder": "model", "data": {"train": "train.jsonl"}}
@@ -32,7 +25,7 @@ def test_a_recipe_that_was_written_is_read_as_it_was(tmp_path, given):
 
 def test_with_labels_the_defaults_are_the_papers():
     compression = as_compression(LABELS)
-    assert compression == Compression("model", Data(train="train.jsonl"))
+    assert compression == CompressionSettings("model", DataSettings(train="train.jsonl"))
     assert (compression.prune.criterion, compression.prune.num_texts) == ("cosine", 256)
     slim = compression.slim
     assert (slim.criterion, slim.steps, slim.penalty, slim.narrow) == ("gates", 500, 1e-8, 0.3)

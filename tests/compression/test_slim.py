@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
 
 from effir_search.cli import cli as command
-from effir_search.cli import options as cli
-from effir_search.compression.slim import WITHOUT_TEXTS, Batches, Scoring, slim_encoder
+from effir_search.cli import legacy_options as cli
+from effir_search.compression.slim import WITHOUT_TEXTS, Batches, slim_encoder
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import mlp_output
 from effir_search.model.surgery import kept_units, prune
 from effir_search.pruning.gates import gated, learn_gates
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
+from effir_search.settings import DataSettings, LossSettings, ScoringSettings
 from effir_search.text.texts import read_texts, sampled
-from effir_search.training.data import Data, Loaded, checkpoint_activations
-from effir_search.training.objective import LossSettings
+from effir_search.training.data import Loaded, checkpoint_activations
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 RECORDS = [
@@ -57,12 +57,12 @@ def data(tmp_path_factory, texts, folders):
     """The two kinds of data, by name; the teacher is another model than those that are cut."""
     teacher = save_sentence_files(save_model(tmp_path_factory.mktemp("teacher"), "llama"), pooling="mean")
     train = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS * 4)
-    return {"labels": Data(train=str(train)), "texts": Data(texts=(texts,), teacher=str(teacher))}
+    return {"labels": DataSettings(train=str(train)), "texts": DataSettings(texts=(texts,), teacher=str(teacher))}
 
 
 def slim(encoder, output, narrow=0.3, data=None, *, losses=LOSSES, device="cpu", **options):
-    scoring = {name: options.pop(name) for name in Scoring.__dataclass_fields__ if name in options}
-    scoring = Scoring(**{"bf16": False, "steps": 5, "batch_size": 8, **scoring})
+    scoring = {name: options.pop(name) for name in ScoringSettings.__dataclass_fields__ if name in options}
+    scoring = ScoringSettings(**{"bf16": False, "steps": 5, "batch_size": 8, **scoring})
     return slim_encoder(str(encoder), output, narrow, data, scoring=scoring, losses=losses, device=device, **options)
 
 
@@ -197,7 +197,7 @@ def test_weights_keep_their_dtype_and_values(tmp_path, bert_folder, data, dtype)
 def test_the_cosine_told_is_that_of_the_texts_before_and_after(tmp_path, texts, data):
     prompts = {"query": "what eats ", "document": "the cat "}
     model = save_sentence_files(save_model(tmp_path / "model", "bert"), prompts=prompts)
-    given = Data(queries=(texts,), teacher=data["texts"].teacher, num_texts=5)  # of 5 texts none is held out
+    given = DataSettings(queries=(texts,), teacher=data["texts"].teacher, num_texts=5)  # of 5 texts none is held out
     slimmed = slim(model, tmp_path / "slim", 0.5, given, criterion="activation")
     before, after = (Encoder.from_pretrained(path, dtype="fp32") for path in (model, tmp_path / "slim"))
     sample = sampled(read_texts(texts), 5, 0)
@@ -251,8 +251,8 @@ def in_a_process(*arguments):
 @pytest.mark.parametrize("criterion", ["gates", "taylor", "activation"])
 def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_by_it(tmp_path, bert_folder, criterion):
     train = write_jsonl(tmp_path / "train.jsonl", [{"query": "hot soup", "positives": ["tomato soup"]}])
-    given = {"scoring": Scoring(criterion=criterion, steps=1), "losses": LossSettings(), "device": "cpu"}
-    slimming = partial(slim_encoder, str(bert_folder), tmp_path / "slim", 0.25, Data(train=str(train)), **given)
+    given = {"scoring": ScoringSettings(criterion=criterion, steps=1), "losses": LossSettings(), "device": "cpu"}
+    slimming = partial(slim_encoder, str(bert_folder), tmp_path / "slim", 0.25, DataSettings(train=str(train)), **given)
     if criterion == "activation":
         slimming()
     else:
@@ -295,11 +295,11 @@ def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(
     given = data["texts"]
     one = write_jsonl(tmp_path / "one.jsonl", [{"query": "hot soup", "positives": ["tomato"]}])
     with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
-        slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)))
+        slim(bert_folder, tmp_path / "slim", 0.3, DataSettings(train=str(one)))
     assert (tmp_path / "slim.slimming" / "data" / "examples.jsonl").is_file()
     with pytest.raises(ValueError, match="is of another job: train was .* --restart discards what depends on it"):
         slim(bert_folder, tmp_path / "slim", 0.3, given)
-    slim(bert_folder, tmp_path / "slim", 0.3, Data(train=str(one)), criterion="activation")
+    slim(bert_folder, tmp_path / "slim", 0.3, DataSettings(train=str(one)), criterion="activation")
     assert not (tmp_path / "slim.slimming").exists()
 
 
@@ -359,9 +359,9 @@ def test_a_model_without_mlps_is_an_error(tmp_path, bert_folder):
 def test_the_commands_defaults_are_the_librarys():
     context = cli.slim.make_context("slim", ["--encoder", "x", "--output", "y", "--narrow", "0.3", "--train", "a"])
     options = dict(context.params)
-    assert [cli.taken(kind, options) for kind in (Data, Scoring, LossSettings)] == [
-        Data("a"),
-        Scoring(),
+    assert [cli.taken(kind, options) for kind in (DataSettings, ScoringSettings, LossSettings)] == [
+        DataSettings("a"),
+        ScoringSettings(),
         LossSettings(),
     ]
     (choice,) = (parameter for parameter in cli.slim.params if parameter.name == "criterion")
@@ -379,7 +379,7 @@ def test_the_commands_defaults_are_the_librarys():
     assert library == {name: options[name] for name in library}
     assert {name: library[name] for name in ("floor", "multiple")} == defaults(choose_units)
     of_gates = defaults(learn_gates)
-    assert all(getattr(Scoring(), name) == of_gates[name] for name in ("steps", "learning_rate", "penalty"))
+    assert all(getattr(ScoringSettings(), name) == of_gates[name] for name in ("steps", "learning_rate", "penalty"))
 
 
 def test_the_answer_tells_widths_sizes_and_cosine(tmp_path, bert_folder, data):

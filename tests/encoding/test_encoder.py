@@ -13,7 +13,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5EncoderModel
 
-from effir_search.encoding.encoder import DTYPES, Encoder, EncoderConfig, append_eos_token, batches_by_length
+from effir_search.encoding.batching import batches_by_length
+from effir_search.encoding.config import EncoderConfig
+from effir_search.encoding.devices import DTYPES
+from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.tokenizing import append_eos_token
 from effir_search.text.corpus import Document, document_text
 
 TEXTS = [document_text(Document(doc_id, text, title)) for doc_id, (title, text) in DOCUMENTS.items()] + [

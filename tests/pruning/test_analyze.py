@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import save_model
 
 from effir_search.cli import cli
-from effir_search.cli.options import CRITERIA as CHOICES
+from effir_search.cli.legacy_options import CRITERIA as CHOICES
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.arithmetic import count
 from effir_search.model.layers import KINDS

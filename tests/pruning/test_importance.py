@@ -8,7 +8,8 @@ import torch
 from conftest import PRUNABLE, prunable_model, save_model, save_sentence_files
 from torch.nn import functional as F
 
-from effir_search.encoding.encoder import Encoder, Tokens
+from effir_search.encoding.batching import Tokens
+from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import KINDS, layers_of, left_out, parts_of
 from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune

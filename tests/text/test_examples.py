@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, TOPICS, write_jsonl
 
-from effir_search.cli.options import one_line
+from effir_search.cli.main import describe_error
 from effir_search.text.examples import (
     Example,
     Examples,
@@ -442,7 +442,7 @@ def test_a_field_that_is_not_null_is_an_error_that_fits_a_line(tmp_path):
     record = {"query": "q", "positives": ["p"], "query_image": "a.png"} | {f"field_{n}" * 5: 1 for n in range(50)}
     with pytest.raises(ValueError, match="unknown fields: query_image, .* and 48 more; ") as raised:
         read(tmp_path, record)
-    assert "; docs/formats.md lists what is known: query, positives," in one_line(raised.value)
+    assert "; docs/formats.md lists what is known: query, positives," in describe_error(raised.value)
 
 
 def test_a_json_array_of_records_is_read_and_other_formats_are_named(tmp_path):

@@ -16,9 +16,9 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.benchmark import check_topics
 from effir_search.indexing.build import index_corpus
 from effir_search.searching.search import search_topics
+from effir_search.settings import DataSettings
 from effir_search.text.corpus import Document
 from effir_search.text.own_documents import has_text
-from effir_search.training.data import Data
 from effir_search.training.dev import ndcg, read_dev_split, search_exactly
 
 # Ids apart from those of the toy corpus, whose 007 is another document than query 007.
@@ -192,7 +192,7 @@ def test_an_option_to_remove_queries_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--remove-query goes with --evaluate"):
         as_compression({"encoder": "model", "data": {"train": "x"}, "evaluate": {"remove_query": True}})
     with pytest.raises(ValueError, match="--dev-remove-query goes with --dev"):
-        Data(train="x", dev_remove_query=True)
+        DataSettings(train="x", dev_remove_query=True)
 
 
 def test_the_commands_have_the_option():

@@ -28,15 +28,15 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
 from effir_search.cli import cli as command
-from effir_search.cli import options as cli
+from effir_search.cli import legacy_options as cli
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import lora_targets
 from effir_search.model.surgery import prune
+from effir_search.settings import DataSettings, LossSettings, TrainingSettings
 from effir_search.text.examples import Examples
 from effir_search.training.data import Shuffled, teacher_reading
 from effir_search.training.dev import likeness, ndcg, read_dev_split
-from effir_search.training.finetune import Data, Recipe, check_processes, finetune
-from effir_search.training.objective import LossSettings
+from effir_search.training.finetune import check_processes, finetune
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
 from effir_search.training.trainer import last_whole_checkpoint
 from effir_search.training.unlabelled import PlainText
@@ -83,8 +83,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_fine_tuning_a_pruned_model_lowers_the_loss_and_saves_a_pruned_model(tmp_path, pruned, examples):
-    recipe = Recipe(batch_size=4, epochs=10, learning_rate=3e-3)
-    done = finetune(str(pruned), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+    recipe = TrainingSettings(batch_size=4, epochs=10, learning_rate=3e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
     record = json.loads((tmp_path / "tuned" / "training.json").read_text())
     losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
     assert losses[-1] < losses[0] / 2
@@ -99,7 +99,13 @@ def test_fine_tuning_a_pruned_model_lowers_the_loss_and_saves_a_pruned_model(tmp
 
 
 def test_a_model_that_was_never_pruned_is_fine_tuned_alike(tmp_path, bert_folder, examples):
-    finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=Recipe(batch_size=4), **QUICK)
+    finetune(
+        str(bert_folder),
+        tmp_path / "tuned",
+        DataSettings(train=examples),
+        recipe=TrainingSettings(batch_size=4),
+        **QUICK,
+    )
     assert Encoder.from_pretrained(tmp_path / "tuned").model.config.model_type == "bert"
 
 
@@ -110,7 +116,7 @@ def test_merged_lora_equals_unmerged(tmp_path, pruned, examples, dtype):
     encoder = Encoder.from_pretrained(pruned, device="cpu", dtype="saved")
     encoder.model.to(dtype)
     original = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
-    module._make_trainable(encoder, Recipe(lora_rank=2, lora_alpha=4))
+    module._make_trainable(encoder, TrainingSettings(lora_rank=2, lora_alpha=4))
     adapted = {name: m for name, m in encoder.model.named_modules() if hasattr(m, "lora_A")}
     for name, lora in adapted.items():
         torch.manual_seed(len(name))
@@ -143,16 +149,16 @@ def test_lora_trains_the_matrices_of_what_is_left_alone(tmp_path, examples, fami
     encoder = Encoder.from_pretrained(save_model(tmp_path / "base", family), device="cpu", dtype="saved")
     encoder.model = prune(encoder.model, mlp=[1], attention=[2])
     encoder.save(tmp_path / "pruned")
-    recipe = Recipe(batch_size=4, lora_rank=2, learning_rate=1e-2, gradient_checkpointing=family != "mpnet")
-    finetune(str(tmp_path / "pruned"), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+    recipe = TrainingSettings(batch_size=4, lora_rank=2, learning_rate=1e-2, gradient_checkpointing=family != "mpnet")
+    finetune(str(tmp_path / "pruned"), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
     before, after = weights(tmp_path / "pruned"), weights(tmp_path / "tuned")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{path}.weight" for path in lora_targets(encoder.model)}
 
 
 def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, bert_folder, pruned, texts):
-    data = Data(texts=(texts,), teacher=str(bert_folder))
-    recipe = Recipe(batch_size=16, epochs=20, learning_rate=2e-3)
+    data = DataSettings(texts=(texts,), teacher=str(bert_folder))
+    recipe = TrainingSettings(batch_size=16, epochs=20, learning_rate=2e-3)
     done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
     assert done.measure == "likeness"
     assert done.best > done.before + 0.05
@@ -177,8 +183,8 @@ def test_the_scores_that_are_learned_are_the_teachers(tmp_path, bert_folder, pru
     else:
         name = save_cross_encoder(tmp_path / "reranker")
         score = partial(cross_encoder_scores, load_cross_encoder(name, device="cpu"))
-    data = Data(train=str(train), **{kind: str(name)})
-    recipe = Recipe(batch_size=2, max_steps=2)
+    data = DataSettings(train=str(train), **{kind: str(name)})
+    recipe = TrainingSettings(batch_size=2, max_steps=2)
     finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
     prepared = Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl")
     assert len(prepared) == len(RECORDS)
@@ -200,13 +206,13 @@ def test_a_teacher_that_does_not_say_how_it_reads_reads_as_the_student(tmp_path,
         teacher = save_sentence_files(save_model(tmp_path / "teacher", "llama"), pooling="mean", normalize=False)
         reading = {}
     given = Encoder.from_pretrained(teacher, device="cpu", dtype="fp32", **reading)
-    data = Data(train=without_scores(tmp_path / "train.jsonl"), teacher=str(teacher))
-    recipe = Recipe(batch_size=2, max_steps=1)
+    data = DataSettings(train=without_scores(tmp_path / "train.jsonl"), teacher=str(teacher))
+    recipe = TrainingSettings(batch_size=2, max_steps=1)
     finetune(str(student), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
     for example in Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl"):
         pairs = [(example.query, text) for text in (example.positive, *example.negatives)]
         assert example.scores == pytest.approx(bi_encoder_scores(given, pairs), rel=0.02, abs=0.02)
-    imitation = Data(texts=(str(tmp_path / "train.jsonl"),), teacher=str(teacher))
+    imitation = DataSettings(texts=(str(tmp_path / "train.jsonl"),), teacher=str(teacher))
     imitated_as = teacher_reading(imitation, Encoder.from_pretrained(student, device="cpu"))
     assert imitated_as == ({} if told else {**reading, "document_prompt": ""})
 
@@ -216,7 +222,7 @@ def loss_settings(folder: Path) -> dict:
 
 
 def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert_folder, pruned, texts):
-    recipe = Recipe(batch_size=16, max_steps=1)
+    recipe = TrainingSettings(batch_size=16, max_steps=1)
     other = save_sentence_files(save_model(tmp_path / "other", "bert"), prompts={"query": "soup "})
     first = save_sentence_files(save_model(tmp_path / "first", "bert"), pooling="cls")
     for name, teacher, asked, expected in (
@@ -227,19 +233,19 @@ def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert
         ("cls", first, None, 0.0),
     ):
         losses = LossSettings(token_weight=asked)
-        data = Data(texts=(texts,), teacher=str(teacher))
+        data = DataSettings(texts=(texts,), teacher=str(teacher))
         finetune(str(pruned), tmp_path / name, data, recipe=recipe, losses=losses, device="cpu")
         assert loss_settings(tmp_path / name)["token_weight"] == expected
     with pytest.raises(ValueError, match="--token-weight 2: .*other has another query_prompt"):
-        data = Data(texts=(texts,), teacher=str(other))
+        data = DataSettings(texts=(texts,), teacher=str(other))
         finetune(
             str(pruned), tmp_path / "bad", data, recipe=recipe, losses=LossSettings(token_weight=2.0), device="cpu"
         )
 
 
 def test_a_model_that_imitates_itself_starts_at_a_loss_of_zero(tmp_path, bert_folder, texts):
-    data = Data(texts=(texts,), teacher=str(bert_folder))
-    recipe = Recipe(batch_size=16, max_steps=1, bf16=False, eval_steps=1)
+    data = DataSettings(texts=(texts,), teacher=str(bert_folder))
+    recipe = TrainingSettings(batch_size=16, max_steps=1, bf16=False, eval_steps=1)
     finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=LossSettings(), device="cpu")
     log = json.loads((tmp_path / "tuned" / "training.json").read_text())["log"]
     first = next(entry["loss"] for entry in log if "loss" in entry)
@@ -253,8 +259,8 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_fold
         (dev / f"{name}.gz").write_bytes(gzip.compress((collection / name).read_bytes()))
     (dev / "qrels").mkdir()
     (dev / "qrels" / "dev.tsv").write_text((collection / "qrels" / "test.tsv").read_text())
-    data = Data(train=examples, dev=str(dev))
-    recipe = Recipe(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
+    data = DataSettings(train=examples, dev=str(dev))
+    recipe = TrainingSettings(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
     train = partial(finetune, str(bert_folder), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
     done = train()
     # As if it had been killed before it wrote down that it was done.
@@ -288,8 +294,8 @@ def test_the_measure_of_a_dev_split_is_that_of_the_commands(tmp_path, toy_index,
 @pytest.mark.parametrize("settings", [{"cached": True}, {"dimensions": (16,)}, {}])
 def test_a_batch_of_one_without_negatives_is_an_error_and_leaves_no_model(tmp_path, bert_folder, settings):
     records = [{"query": "hot soup", "positives": ["tomato soup"]}, {"query": "red", "positives": ["red tomato"]}]
-    data = Data(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
-    recipe, losses = Recipe(batch_size=1, max_steps=1, bf16=False), LossSettings(**settings)
+    data = DataSettings(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
+    recipe, losses = TrainingSettings(batch_size=1, max_steps=1, bf16=False), LossSettings(**settings)
     with pytest.raises(ValueError, match="a batch of 1 example without hard negatives: no query meets a document"):
         finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=losses, device="cpu")
     assert not (tmp_path / "tuned").exists()
@@ -337,8 +343,8 @@ def test_a_random_mistral_learns_to_rank_a_toy_task(tmp_path):
     MistralModel(config).save_pretrained(tmp_path / "model")
     word_tokenizer(bos=True, eos=True).save_pretrained(tmp_path / "model")
     save_sentence_files(tmp_path / "model", pooling="lasttoken")
-    recipe = Recipe(batch_size=20, epochs=8, learning_rate=3e-3)
-    data = Data(train=str(tmp_path / "train.jsonl"))
+    recipe = TrainingSettings(batch_size=20, epochs=8, learning_rate=3e-3)
+    data = DataSettings(train=str(tmp_path / "train.jsonl"))
     finetune(
         str(tmp_path / "model"),
         tmp_path / "tuned",
@@ -408,7 +414,7 @@ def test_every_pass_has_every_item_once_in_an_order_of_its_own(dataset_size):
 
 
 def test_a_job_that_was_stopped_while_it_saved_trains_no_further(tmp_path, pruned, examples):
-    data, recipe = Data(train=examples), Recipe(batch_size=4, max_steps=4, schedule="constant")
+    data, recipe = DataSettings(train=examples), TrainingSettings(batch_size=4, max_steps=4, schedule="constant")
     finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
     first = weights(tmp_path / "tuned")
     shutil.rmtree(tmp_path / "tuned")
@@ -420,27 +426,27 @@ def test_a_job_that_was_stopped_while_it_saved_trains_no_further(tmp_path, prune
 
 
 def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_folder, pruned, texts):
-    data = Data(texts=(texts,), teacher=str(bert_folder))
+    data = DataSettings(texts=(texts,), teacher=str(bert_folder))
     run = partial(finetune, str(pruned), tmp_path / "tuned", **QUICK, keep_checkpoints=True)
-    run(data, recipe=Recipe(batch_size=16, max_steps=2))
+    run(data, recipe=TrainingSettings(batch_size=16, max_steps=2))
     file = tmp_path / "tuned.training" / "data" / "texts.jsonl"
     written = file.stat().st_mtime_ns
     shutil.rmtree(tmp_path / "tuned")
-    run(data, recipe=Recipe(batch_size=16, max_steps=3), restart=True)
+    run(data, recipe=TrainingSettings(batch_size=16, max_steps=3), restart=True)
     assert file.stat().st_mtime_ns == written
     shutil.rmtree(tmp_path / "tuned")
     run(
-        Data(texts=(texts,), teacher=str(bert_folder), num_texts=20),
-        recipe=Recipe(batch_size=16, max_steps=2),
+        DataSettings(texts=(texts,), teacher=str(bert_folder), num_texts=20),
+        recipe=TrainingSettings(batch_size=16, max_steps=2),
         restart=True,
     )
     assert file.stat().st_mtime_ns != written and len(file.read_text().splitlines()) == 20
 
 
 def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warmed_up(tmp_path, pruned, examples):
-    data = Data(train=examples)
+    data = DataSettings(train=examples)
     order = {"batch_size": 4, "epochs": 2, "max_steps": 1000, "eval_steps": 1}
-    recipe = Recipe(**order, warmup=0.25, schedule="constant", learning_rate=1e-3)
+    recipe = TrainingSettings(**order, warmup=0.25, schedule="constant", learning_rate=1e-3)
     done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
     assert done.steps == 2 * 4 * len(RECORDS) / 4
     rates = [
@@ -497,8 +503,8 @@ def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
     run = lambda **more: finetune(  # noqa: E731
         str(pruned),
         tmp_path / "tuned",
-        Data(train=examples),
-        recipe=Recipe(batch_size=4, max_steps=2, **more),
+        DataSettings(train=examples),
+        recipe=TrainingSettings(batch_size=4, max_steps=2, **more),
         **QUICK,
         keep_checkpoints=True,
     )
@@ -513,17 +519,17 @@ def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(tmp_path, pruned, examples):
-    recipe = Recipe(batch_size=4, epochs=5, learning_rate=1e25, warmup=0.9, eval_steps=1, bf16=False)
+    recipe = TrainingSettings(batch_size=4, epochs=5, learning_rate=1e25, warmup=0.9, eval_steps=1, bf16=False)
     with pytest.raises(ValueError, match="lower --learning-rate"):
-        finetune(str(pruned), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+        finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
     assert not (tmp_path / "tuned").exists()
     checkpoint = last_whole_checkpoint(tmp_path / "tuned.training")
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
 def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path, bert_folder, pruned, texts):
-    data = Data(texts=(texts,), teacher=str(bert_folder))
-    recipe = Recipe(batch_size=8, max_steps=4, learning_rate=1e30, warmup=0.5, eval_steps=2, bf16=False)
+    data = DataSettings(texts=(texts,), teacher=str(bert_folder))
+    recipe = TrainingSettings(batch_size=8, max_steps=4, learning_rate=1e30, warmup=0.5, eval_steps=2, bf16=False)
     with pytest.raises(ValueError, match=r"step 2: .* not finite any more.*lower --learning-rate"):
         finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
 
@@ -531,16 +537,23 @@ def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path,
 @pytest.mark.parametrize(
     ("recipe", "losses", "message"),
     [
-        (Recipe(lora_alpha=4), LossSettings(), "--lora-alpha and --lora-dropout go with LoRA"),
-        (Recipe(), LossSettings(token_weight=1.0), "--token-weight 1 goes with --texts"),
-        (Recipe(patience=1), LossSettings(), "--patience needs something that is measured"),
+        (TrainingSettings(lora_alpha=4), LossSettings(), "--lora-alpha and --lora-dropout go with LoRA"),
+        (TrainingSettings(), LossSettings(token_weight=1.0), "--token-weight 1 goes with --texts"),
+        (TrainingSettings(patience=1), LossSettings(), "--patience needs something that is measured"),
     ],
 )
 def test_what_would_have_no_effect_is_refused_and_leaves_nothing(
     tmp_path, bert_folder, examples, recipe, losses, message
 ):
     with pytest.raises(ValueError, match=message):
-        finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=recipe, losses=losses, device="cpu")
+        finetune(
+            str(bert_folder),
+            tmp_path / "tuned",
+            DataSettings(train=examples),
+            recipe=recipe,
+            losses=losses,
+            device="cpu",
+        )
     assert not (tmp_path / "tuned").exists()
     if recipe.patience is None:
         assert not list(tmp_path.iterdir())
@@ -552,7 +565,11 @@ def test_refused_examples_leave_no_folder(tmp_path, bert_folder, refused):
         write_jsonl(tmp_path / "train.jsonl", [{"query": "soup", "positives": []}])
     with pytest.raises((ValueError, OSError)):
         finetune(
-            str(bert_folder), tmp_path / "tuned", Data(train=str(tmp_path / "train.jsonl")), recipe=Recipe(), **QUICK
+            str(bert_folder),
+            tmp_path / "tuned",
+            DataSettings(train=str(tmp_path / "train.jsonl")),
+            recipe=TrainingSettings(),
+            **QUICK,
         )
     assert not (tmp_path / "tuned.training").exists()
 
@@ -562,15 +579,21 @@ def test_scores_that_look_like_cosines_are_warned_of(tmp_path, bert_folder, capl
     train = write_jsonl(
         tmp_path / "t.jsonl", [{"query": "soup", "positives": ["a"], "negatives": ["b"], "scores": scores}]
     )
-    finetune(str(bert_folder), tmp_path / "tuned", Data(train=str(train)), recipe=Recipe(max_steps=1), **QUICK)
+    finetune(
+        str(bert_folder),
+        tmp_path / "tuned",
+        DataSettings(train=str(train)),
+        recipe=TrainingSettings(max_steps=1),
+        **QUICK,
+    )
     assert any("give --teacher-temperature 0.1" in record.getMessage() for record in caplog.records) == warned
 
 
 def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    recipe = Recipe(log_to=("wandb",))
+    recipe = TrainingSettings(log_to=("wandb",))
     with pytest.raises(ValueError, match="--log-to wandb: is not installed"):
-        finetune(str(bert_folder), tmp_path / "tuned", Data(train=examples), recipe=recipe, **QUICK)
+        finetune(str(bert_folder), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -586,13 +609,17 @@ def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, exampl
 )
 def test_data_that_says_too_much_or_too_little_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
-        Data(**data)
+        DataSettings(**data)
 
 
 def test_the_commands_defaults_are_the_librarys():
     context = cli.finetune.make_context("finetune", ["--encoder", "x", "--output", "y", "--train", "a"])
     options = dict(context.params)
-    assert [cli.taken(kind, options) for kind in (Data, Recipe, LossSettings)] == [Data("a"), Recipe(), LossSettings()]
+    assert [cli.taken(kind, options) for kind in (DataSettings, TrainingSettings, LossSettings)] == [
+        DataSettings("a"),
+        TrainingSettings(),
+        LossSettings(),
+    ]
 
 
 def test_the_model_is_told_when_it_is_done(tmp_path, pruned, examples):
@@ -630,8 +657,8 @@ def test_a_bare_language_model_gets_pooling_prompt_and_cosine(tmp_path, llama_fo
 def test_the_card_names_every_source(tmp_path, bert_folder, pruned, texts):
     other = tmp_path / "more.txt"
     other.write_text("hot soup\nsweet tea\n" * 2)
-    data = Data(texts=(texts, str(other)), teacher=str(bert_folder))
-    finetune(str(pruned), tmp_path / "tuned", data, recipe=Recipe(batch_size=16, max_steps=1), **QUICK)
+    data = DataSettings(texts=(texts, str(other)), teacher=str(bert_folder))
+    finetune(str(pruned), tmp_path / "tuned", data, recipe=TrainingSettings(batch_size=16, max_steps=1), **QUICK)
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "| Texts | texts.txt, more.txt |" in card and f"| Teacher | {bert_folder.name} |" in card
     assert f"| Trained from | {pruned.parent.name}/model |" in card and str(tmp_path) not in card
@@ -658,20 +685,25 @@ def test_vectors_cut_to_a_dimension_are_searched_by_cosine(tmp_path, bert_folder
 def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"--device cuda:99: this torch \(.*\) sees \d+ CUDA devices"):
         finetune(
-            "no-model", tmp_path / "out", Data(train="x"), recipe=Recipe(), losses=LossSettings(), device="cuda:99"
+            "no-model",
+            tmp_path / "out",
+            DataSettings(train="x"),
+            recipe=TrainingSettings(),
+            losses=LossSettings(),
+            device="cuda:99",
         )
 
 
 def test_one_gpu_for_several_processes_is_an_error():
-    check_processes(Recipe(), 1, "cuda:1")
-    check_processes(Recipe(), 2, "auto")
+    check_processes(TrainingSettings(), 1, "cuda:1")
+    check_processes(TrainingSettings(), 2, "auto")
     with pytest.raises(ValueError, match="--device cuda:1: each of the 2 processes takes a GPU of its own; give auto"):
-        check_processes(Recipe(), 2, "cuda:1")
+        check_processes(TrainingSettings(), 2, "cuda:1")
 
 
 @pytest.mark.gpu
 def test_it_trains_on_the_last_gpu(tmp_path, bert_folder, examples):
     device = f"cuda:{torch.cuda.device_count() - 1}"
-    options = {"recipe": Recipe(max_steps=2, batch_size=4), "losses": LossSettings(), "device": device}
-    done = finetune(str(bert_folder), tmp_path / "out", Data(train=str(examples)), **options)
+    options = {"recipe": TrainingSettings(max_steps=2, batch_size=4), "losses": LossSettings(), "device": device}
+    done = finetune(str(bert_folder), tmp_path / "out", DataSettings(train=str(examples)), **options)
     assert done.steps == 2 and torch.cuda.current_device() == torch.cuda.device_count() - 1

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effir_search.encoding.encoder import Encoder
+from effir_search.settings import LossSettings
 from effir_search.text.examples import Example, document_key
 from effir_search.training.dev import likeness
-from effir_search.training.objective import ImitationObjective, LossSettings, RetrievalObjective, check_examples
+from effir_search.training.objective import ImitationObjective, RetrievalObjective, check_examples
 from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
