@@ -578,8 +578,8 @@ def test_an_error_of_the_system_names_the_file_and_leaves_out_the_number(tmp_pat
 @pytest.mark.parametrize("package", ["accelerate", "peft", "pydantic", "tomli_w"])
 @pytest.mark.parametrize("command", ["finetune", "compress"])
 def test_a_missing_extra_is_named_on_one_line(tmp_path, package, command):
-    if (package, command) == ("tomli_w", "finetune"):
-        return  # which writes no recipe
+    if package in ("pydantic", "tomli_w") and command == "finetune":
+        return  # which reads and writes no recipe
     script = f"import sys; sys.modules[{package!r}] = None; from effir_search.cli import cli; cli(sys.argv[1:])"
     arguments = [command, "--encoder", "x", "--train", "y", "--output", str(tmp_path / "z")]
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
