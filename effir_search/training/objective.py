@@ -282,7 +282,8 @@ def check_examples(examples: Sequence[Example], batch_size: int, settings: LossS
             positives.add(document_key(example.positive))
             if positives.difference(own):
                 return
-    what = "a batch of 1 example" if batch_size == 1 else f"{len(examples)} examples that share their positives"
+    alone = min(batch_size, len(examples)) == 1
+    what = "a batch of 1 example" if alone else f"{len(examples)} examples that share their positives"
     raise UserError(
         f"{what} without hard negatives: no query meets a document to be told from its positive, so nothing can be "
         "learned; give more examples, a larger --batch-size or negatives (effir mine makes them)"

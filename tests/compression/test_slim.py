@@ -256,7 +256,7 @@ def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_
     if criterion == "activation":
         slimming()
     else:
-        with pytest.raises(ValueError, match="1 examples that share their positives without hard negatives"):
+        with pytest.raises(ValueError, match="a batch of 1 example without hard negatives"):
             slimming()
     assert (tmp_path / "slim").exists() == (criterion == "activation")
 
@@ -294,13 +294,25 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
 def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(tmp_path, bert_folder, data, texts):
     given = data["texts"]
     one = write_jsonl(tmp_path / "one.jsonl", [{"query": "hot soup", "positives": ["tomato"]}])
-    with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
+    with pytest.raises(ValueError, match="a batch of 1 example without hard negatives"):
         slim(bert_folder, tmp_path / "slim", 0.3, DataSettings(train=str(one)))
     assert (tmp_path / "slim.slimming" / "data" / "examples.jsonl").is_file()
     with pytest.raises(ValueError, match="is of another job: train was .* --restart discards what depends on it"):
         slim(bert_folder, tmp_path / "slim", 0.3, given)
     slim(bert_folder, tmp_path / "slim", 0.3, DataSettings(train=str(one)), criterion="activation")
     assert not (tmp_path / "slim.slimming").exists()
+
+
+def test_batches_that_tell_no_unit_from_another_are_an_error(tmp_path, bert_folder):
+    records = [{"query": "hot soup", "positives": ["tomato", "onion"]}, {"query": "tea", "positives": ["lemon"]}]
+    data = Data(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
+    # The only batch is that of the two examples which share their positives.
+    seed = next(s for s in range(99) if set(np.random.default_rng([s, 0]).permutation(3)[:2]) == {0, 1})
+    scoring = Scoring(criterion="taylor", steps=1, batch_size=2, seed=seed)
+    with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
+        slim_encoder(
+            str(bert_folder), tmp_path / "slim", 0.3, data, scoring=scoring, losses=LossSettings(), device="cpu"
+        )
 
 
 def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
