@@ -139,6 +139,12 @@ def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(
     assert config.max_length == Encoder.from_pretrained(llama_folder).config.max_length
 
 
+def test_a_length_is_refused_where_no_text_is_read(tmp_path, bert_folder):
+    arguments = ["--encoder", bert_folder, "--narrow", 0.25, "--output", tmp_path / "slim", "--max-length", 8]
+    refused = run(*arguments, "--criterion", "magnitude")
+    assert refused.exit_code == 2 and "--max-length goes with --train or --texts" in refused.output
+
+
 def test_slimming_again_composes(tmp_path, bert_folder, data):
     slim(bert_folder, tmp_path / "once", 0.25, data["texts"])
     slim(tmp_path / "once", tmp_path / "twice", 0.5, criterion="magnitude")
