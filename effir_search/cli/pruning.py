@@ -95,6 +95,10 @@ def prune(encoder: str, output: Path, **options: object) -> None:
 
     numbers = {kind: number for kind in NAMES if (number := options.pop(f"drop_{kind}")) is not None}
     layers = {kind: named for kind in NAMES if (named := options.pop(f"drop_{kind}_layers")) is not None}
+    if not any(numbers.values()):
+        refuse(["criterion"], "goes with a number of parts, such as --drop-mlp 2")
+    if not options["sources"]:
+        refuse(["size", "seed", "calibration_length"], "goes with --texts, and changes nothing in the saved model")
     pruned = prune_encoder(encoder, output, numbers=numbers, layers=layers, **options)
     click.echo(describe_pruned(pruned, output))
 
@@ -139,6 +143,8 @@ def slim(encoder: str, output: Path, narrow: float, **options: object) -> None:
         refuse(["steps", "batch_size", *LossSettings.__dataclass_fields__], "goes with criteria that score on texts")
     scoring, losses = (taken(kind, options) for kind in (ScoringSettings, LossSettings))
     data = data_given(options)
+    if data is None:
+        refuse(["max_length"], "goes with --train or --texts, and changes nothing in the saved model")
     slimmed = slim_encoder(encoder, output, narrow, data, scoring=scoring, losses=losses, **options)
     click.echo(describe_slimmed(slimmed, output))
 

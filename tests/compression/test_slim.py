@@ -140,6 +140,12 @@ def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(
     assert config.max_length == Encoder.from_pretrained(llama_folder).config.max_length
 
 
+def test_a_length_is_refused_where_no_text_is_read(tmp_path, bert_folder):
+    arguments = ["--encoder", bert_folder, "--narrow", 0.25, "--output", tmp_path / "slim", "--max-length", 8]
+    refused = run(*arguments, "--criterion", "magnitude")
+    assert refused.exit_code == 2 and "--max-length goes with --train or --texts" in refused.output
+
+
 def test_slimming_again_composes(tmp_path, bert_folder, data):
     slim(bert_folder, tmp_path / "once", 0.25, data["texts"])
     slim(tmp_path / "once", tmp_path / "twice", 0.5, criterion="magnitude")
@@ -305,10 +311,10 @@ def test_what_a_stopped_job_prepared_serves_another_criterion_but_no_other_data(
 
 def test_batches_that_tell_no_unit_from_another_are_an_error(tmp_path, bert_folder):
     records = [{"query": "hot soup", "positives": ["tomato", "onion"]}, {"query": "tea", "positives": ["lemon"]}]
-    data = Data(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
+    data = DataSettings(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
     # The only batch is that of the two examples which share their positives.
     seed = next(s for s in range(99) if set(np.random.default_rng([s, 0]).permutation(3)[:2]) == {0, 1})
-    scoring = Scoring(criterion="taylor", steps=1, batch_size=2, seed=seed)
+    scoring = ScoringSettings(criterion="taylor", steps=1, batch_size=2, seed=seed)
     with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
         slim_encoder(
             str(bert_folder), tmp_path / "slim", 0.3, data, scoring=scoring, losses=LossSettings(), device="cpu"

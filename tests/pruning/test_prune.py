@@ -236,6 +236,22 @@ def test_numbers_need_texts_and_an_existing_folder_stays(tmp_path, bert_folder):
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-length", 8], "--max-length goes with --texts, and changes nothing in the saved model"),
+        (["--num-texts", 8], "--num-texts goes with --texts"),
+        (["--seed", 8], "--seed goes with --texts"),
+        (["--criterion", "greedy"], "--criterion goes with a number of parts, such as --drop-mlp 2"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_an_error(tmp_path, bert_folder, options, message):
+    arguments = ["prune", "--encoder", bert_folder, "--drop-mlp-layers", 3, "--output", tmp_path / "small", *options]
+    refused = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert refused.exit_code == 2 and message in refused.output
+    assert not (tmp_path / "small").exists()
+
+
 def test_other_families_are_an_error_that_names_the_ones_there_are(tmp_path):
     (save_model(tmp_path / "t5", "t5") / "model.safetensors").unlink()  # the type is told before what else is wrong
     with pytest.raises(ValueError, match="'t5' cannot be pruned; those that can: bert,"):
