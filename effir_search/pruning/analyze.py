@@ -96,7 +96,7 @@ def analyze(
     wanted = {name: _wanted(name, greedy_numbers) for name in dict.fromkeys(criteria)}
     passes = {name: sum(num_passes(encoder.model, name, *one) for one in of_name) for name, of_name in wanted.items()}
     if curves:
-        passes["curves, at most"] = 2 + POINTS * len(KINDS) * len(wanted)
+        passes["curves up to"] = 2 + POINTS * len(KINDS) * len(wanted)
     announce(encoder, tokens, passes)
     order: dict[str, dict[Kind, list[Dropped]]] = {name: {kind: [] for kind in KINDS} for name in wanted}
     for name, of_name in wanted.items():
