@@ -54,7 +54,7 @@ def search(
     """
     if k < 1:
         raise ValueError(f"--hits {k}: must be at least 1")
-    if not any(query.text.strip() for query in topics):
+    if topics and not any(query.text.strip() for query in topics):
         raise ValueError(f"{len(topics)} topics, none of them with a text")
     folders = _folders(index_dir)
     _check_alike(folders)

@@ -167,7 +167,6 @@ TOPIC_ERRORS = {
     "no id": (['{"text": "a"}'], 1, "no id field"),
     "no text": (['{"_id": "1", "title": "a"}'], 1, r'no "text" field that is a string \(found: _id, title\)'),
     "text a number": (['{"_id": "1", "text": 7}'], 1, 'no "text" field that is a string'),
-    "empty text": (['{"_id": "1", "text": " "}'], 1, 'topic "1" has no text'),
     "repeated id": (["1\ta", "", "1\tb"], 3, 'repeated topic id "1"'),
     "empty id": (["1\ta", "\tb"], 2, "empty id"),
     "id with white space": (["1 2\ta"], 1, "'1 2' holds white space"),
@@ -176,7 +175,6 @@ TOPIC_ERRORS = {
     "lone surrogate in the id": (['{"_id": "\\ud800", "text": "a"}'], 1, "lone surrogate"),
     "TREC without num": (["<top>", "<title> a", "</top>"], 1, "topic without <num>"),
     "TREC without title": (["<top>", "<num> 1", "</top>"], 1, "topic without <title>"),
-    "TREC without text": (["<top>", "<num> 1", "<title>", "</top>"], 1, 'topic "1" has no text'),
     "TREC not closed": (["<top>", "<num> 1", "<title> a"], 1, "<top> without </top>"),
     "TREC opened twice": (["<top>", "<num> 1", "<title> a", "<top>"], 4, "a second <top> before the </top> of the one"),
     "TREC text outside": (["<top><num> 1 <title> a </top>", "b"], 2, "text outside <top> ... </top>"),
@@ -434,3 +432,10 @@ def test_a_score_that_is_no_finite_float32_is_an_error(score):
 def test_an_underscore_is_in_no_number(tmp_path, read, line):
     with pytest.raises(ValueError, match="1_0"):
         read(write(tmp_path / "file", line))
+
+
+def test_topics_without_a_text_are_read_as_they_are(tmp_path):
+    jsonl = write(tmp_path / "topics.jsonl", '{"_id": "1", "text": " "}', '{"_id": "2", "text": "cat"}')
+    assert read_topics(jsonl) == [Query("1", " "), Query("2", "cat")]
+    trec = write(tmp_path / "topics", "<top>", "<num> 1", "<title>", "</top>")
+    assert read_topics(trec) == [Query("1", "")]
