@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -219,6 +220,14 @@ def test_a_source_without_a_record_is_an_error(tmp_path, collection):
         next(read_records(tmp_path / "empty.jsonl"))
     with pytest.raises(FileNotFoundError):
         next(read_records(tmp_path / "missing.jsonl"))
+
+
+def test_empty_topics_of_a_beir_folder_are_left_out_and_counted(tmp_path, collection, caplog):
+    folder = shutil.copytree(collection, tmp_path / "collection")
+    write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text if i != "1" else " "} for i, text in TOPICS.items()])
+    records = dict(read_records(folder, split="test"))
+    assert [record.query for record in records.values()] == [TOPICS["2"], TOPICS["007"]]
+    assert "queries.jsonl: 1 of 3 judged topics are empty and left out" in caplog.text
 
 
 def test_a_folder_must_be_a_beir_folder_with_a_positive(tmp_path, collection):
