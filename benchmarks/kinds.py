@@ -20,7 +20,9 @@ import numpy as np
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index, read_index, rebuild_index, scale
+from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
+from effir_search.indexing.nearest import nearest_rows
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import read_topics
 
@@ -39,7 +41,7 @@ def queries_of(folder: Path, size: int) -> list[str]:
     """Return the texts of so many queries, the same share of every collection's, as far as it has them."""
     texts = [[query.text for query in read_topics(path)] for path in sorted(folder.glob("*/queries.jsonl"))]
     taken = itertools.chain.from_iterable(itertools.zip_longest(*texts))
-    return list(itertools.islice((text for text in taken if text is not None), size))
+    return list(itertools.islice((text for text in taken if text and text.strip()), size))
 
 
 @click.command()
@@ -63,17 +65,27 @@ def main(folder: Path, model: str, work: Path, kinds: str, num_queries: int) -> 
         if not path.exists():
             rebuild_index(work / "Flat", path, kind=kind)
         built = time.perf_counter() - start
-        index, _ = read_index(path)
-        set_search_parameters(index)
+        index, doc_ids = read_index(path)
+        copies = read_copies(path, index.ntotal)
+        set_search_parameters(index, hits=DEPTH)
         start = time.perf_counter()
-        _, rows = index.search(vectors, DEPTH)
+        found = [best_documents(*hits, doc_ids, copies, DEPTH) for hits in nearest_rows(index, vectors, DEPTH)]
         searched = (time.perf_counter() - start) / len(vectors)
-        exact = rows if exact is None else exact
-        recall = np.mean([len(np.intersect1d(a, b)) / DEPTH for a, b in zip(rows, exact, strict=True)])
+        found = [{doc_id for _, doc_id in hits} for hits in found]
+        exact = found if exact is None else exact
+        recall = np.mean([len(a & b) / DEPTH for a, b in zip(found, exact, strict=True)])
         size = (path / "index").stat().st_size / 1e6
         took = f"{built:.1f}" if kind != "Flat" else ""
         print(f"| {kind} | {recall:.4f} | {size:.1f} | {took} | {searched * 1000:.2f} |", flush=True)
-    print(json.dumps({"documents": index.ntotal, "queries": len(vectors), "threads": faiss.omp_get_max_threads()}))
+    print(
+        json.dumps(
+            {
+                "documents": len(doc_ids) + sum(map(len, copies.values())),
+                "queries": len(vectors),
+                "threads": faiss.omp_get_max_threads(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def search(
     """
     if k < 1:
         raise UserError(f"--hits {k}: must be at least 1")
-    if not any(query.text.strip() for query in topics):
+    if topics and not any(query.text.strip() for query in topics):
         raise UserError(f"{len(topics)} topics, none of them with a text")
     folders = _folders(index_dir)
     _check_alike(folders)

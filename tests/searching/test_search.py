@@ -1,14 +1,19 @@
+import dataclasses
 import json
 import shutil
 
 import faiss
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import DOCUMENTS, QRELS, TOPICS, save_model, save_sentence_files, write_jsonl
 from ir_measures import ScoredDoc
 
+from effir_search.cli import cli
+from effir_search.encoding.config import EncoderConfig
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index
+from effir_search.indexing.verify import verify_index
 from effir_search.searching.search import format_hits, load_encoder, load_topics, search, search_text, search_topics
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import Query, read_qrels, read_run, strictly_decreasing
@@ -48,6 +53,49 @@ def test_scores_of_a_query_decrease_strictly_even_among_equal_documents(tmp_path
     scores = np.array([hit.score for hit in hits])
     assert (np.diff(scores) < 0).all()
     assert (scores == scores.astype(np.float32)).all()
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory, encoder):
+    """Two indexes with a thousand empty documents, a dozen equal ones and some others between them."""
+    folder, rng = tmp_path_factory.mktemp("tied"), np.random.default_rng(0)
+    texts = (
+        ["" for _ in range(1000)]
+        + ["the same cat"] * 12
+        + list(dict.fromkeys(" ".join(DOCUMENTS[i]) for i in DOCUMENTS))
+    )
+    documents = [Document(f"d{number:04}", text) for number, text in enumerate(texts)]
+    documents = [documents[number] for number in rng.permutation(len(documents))]
+    for name, part in {"one": documents, "first": documents[:700], "second": documents[700:]}.items():
+        build_index(part, encoder, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("remove_query", [False, True])
+@pytest.mark.parametrize("names", [["one"], ["first", "second"]])
+def test_the_run_of_k_hits_is_the_beginning_of_any_deeper_run(tied, encoder, names, remove_query):
+    queries = [Query("d1005", "the same cat"), Query("d0003", "a"), Query("2", "hot soup")]
+    folders = [tied / name for name in names]
+
+    def run(k):
+        hits = list(search(folders, encoder, queries, k=k, remove_query=remove_query))
+        return {query.query_id: [hit for hit in hits if hit.query_id == query.query_id] for query in queries}
+
+    deepest = run(2000)
+    assert {len(of_query) for of_query in deepest.values()} <= {1024, 1023}
+    for k in (1, 3, 5, 11, 12, 13, 500, 1010, 1023):
+        assert run(k) == {query_id: of_query[:k] for query_id, of_query in deepest.items()}
+    first = [hit.doc_id for hit in run(3)["d1005"]]
+    assert first == ["d1011", "d1010", "d1009"]  # of the twelve, the ids that trec_eval ranks first
+
+
+def test_a_query_by_itself_gets_the_hits_that_it_gets_among_many(tied, encoder):
+    queries = [
+        Query(str(number), f"{word} soup") for number, word in enumerate("cat dog red hot tea fish".split() * 10)
+    ]
+    together = list(search(tied / "one", encoder, queries, k=15))
+    alone = [hit for query in queries[:6] for hit in search(tied / "one", encoder, [query], k=15)]
+    assert [hit[:2] for hit in alone] == [hit[:2] for hit in together[: len(alone)]]
 
 
 def test_more_hits_than_documents_are_all_documents(toy_index, encoder, topics):
@@ -197,6 +245,45 @@ def test_settings_an_index_was_built_with_hold_for_its_searches(tmp_path, bert_f
     assert list(search(tmp_path / "index", loaded, [Query("q", "cat")], k=2))
 
 
+# Of each setting a value that the tiny BERT's own files do not say.
+OTHER_SETTINGS = {
+    "pooling": "cls",
+    "normalize": False,
+    "similarity": "dot",
+    "query_prompt": "red ",
+    "document_prompt": "green ",
+    "include_prompt": False,
+    "max_length": 9,
+    "append_eos": True,
+    "dimension": 16,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EncoderConfig)])
+def test_every_setting_of_the_encoder_comes_from_the_index(tmp_path, bert_folder, collection, encoder, field):
+    assert getattr(encoder.config, field) != OTHER_SETTINGS[field]
+    built = Encoder.from_pretrained(bert_folder, dtype="fp32", append_eos=field == "append_eos")
+    built.config = dataclasses.replace(built.config, **{field: OTHER_SETTINGS[field]})
+    build_index(read_corpus(collection / "corpus.jsonl"), built, tmp_path / "index")
+    loaded = load_encoder(tmp_path / "index")
+    assert loaded.config == built.config
+    assert len(list(search(tmp_path / "index", loaded, [Query("q", "cat")], k=2))) == 2
+    assert verify_index(tmp_path / "index", loaded, corpus=collection / "corpus.jsonl").num_sampled == 12
+
+
+def test_an_index_that_normalizes_against_the_models_files_is_searched_by_the_cosine(tmp_path, collection):
+    folder = save_sentence_files(save_model(tmp_path / "m", "bert"), normalize=False, similarity="dot")
+    arguments = ["index", "--corpus", str(collection / "corpus.jsonl"), "--encoder", str(folder), "--dtype", "fp32"]
+    done = CliRunner().invoke(cli, [*arguments, "--output", str(tmp_path / "index"), "--normalize"])
+    assert done.exit_code == 0, done.output
+    hits = search_text(" ".join(DOCUMENTS["007"]), index_dir=tmp_path / "index", hits=12)
+    assert (hits[0][0].doc_id, hits[0][0].score) == ("007", pytest.approx(1, abs=1e-5))
+    done = CliRunner().invoke(cli, ["verify", str(tmp_path / "index")])
+    assert done.exit_code == 0 and "12 encoded again" in done.output
+    done = CliRunner().invoke(cli, ["index", "--from", str(tmp_path / "index"), "--output", "x", "--normalize"])
+    assert done.exit_code == 2 and "--normalize does not go with --from" in done.output
+
+
 def test_a_folder_of_pyserini_needs_an_encoder(tmp_path, toy_index, bert_folder):
     for name in ("index", "docid"):
         shutil.copy(toy_index / name, tmp_path / name)
@@ -293,6 +380,24 @@ def test_hits_of_several_indexes_are_shown_from_several_corpora(tmp_path, encode
     indexes = [tmp_path / "old", tmp_path / "new"]
     hits = search_text("tea", index_dir=indexes, corpora=[str(old), str(new)], device="cpu", dtype="fp32")
     assert {document for _, document in hits} == {Document("1", "hot soup", "soup"), Document("2", "sweet tea")}
+
+
+def test_topics_without_a_text_get_no_hits_and_one_warning(tmp_path, toy_index, topics, encoder, caplog):
+    records = [{"_id": query.query_id, "text": query.text} for query in topics]
+    records[1:1] = [{"_id": "empty", "text": ""}, {"_id": "blank", "text": " \t\u00a0"}]
+    file = write_jsonl(tmp_path / "topics.jsonl", records)
+    assert search_topics(str(file), tmp_path / "run", index_dir=toy_index, hits=4) == (5, 12)
+    assert caplog.text.count("2 of 5 topics are empty and get no hits") == 1
+    # As without them, but for the last bits: the model has other batches.
+    expected = list(search(toy_index, encoder, topics, k=4))
+    assert [hit[:2] for hit in read_run(tmp_path / "run")] == [hit[:2] for hit in expected]
+
+
+def test_topics_that_are_all_empty_are_an_error(tmp_path, toy_index):
+    file = write_jsonl(tmp_path / "topics.jsonl", [{"_id": "1", "text": ""}, {"_id": "2", "text": "  "}])
+    with pytest.raises(ValueError, match="2 topics, none of them with a text"):
+        search_topics(str(file), tmp_path / "run", index_dir=toy_index)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_query_is_an_error(toy_index):

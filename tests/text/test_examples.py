@@ -243,6 +243,14 @@ def test_what_qrels_name_and_their_folder_lacks_is_left_out_and_told_once(tmp_pa
         next(read_records(folder, split="test"))
 
 
+def test_empty_topics_of_a_beir_folder_are_left_out_and_counted(tmp_path, collection, caplog):
+    folder = shutil.copytree(collection, tmp_path / "collection")
+    write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text if i != "1" else " "} for i, text in TOPICS.items()])
+    records = dict(read_records(folder, split="test"))
+    assert [record.query for record in records.values()] == [TOPICS["2"], TOPICS["007"]]
+    assert "queries.jsonl: 1 of 3 judged topics are empty and left out" in caplog.text
+
+
 def test_a_folder_must_be_a_beir_folder_with_a_positive(tmp_path, collection):
     with pytest.raises(FileNotFoundError, match=r"no qrels/train\.tsv, which a BEIR folder has \(splits found: test\)"):
         next(read_records(collection))

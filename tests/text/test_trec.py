@@ -167,7 +167,6 @@ TOPIC_ERRORS = {
     "no id": (['{"text": "a"}'], 1, "no id field"),
     "no text": (['{"_id": "1", "subject": "a"}'], 1, r'no "text" field that is a string \(found: _id, subject\)'),
     "text a number": (['{"_id": "1", "text": 7}'], 1, 'no "text" field that is a string'),
-    "empty text": (['{"_id": "1", "text": " "}'], 1, 'topic "1" has no text'),
     "repeated id": (["1\ta", "", "1\tb"], 3, 'repeated topic id "1"'),
     "empty id": (["1\ta", "\tb"], 2, "empty id"),
     "id with white space": (["1 2\ta"], 1, "'1 2' holds white space"),
@@ -176,7 +175,6 @@ TOPIC_ERRORS = {
     "lone surrogate in the id": (['{"_id": "\\ud800", "text": "a"}'], 1, "lone surrogate"),
     "TREC without num": (["<top>", "<title> a", "</top>"], 1, "topic without <num>"),
     "TREC without title": (["<top>", "<num> 1", "</top>"], 1, "topic without <title>"),
-    "TREC without text": (["<top>", "<num> 1", "<title>", "</top>"], 1, 'topic "1" has no text'),
     "TREC not closed": (["<top>", "<num> 1", "<title> a"], 1, "<top> without </top>"),
     "TREC opened twice": (["<top>", "<num> 1", "<title> a", "<top>"], 4, "a second <top> before the </top> of the one"),
     "TREC text outside": (["<top><num> 1 <title> a </top>", "b"], 2, "text outside <top> ... </top>"),
@@ -596,3 +594,10 @@ def test_json_is_named_where_columns_are_needed(tmp_path, read, line):
 def test_quotes_of_csv_qrels_that_do_not_match_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="qrels:2: not CSV: "):
         read_qrels(write(tmp_path / "qrels", "q1,d1,1", '"q1"x,d1,1'))
+
+
+def test_topics_without_a_text_are_read_as_they_are(tmp_path):
+    jsonl = write(tmp_path / "topics.jsonl", '{"_id": "1", "text": " "}', '{"_id": "2", "text": "cat"}')
+    assert read_topics(jsonl) == [Query("1", " "), Query("2", "cat")]
+    trec = write(tmp_path / "topics", "<top>", "<num> 1", "<title>", "</top>")
+    assert read_topics(trec) == [Query("1", "")]

@@ -323,6 +323,18 @@ def test_a_sample_of_a_dev_split_keeps_what_is_judged(collection):
         read_dev_split(collection, "absent")
 
 
+def test_empty_topics_of_a_dev_split_are_left_out_and_counted(tmp_path, collection, caplog):
+    folder = shutil.copytree(collection, tmp_path / "collection")
+    write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text if i != "1" else " "} for i, text in TOPICS.items()])
+    split = read_dev_split(folder, "test", num_documents=12)
+    assert [query.query_id for query in split.queries] == ["2", "007"]
+    assert {qrel.query_id for qrel in split.qrels} == {"2", "007"}
+    assert "1 of 3 judged topics are empty and left out" in caplog.text
+    write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": ""} for i in TOPICS])
+    with pytest.raises(ValueError, match="no topic with a text is judged in the split 'test'"):
+        read_dev_split(folder, "test")
+
+
 def test_likeness_is_one_for_the_teacher_itself(bert_folder):
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     assert likeness([PlainText(text, False) for text in TEXTS], encoder)[1](encoder) == pytest.approx(1.0)

@@ -143,6 +143,13 @@ def test_an_empty_positive_is_left_out_and_a_query_with_no_other_too(mined, tmp_
     assert counts.without_positive == 2  # query 2, and "other", which is not judged
 
 
+def test_empty_topics_are_left_out_and_counted(mined, tmp_path):
+    records = [{"_id": query_id, "text": "" if query_id == "1" else text} for query_id, text in TOPICS.items()]
+    counts, records = mined(topics=write_jsonl(tmp_path / "topics.jsonl", records))
+    assert list(records) == ["2"] and counts.without_text == 1
+    assert "; 1 queries without a text" in describe_mined(counts)
+
+
 def test_the_margin_counts_from_the_lowest_positive_of_the_run(mined):
     # The lowest positive of query 1 has 3.0: with 0.5, up to 2.5 stays, so only 002 with 4.0 goes. Query 2 has no
     # positive in the run.
