@@ -445,6 +445,10 @@ class EvaluationSettings(Settings):
     split: str = setting("test", help="Its qrels.")
     remove_query: bool = setting(False, help="In all of these, drop the document whose id is the query's.")
 
+    def __post_init__(self) -> None:
+        if self.remove_query and not self.collections:
+            raise UserError("--remove-query goes with --evaluate")
+
 
 @dataclass(frozen=True)
 class CompressionSettings(Settings):
