@@ -42,6 +42,13 @@ DOCUMENTS = {
 }
 TOPICS = {"1": "what eats the cat ?", "2": "hot soup", "007": "sweet tea"}
 QRELS = {("1", "009"): 2, ("1", "001"): 1, ("2", "008"): 1, ("2", "002"): 0, ("007", "007"): 1, ("007", "006"): 1}
+# Texts of every length; the last three are longer than a short model reads, or short.
+TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + [
+    "the " * 100,
+    "cat",
+    "red yellow orange plum " * 9,
+]
+QUERIES = ["what eats the cat ?", "hot soup", "tea " * 80]
 
 
 def word_tokenizer(*, bos: bool = False, eos: bool = False, **options: object) -> PreTrainedTokenizerFast:

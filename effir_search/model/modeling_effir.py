@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+try:
+    from effir_search.errors import UserError
+except ImportError:  # this file lies beside weights, and the package is not installed
+    UserError = ValueError
+
 
 class SubLayer(NamedTuple):
     """Where a layer keeps its attention or its MLP; all names are paths of modules that start at the layer.
@@ -146,7 +151,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     model_type = getattr(config, "base_config", config).model_type
     if model_type not in FAMILIES:
-        raise ValueError(f"models of type {model_type!r} cannot be pruned; those that can: {', '.join(FAMILIES)}")
+        raise UserError(f"models of type {model_type!r} cannot be pruned; those that can: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -222,11 +227,11 @@ class EffirConfig(PretrainedConfig):
     def _check(self, num_layers: int, width: int) -> None:
         family_of(self.base_config)
         if len(self.mlp_widths) != num_layers or not all(0 <= units <= width for units in self.mlp_widths):
-            raise ValueError(
+            raise UserError(
                 f"mlp_widths {self.mlp_widths} must be {num_layers} numbers from 0 to {width}, one for each layer"
             )
         if outside := [layer for layer in self.dropped_attention if not 0 <= layer < num_layers]:
-            raise ValueError(f"dropped_attention: there is no layer {outside[0]}; layers are 0 to {num_layers - 1}")
+            raise UserError(f"dropped_attention: there is no layer {outside[0]}; layers are 0 to {num_layers - 1}")
 
 
 class PrunedLayer:
@@ -446,7 +451,7 @@ class EffirModel(PreTrainedModel):
         problems += [f"{key} is not part of the model" for key in sorted(report["unexpected_keys"])]
         problems += [f"{key} has another shape" for key, *_shapes in report["mismatched_keys"]]
         if problems:
-            raise ValueError(f"the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
+            raise UserError(f"the weights do not fit config.json: {problems[0]} ({len(problems)} such problems)")
         return (model, report) if output_loading_info else model
 
     def _makes_cache(self, use_cache: bool | None) -> bool:

@@ -5,7 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import DOCUMENTS, FAMILIES, SPECIAL, WORDS, save_model, save_sentence_files, tiny_config, word_tokenizer
+from conftest import (
+    FAMILIES,
+    QUERIES,
+    SPECIAL,
+    TEXTS,
+    WORDS,
+    save_model,
+    save_sentence_files,
+    tiny_config,
+    word_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -18,14 +28,8 @@ from effir_search.encoding.config import EncoderConfig
 from effir_search.encoding.devices import DTYPES
 from effir_search.encoding.encoder import Encoder
 from effir_search.encoding.tokenizing import append_eos_token
-from effir_search.text.corpus import Document, document_text
+from effir_search.text.corpus import Document
 
-TEXTS = [document_text(Document(doc_id, text, title)) for doc_id, (title, text) in DOCUMENTS.items()] + [
-    "the " * 100,
-    "cat",
-    "red yellow orange plum " * 9,
-]
-QUERIES = ["what eats the cat ?", "hot soup", "tea " * 80]
 ID = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
 
 

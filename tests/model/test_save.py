@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PRUNABLE, peak_memory, save_model, save_sentence_files, word_tokenizer
+from conftest import PRUNABLE, QUERIES, TEXTS, peak_memory, save_model, save_sentence_files, word_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from test_encoder import QUERIES, TEXTS
 from transformers import AutoModel, LlamaConfig
 
 from effir_search.encoding.encoder import Encoder

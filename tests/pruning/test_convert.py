@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DECODERS, SPECIAL, WORDS, save_sentence_files, tiny_config, word_tokenizer
+from conftest import DECODERS, QUERIES, SPECIAL, TEXTS, WORDS, save_sentence_files, tiny_config, word_tokenizer
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from test_encoder import QUERIES, TEXTS
 from test_modeling_effir import states
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MistralConfig
