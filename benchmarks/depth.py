@@ -18,9 +18,9 @@ import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
 from effir_search.encoding.batching import Tokens
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
-from effir_search.indexing.build import scale
 from effir_search.model.layers import KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import sample_texts

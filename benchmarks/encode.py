@@ -16,10 +16,10 @@ import click
 import numpy as np
 import torch
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import scale
+from effir_search.indexing.encode import in_parts
 from effir_search.indexing.read_ahead import ahead
-from effir_search.indexing.store import in_parts
 from effir_search.indexing.verify import cosine
 from effir_search.searching.pyserini_bridge import pyserini_faiss
 from effir_search.text.corpus import document_text, read_corpus

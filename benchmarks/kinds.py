@@ -18,11 +18,14 @@ import click
 import faiss
 import numpy as np
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import build_index, read_index, rebuild_index, scale
+from effir_search.indexing.build import build_index, rebuild_index
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.nearest import nearest_rows
+from effir_search.indexing.record import read_index
+from effir_search.settings import IndexSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import read_topics
 
@@ -63,7 +66,7 @@ def main(folder: Path, model: str, work: Path, kinds: str, num_queries: int) -> 
     for kind in ["Flat", *kinds.split()]:
         path, start = work / kind.replace(",", "-"), time.perf_counter()
         if not path.exists():
-            rebuild_index(work / "Flat", path, kind=kind)
+            rebuild_index(work / "Flat", path, IndexSettings(kind=kind))
         built = time.perf_counter() - start
         index, doc_ids = read_index(path)
         copies = read_copies(path, index.ntotal)

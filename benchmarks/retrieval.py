@@ -15,7 +15,9 @@ import click
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import index_corpus
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
-from effir_search.searching.search import load_encoder, load_topics, search
+from effir_search.searching.search import load_topics, search
+from effir_search.searching.searcher import load_encoder
+from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import read_qrels
 
@@ -38,9 +40,9 @@ def main(folder: Path, model: str, only: str | None, dtype: str, device: str) ->
             qrels = read_qrels(folder / name / "qrels" / "test.tsv")
             topics = load_topics(str(folder / name / "queries.jsonl"), qrels=qrels)
             start = time.perf_counter()
-            info = index_corpus(str(corpus), model, index_dir, dtype=dtype, device=device)
+            info = index_corpus(str(corpus), model, index_dir, options=EncoderOptions(dtype=dtype, device=device))
             seconds = time.perf_counter() - start
-            dense = search(index_dir, load_encoder(index_dir, device=device), topics, k=100)
+            dense = search(index_dir, load_encoder(index_dir, options=EncoderOptions(device=device)), topics, k=100)
             build_bm25(read_corpus(corpus), Path(work) / f"{name}-bm25")
             sparse = search_bm25(Path(work) / f"{name}-bm25", topics, k=100)
             scores = [evaluate_queries(run, qrels, measures, only_with_positives=True) for run in (sparse, dense)]

@@ -18,7 +18,7 @@ import torch
 from encode import ours
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.store import in_parts
+from effir_search.indexing.encode import in_parts
 from effir_search.model.arithmetic import empty_model, flops
 from effir_search.model.checkpoint import read_config_file, resolve_model
 from effir_search.text.corpus import document_text, read_corpus

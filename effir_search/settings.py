@@ -23,6 +23,7 @@ PartialShare = Annotated[float, Ge(0), Lt(1)]
 
 Pooling = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"]
 Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
+WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
 UnitCriterion = Literal["gates", "activation", "taylor", "magnitude", "random"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -31,6 +32,7 @@ TopicField = Literal["title", "description", "narrative"]
 NegativeSample = Literal["random", "top"]
 ReportFormat = Literal["text", "json", "csv", "markdown"]
 ComparisonFormat = Literal["text", "json", "csv", "markdown", "latex"]
+DescriptionFormat = Literal["text", "json"]
 
 # Texts that importance is measured on.
 NUM_TEXTS = 256
@@ -181,8 +183,25 @@ class SearchSettings(Settings):
     hits: Count | None = setting(None, help="Hits a query.", default_text="1000; with --query, 10")
     remove_query: bool = setting(False, help="Drop the document whose id is the query's.")
     threads: Count | None = setting(None, help="Threads of FAISS.", default_text="all cores")
-    ef_search: Count | None = setting(None, help="Candidates an HNSW keeps.", default_text="128")
+    ef_search: Count | None = setting(None, help="Candidates an HNSW keeps.", default_text="128, or the hits")
     nprobe: Count | None = setting(None, help="Lists of an IVF that are searched.", default_text="a sixteenth")
+
+
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """What a model would lose, on paper.
+
+    Attributes:
+        drop_mlp: MLPs.
+        drop_attention: Attentions.
+        drop_block: Whole layers, which go before the other two.
+        narrow: Share of the units of every MLP left.
+    """
+
+    drop_mlp: CountFrom0 | None = setting(None, only="Plan", help="so many MLPs less.")
+    drop_attention: CountFrom0 | None = setting(None, only="Plan", help="so many attentions less.")
+    drop_block: CountFrom0 | None = setting(None, only="Plan", help="so many whole layers less.")
+    narrow: PartialShare | None = setting(None, only="Plan", help="this share of the MLP units left less.")
 
 
 @dataclass(frozen=True)

@@ -230,9 +230,10 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_folder: Path) -> Path:
     """The toy corpus indexed with the tiny BERT; tests copy it before they damage it."""
     from effir_search.indexing.build import index_corpus
+    from effir_search.settings import EncoderOptions
 
     index_dir = tmp_path_factory.mktemp("indexes") / "toy"
-    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir, dtype="fp32")
+    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), index_dir, options=EncoderOptions(dtype="fp32"))
     return index_dir
 
 
@@ -258,6 +259,7 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 # The kernel counts a program's peak from that of the process which started it, so a small one does.
 MEASURE = """
 import resource, subprocess, sys
+from effir_search.settings import EncoderOptions
 
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

@@ -4,17 +4,22 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.legacy_options import COMPARISON_FORMATS, PATH, REPORT_FORMATS
+from effir_search.cli.options import PATH
+from effir_search.settings import ComparisonFormat, ReportFormat, choices
 
 
 @click.command()
 @click.option("--run", "run_file", type=PATH, required=True, help="TREC run.")
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
 @click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
-@click.option("--format", "form", type=click.Choice(REPORT_FORMATS), default="text", help="Format of the answer.")
+@click.option(
+    "--format", "form", type=click.Choice(choices(ReportFormat)), default="text", help="Format of the answer."
+)
 @click.option("--per-query", is_flag=True, help="Print the measures of every query too.")
 @click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
-def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bool, only_with_positives: bool) -> None:
+def evaluate(
+    run_file: Path, qrels: str, measures: str, form: ReportFormat, per_query: bool, only_with_positives: bool
+) -> None:
     """Score a TREC run against qrels with ir-measures."""
     from effir_search.evaluation.measures import evaluate_run, format_evaluation
 
@@ -27,7 +32,9 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--qrels", required=True, help="BEIR TSV or TREC qrels, or irds:NAME.")
 @click.option("--measures", default="nDCG@10 R@100 RR@10", help="Names of ir-measures or trec_eval.")
-@click.option("--format", "form", type=click.Choice(COMPARISON_FORMATS), default="text", help="Format of the answer.")
+@click.option(
+    "--format", "form", type=click.Choice(choices(ComparisonFormat)), default="text", help="Format of the answer."
+)
 @click.option(
     "--figure", type=PATH, help="PNG of each query's difference in the first measure; an existing one is replaced."
 )
@@ -36,12 +43,24 @@ def evaluate(run_file: Path, qrels: str, measures: str, form: str, per_query: bo
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of these patterns.")
 @click.option("--only-with-positives", is_flag=True, help="Leave out judged queries without a relevant document.")
 def compare(
-    baseline: Path, runs: tuple[Path, ...], form: str, figure: Path | None, alpha: float, **options: object
+    baseline: Path,
+    runs: tuple[Path, ...],
+    qrels: str,
+    measures: str,
+    form: ComparisonFormat,
+    figure: Path | None,
+    alpha: float,
+    resamples: int,
+    seed: int,
+    only_with_positives: bool,
 ) -> None:
     """Compare TREC runs with the first one, query by query: wins, losses, tests with Holm's correction."""
-    from effir_search.evaluation.compare import compare_runs, draw_figure, format_comparison
+    from effir_search.evaluation.compare import compare_runs
+    from effir_search.evaluation.comparison_figure import draw_figure
+    from effir_search.evaluation.comparison_tables import format_comparison
 
-    comparison = compare_runs(baseline, runs, **options)
+    chance = {"resamples": resamples, "seed": seed}
+    comparison = compare_runs(baseline, runs, qrels, measures, only_with_positives=only_with_positives, **chance)
     if figure is not None:
         draw_figure(comparison, figure)
     click.echo(format_comparison(comparison, form, alpha=alpha))

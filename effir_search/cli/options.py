@@ -20,6 +20,8 @@ PATH = click.Path(path_type=Path)
 OWN_LENGTH = "Tokens of a text read for {}; the saved model keeps its own."
 # Fields of a list whose values may stand between commas; in the name of a file a comma may be part of it.
 DIVIDED_BY_COMMAS = ("fields", "log_to", "dimensions")
+# Choices that jobs make for themselves.
+NO_OPTION = ("saved",)
 
 
 class Listed(click.ParamType):
@@ -41,6 +43,7 @@ def options_of(
     unset: bool = False,
     help: Mapping[str, str] = MappingProxyType({}),
     names: Mapping[str, str] = MappingProxyType({}),
+    defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Command], Command]:
     """Return what adds an option for each field of a settings dataclass to a command, in their order.
 
@@ -51,6 +54,7 @@ def options_of(
         unset: Let every option be None unless it is given, and show the field's default all the same.
         help: By field, what the option's help says in this command instead.
         names: By field, the option's name in this command instead, as in ``--evaluate``.
+        defaults: By field, what its help says is the default in this command instead.
     """
     hints = get_type_hints(kind, include_extras=True)
     chosen = [f for f in fields(kind) if f.name not in without and (only is None or f.name in only)]
@@ -58,18 +62,19 @@ def options_of(
     def add(command: Command) -> Command:
         for field in reversed(chosen):
             option = names.get(field.name, field.metadata.get("option"))
-            command = _option(field, hints[field.name], option, help.get(field.name), unset)(command)
+            default_text = defaults.get(field.name, field.metadata["default_text"])
+            command = _option(field, hints[field.name], option, help.get(field.name), default_text, unset)(command)
         return command
 
     return add
 
 
 def _option(
-    field: Field, hint: object, name: str | None, help: str | None, unset: bool
+    field: Field, hint: object, name: str | None, help: str | None, default_text: str | None, unset: bool
 ) -> Callable[[Command], Command]:
     """Return the option of one field."""
     name = name or f"--{field.name.replace('_', '-')}"
-    default_text, default = field.metadata["default_text"], field.default
+    default = field.default
     text = help or field.metadata["help"]
     hint = _without_none(hint)
     attributes: dict[str, Any] = {}
@@ -108,7 +113,7 @@ def _without_none(hint: object) -> object:
 def _type(hint: object) -> click.ParamType:
     """Return the click type of a field's type."""
     if get_origin(hint) is Literal:
-        return click.Choice(get_args(hint))
+        return click.Choice([name for name in get_args(hint) if name not in NO_OPTION])
     if get_origin(hint) is Annotated:
         base, *bounds = get_args(hint)
         lowest = next((b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, Ge | Gt)), None)

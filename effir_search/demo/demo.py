@@ -18,10 +18,13 @@ from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.files.job import read_settings
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file, whole_folder
-from effir_search.indexing.build import index_corpus, read_index_info
+from effir_search.indexing.build import index_corpus
+from effir_search.indexing.record import read_index_info
 from effir_search.model.save import TRAINING_FILE
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
-from effir_search.searching.search import format_hits, load_encoder, load_topics, search, search_text
+from effir_search.searching.search import format_hits, load_topics, search_text
+from effir_search.searching.searcher import Searcher
+from effir_search.settings import EncoderOptions, IndexSettings, SearchSettings
 from effir_search.text.corpus import CorpusHasher, Document
 from effir_search.text.trec import Query, read_qrels, read_run, write_run
 from effir_search.training.data import hashes
@@ -52,12 +55,13 @@ def run_demo(folder: Path, *, query: str | None = None, echo: Callable[[str], No
     echo(f"The standard library of Python {platform.python_version()}: documentation of {len(documents):,} objects.")
     echo(_index(documents, model, folder, index_dir))
     if query is not None:
-        hits = search_text(query, index_dir=index_dir, corpora=[str(folder / "corpus.jsonl")], hits=5)
+        corpora = [str(folder / "corpus.jsonl")]
+        hits = search_text(query, index_dir=index_dir, settings=SearchSettings(hits=5), corpora=corpora)
         echo(f"\n{query}\n{format_hits(hits)}")
         return
 
     topics = load_topics(str(folder / "queries.jsonl"))
-    write_run(search(index_dir, load_encoder(index_dir), topics), folder / "minilm.trec", tag="minilm")
+    write_run(Searcher(index_dir).search(topics), folder / "minilm.trec", tag="minilm")
     if (folder / "bm25").exists():
         shutil.rmtree(folder / "bm25")
     with whole_folder(folder / "bm25") as temporary:
@@ -118,7 +122,8 @@ def _index(documents: list[Document], model: Path, folder: Path, index_dir: Path
         return f"{index_dir} has them already, encoded with all-MiniLM-L6-v2."
     start = time.perf_counter()
     # In float32, whose figures every machine gets.
-    index_corpus(str(folder / "corpus.jsonl"), str(model), index_dir, overwrite=True, dtype="fp32")
+    settings, options = IndexSettings(overwrite=True), EncoderOptions(dtype="fp32")
+    index_corpus(str(folder / "corpus.jsonl"), str(model), index_dir, settings, options)
     seconds = time.perf_counter() - start
     return (
         f"Encoded with all-MiniLM-L6-v2 in {seconds:.0f} s, {len(documents) / seconds:.0f} documents/s -> {index_dir}"

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,6 +52,14 @@ class EncoderConfig:
             raise UserError(f"max_length {self.max_length} must be at least 1 token")
         if self.dimension is not None and self.dimension < 1:
             raise UserError(f"dimension {self.dimension} must be at least 1 component")
+
+
+def scale(embeddings: np.ndarray, config: EncoderConfig) -> np.ndarray:
+    """Return the vectors whose inner product is the model's similarity: of length 1 for cosine, else as they are."""
+    if config.similarity == "dot" or (config.normalize and config.dimension is None):
+        return embeddings
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / np.where(lengths == 0, 1, lengths)
 
 
 def own_config(files: SentenceFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:

@@ -6,20 +6,21 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
 from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
-from effir_search.searching.search import load_encoder, load_topics, search
+from effir_search.searching.search import load_topics
+from effir_search.searching.searcher import Searcher
+from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSettings, TextSettings
 from effir_search.text.corpus import beir_file, documents_there
 from effir_search.text.own_documents import check_own_documents
 from effir_search.text.trec import read_qrels, read_run, read_topics, write_run
@@ -31,6 +32,7 @@ RESAMPLES = 10_000
 # many that those of a batch are of like lengths, as they are while a corpus is encoded.
 ROUNDS, TURN = 3, 256
 HITS = 100
+DEFAULT_SETTINGS, OWN_TEXT = EvaluationSettings(), TextSettings()
 # In the folder of the runs: by collection the hashes of its files.
 COLLECTIONS_FILE = "collections.json"
 
@@ -67,12 +69,10 @@ def benchmark(
     folder: Path,
     *,
     texts: Sequence[str],
-    collections: Sequence[str] = (),
-    split: str = "test",
-    remove_query: bool = False,
+    settings: EvaluationSettings = DEFAULT_SETTINGS,
     seed: int = 0,
-    text_options: Mapping[str, object] = MappingProxyType({}),
-    **options: object,
+    options: EncoderOptions = DEFAULT_OPTIONS,
+    text: TextSettings = OWN_TEXT,
 ) -> Benchmark:
     """Measure a model beside the one it was made from; runs stay in a folder and are not made again.
 
@@ -81,51 +81,63 @@ def benchmark(
         compressed: The other.
         folder: Gets ``COLLECTION-full.trec`` and ``COLLECTION-compressed.trec``, and what they were made from.
         texts: Documents that speed and cosine are measured on.
-        collections: BEIR folders with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
-        split: Name of the qrels.
-        remove_query: Leave out the document whose id is the query's, as in ArguAna; it stays in the runs.
+        settings: The collections, which are BEIR folders. A document whose id is the query's is only left out of the
+            measures, not of the runs.
         seed: Of the bootstrap.
-        text_options: Of the full model alone, as ``Encoder.from_pretrained`` takes them.
-        options: Of both, likewise; None = its default.
+        options: How both models are loaded.
+        text: How the full model alone reads a text; the other has that in its files.
 
     Raises:
         ValueError: A bad model or collection.
         OSError: A file cannot be read or written.
     """
-    roles = {"full": full, "compressed": compressed}
-    machine = {name: value for name, value in options.items() if value is not None}
-    given = {"full": {**machine, **text_options}, "compressed": machine}
-    figures = {}
-    _remove_other_runs(folder, list(map(Path, collections)), split)
-    for collection in map(Path, collections):
-        corpus, topics, qrels = map(str, collection_files(collection, split))
-        runs = {role: folder / f"{collection.name}-{role}.trec" for role in roles}
-        for role, run in runs.items():
-            if not run.is_file():
-                _search(corpus, topics, qrels, roles[role], run, given[role])
-        figures[collection.name] = ndcg_per_query(list(runs.values()), qrels, remove_query=remove_query)
-        check_topics(collection, corpus, topics, qrels, remove_query=remove_query)
-    encoders = [Encoder.from_pretrained(name, **given[role]) for role, name in roles.items()]
+    models = {"full": (full, replace(options, **text.given())), "compressed": (compressed, options)}
+    ndcg_by_collection = _evaluate(models, folder, settings)
+    encoders = [Encoder.from_pretrained(*model) for model in models.values()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
     sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
     speeds, cosine = _encode_in_turns(encoders, texts)
-    kept = None
-    if figures:
-        means = resampled_means(figures, seed=seed)
-        if means[:, 0].all():
-            shares = means[:, 1] / means[:, 0]
-            kept = (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
     return Benchmark(
         sizes=(sizes[0], sizes[1]),
         tokens=length,
         speed=(statistics.median(speeds[:, 0]), statistics.median(speeds[:, 1])),
         speedup=statistics.median(speeds[:, 1] / speeds[:, 0]),
         cosine=cosine,
-        ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in figures.items()},
-        queries={name: values.shape[1] for name, values in figures.items()},
-        kept=kept,
+        ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in ndcg_by_collection.items()},
+        queries={name: values.shape[1] for name, values in ndcg_by_collection.items()},
+        kept=_share_kept(ndcg_by_collection, seed),
     )
+
+
+def _evaluate(
+    models: Mapping[str, tuple[str, EncoderOptions]], folder: Path, settings: EvaluationSettings
+) -> dict[str, np.ndarray]:
+    """Return by collection nDCG@10, ``(models, queries)``; runs that a folder lacks are made."""
+    collections = list(map(Path, settings.collections))
+    _remove_other_runs(folder, collections, settings.split)
+    ndcg_by_collection = {}
+    for collection in collections:
+        corpus, topics, qrels = map(str, collection_files(collection, settings.split))
+        runs = {role: folder / f"{collection.name}-{role}.trec" for role in models}
+        for role, run in runs.items():
+            if not run.is_file():
+                _search(corpus, topics, qrels, run, *models[role])
+        per_query = ndcg_per_query(list(runs.values()), qrels, remove_query=settings.remove_query)
+        ndcg_by_collection[collection.name] = per_query
+        check_topics(collection, corpus, topics, qrels, remove_query=settings.remove_query)
+    return ndcg_by_collection
+
+
+def _share_kept(ndcg_by_collection: Mapping[str, np.ndarray], seed: int) -> tuple[float, float, float] | None:
+    """Return the share of the full model's mean that the other keeps, see ``Benchmark``."""
+    if not ndcg_by_collection:
+        return None
+    means = resampled_means(ndcg_by_collection, seed=seed)
+    if not means[:, 0].all():
+        return None
+    shares = means[:, 1] / means[:, 0]
+    return (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
 
 
 def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) -> None:
@@ -153,13 +165,14 @@ def collection_files(collection: Path, split: str) -> list[Path]:
     return [beir_file(collection, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
 
 
-def _search(corpus: str, topics: str, qrels: str, model: str, run: Path, options: Mapping[str, object]) -> None:
+def _search(corpus: str, topics: str, qrels: str, run: Path, model: str, options: EncoderOptions) -> None:
     """Index a collection, search its judged topics, write the run; the index goes."""
     index_dir = run.with_suffix(".index")
     if not index_dir.is_dir():
-        index_corpus(corpus, model, index_dir, **options)
-    chosen, encoder = load_topics(topics, qrels=read_qrels(qrels)), load_encoder(index_dir, **options)
-    write_run(search(index_dir, encoder, chosen, k=HITS), run, tag=run.stem)
+        index_corpus(corpus, model, index_dir, options=options)
+    judged = load_topics(topics, qrels=read_qrels(qrels))
+    searcher = Searcher(index_dir, settings=SearchSettings(hits=HITS), options=options)
+    write_run(searcher.search(judged), run, tag=run.stem)
     shutil.rmtree(index_dir)
 
 

@@ -19,32 +19,23 @@ import io
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from glob import escape
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from effir_search.encoding.batching import Tokens
-from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.files.job import differing, try_lock
 from effir_search.files.reading import read_json
 from effir_search.files.whole import write_whole
-from effir_search.indexing.copies import DIGEST, digests, first_of_equal
-from effir_search.indexing.read_ahead import ahead
-from effir_search.model.checkpoint import dtype_name
-from effir_search.text.corpus import CorpusHasher, Document, document_text
+from effir_search.indexing.copies import DIGEST, first_of_equal
+from effir_search.text.corpus import Document
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +45,6 @@ OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\
 REMEDY = "--repair encodes such parts again, --restart all"
 # Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
-ARITHMETIC = ("torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -90,32 +80,6 @@ class StoreSettings:
     processor: str
 
 
-def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
-    """Return what the vectors of a job with this encoder depend on."""
-    return StoreSettings(
-        model_sha256=encoder.weights_sha256,
-        encoder=asdict(encoder.config),
-        dtype=dtype_name(encoder.dtype),
-        device=encoder.device.type,
-        threads=torch.get_num_threads(),
-        batch_tokens=encoder.batch_tokens,
-        dimension=encoder.dimension,
-        part_size=PART_SIZE,
-        corpus_sha256=corpus_sha256,
-        versions={package: version(package) for package in ARITHMETIC},
-        processor=processor_name(encoder.device),
-    )
-
-
-def processor_name(device: torch.device) -> str:
-    """Return the model of a GPU or CPU; of a CPU also what torch computes with, since virtual machines hide models."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    able = torch.cpu.get_capabilities()
-    sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
-    return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
-
-
 class Part(NamedTuple):
     """The manifest's record of a finished part; hashes are SHA-256."""
 
@@ -147,19 +111,9 @@ def number_of_parts(num_documents: int) -> int:
     return -(-num_documents // PART_SIZE)
 
 
-def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:
-    """Yield consecutive documents in lists of ``part_size``; the last may be shorter."""
-    iterator = iter(documents)
-    while part := list(islice(iterator, part_size)):
-        yield part
-
-
-def documents_sha256(documents: Iterable[Document]) -> str:
-    """Return the hash of some documents, as of a corpus that has only these."""
-    hasher = CorpusHasher()
-    for document in documents:
-        hasher.add(document)
-    return hasher.hexdigest()
+def documents_in(parts: range, num_documents: int) -> int:
+    """Return how many documents consecutive parts have, of a corpus of so many."""
+    return min(parts.stop * PART_SIZE, num_documents) - parts.start * PART_SIZE
 
 
 class Store:
@@ -387,75 +341,6 @@ class Store:
 
     def _file(self, number: int, suffix: str) -> Path:
         return self.path / f"part-{number:05}.{suffix}"
-
-
-def encode_corpus(
-    documents: Iterable[Document],
-    encoder: Encoder,
-    store: Store,
-    *,
-    shard: Shard = WHOLE,
-    num_documents: int | None = None,
-) -> tuple[int, str]:
-    """Encode the documents of a shard that the store lacks; return the number of all parts and the corpus' hash.
-
-    A thread reads and tokenizes the next parts while the model works on one.
-
-    Args:
-        documents: The whole corpus, in order, whatever the shard.
-        encoder: Turns documents into vectors.
-        store: Of this corpus and encoder, with the locks held.
-        shard: The block of parts that is this job's.
-        num_documents: Of the whole corpus; needed if there is more than one shard.
-
-    Raises:
-        ValueError: A repeated id, a vector that is not finite, or a finished part that is of other documents.
-        OSError: The disk is full, or a file cannot be read.
-    """
-    if shard.count > 1 and num_documents is None:
-        raise UserError("shards need the number of all documents")
-    finished = store.parts()
-    mine = None if num_documents is None else shard.parts(number_of_parts(num_documents))
-    reused = sum(part.num_documents for number, part in finished.items() if mine is None or number in mine)
-    if reused:
-        logger.info("continuing: %d documents are encoded already", reused)
-    total = num_documents
-    if mine is not None and shard.count > 1:
-        total = min(mine.stop * PART_SIZE, num_documents) - mine.start * PART_SIZE
-    hasher, doc_ids, num_parts = CorpusHasher(), set(), 0
-
-    def prepared() -> Iterator[tuple[int, list[Document], Part, Tokens] | None]:
-        nonlocal num_parts
-        for number, part in enumerate(in_parts(documents)):
-            num_parts += 1
-            for document in part:
-                if document.doc_id in doc_ids:
-                    raise UserError(f'repeated document id "{document.doc_id}"')
-                doc_ids.add(document.doc_id)
-                hasher.add(document)
-            if mine is not None and number not in mine:
-                yield None  # so that the thread notices an end while it reads other shards' parts
-                continue
-            sha256 = documents_sha256(part)
-            if number in finished:
-                if finished[number].documents_sha256 != sha256:
-                    raise UserError(
-                        f"{store.path}: part {number} is of other documents than the corpus has now; "
-                        "--restart discards it"
-                    )
-                yield None
-                continue
-            texts = [document_text(document) for document in part]
-            tokens = encoder.tokenize(texts, prompt=encoder.config.document_prompt)
-            yield number, part, Part(len(part), texts.count(""), tokens.num_truncated, sha256), tokens
-
-    with tqdm(total=total, initial=reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1) as progress:
-        for number, part, record, tokens in filter(None, ahead(prepared())):
-            embeddings = encoder.encode_tokens(tokens, done=progress.update).embeddings
-            store.write(number, embeddings, part, record, digests(np.array(ids) for ids in tokens.input_ids))
-    if extra := [number for number in finished if number >= num_parts]:
-        raise UserError(f"{store.path}: part {extra[0]} is beyond the corpus; --restart discards it")
-    return num_parts, hasher.hexdigest()
 
 
 @contextmanager

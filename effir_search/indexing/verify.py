@@ -8,24 +8,23 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.indexing.build import (
+from effir_search.indexing.copies import best_documents, read_copies
+from effir_search.indexing.faiss_kinds import set_search_parameters
+from effir_search.indexing.folder import Rows, rows_of_kept
+from effir_search.indexing.nearest import BLOCK, ROUNDING, nearest_rows
+from effir_search.indexing.record import (
     INFO_FILE,
     IndexInfo,
-    Rows,
     check_encoder,
     check_files,
     read_index,
     read_index_info,
     require_index,
-    rows_of_kept,
-    scale,
     store_of,
 )
-from effir_search.indexing.copies import best_documents, read_copies
-from effir_search.indexing.faiss_kinds import set_search_parameters
-from effir_search.indexing.nearest import BLOCK, ROUNDING, nearest_rows
 from effir_search.text.corpus import CorpusHasher, Document, document_text, read_corpus
 from effir_search.text.texts import sampled
 

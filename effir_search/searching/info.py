@@ -11,10 +11,11 @@ from transformers import PretrainedConfig
 from effir_search.encoding.config import EncoderConfig, own_config
 from effir_search.encoding.devices import DTYPES
 from effir_search.errors import UserError
-from effir_search.indexing.build import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.indexing.copies import read_copies
+from effir_search.indexing.record import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.indexing.store import Store
-from effir_search.model.arithmetic import LENGTH, empty_model, facts, flops, format_facts, planned
+from effir_search.model.arithmetic import LENGTH, empty_model, flops, format_facts, planned
+from effir_search.model.arithmetic import facts as sizes_of
 from effir_search.model.checkpoint import (
     check_whole,
     empty_transformer,
@@ -26,10 +27,12 @@ from effir_search.model.checkpoint import (
 )
 from effir_search.model.modeling_effir import FAMILIES, EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
+from effir_search.settings import PlanSettings, WeightDtype
 
 Facts = dict[str, object]
 # In these two facts stand the sizes of a model before and after pruning; as text they are a table.
 FULL, PRUNED = "full", "pruned"
+NO_PLAN = PlanSettings()
 
 
 def describe(
@@ -37,10 +40,10 @@ def describe(
     form: str = "text",
     *,
     config_file: Path | None = None,
+    plan: PlanSettings = NO_PLAN,
     length: int = LENGTH,
-    dtype: str | None = None,
+    dtype: WeightDtype | None = None,
     stock_architecture: bool = False,
-    **plan: float,
 ) -> str:
     """Return a description of an index folder, a store, a model, or a plan for a model: ``effir info``.
 
@@ -48,10 +51,10 @@ def describe(
         model_or_index: Index folder, store of an index job, model folder or hub name; None for a plan from a config.
         form: "text" or "json".
         config_file: A model's config.json, instead.
-        length: Tokens of the text whose FLOPs are told.
-        dtype: Of the weights whose bytes are told, a key of ``DTYPES``; None = the model's.
+        plan: What would be dropped and narrowed.
+        length: Tokens of the text whose FLOPs are counted.
+        dtype: Of the weights whose bytes are counted, a key of ``DTYPES``; None = the model's.
         stock_architecture: As ``Encoder.from_pretrained`` takes it.
-        **plan: As ``arithmetic.planned`` takes it: what would be dropped and narrowed.
 
     Raises:
         ValueError: A folder that is none of these, a plan that cannot be, or a family that cannot be pruned and a plan.
@@ -61,34 +64,45 @@ def describe(
         raise UserError(f"give either {model_or_index} or --config {config_file}, not both")
     if model_or_index is None and config_file is None:
         raise UserError("give a model, an index, or --config with a model's config.json")
-    path = Path(model_or_index or "")
+    user_plan = plan.given()
     if config_file is not None:
         config = read_config_file(config_file, stock_architecture=stock_architecture)
-        told: Facts = {"config": str(config_file), "model_type": config.model_type}
-    elif (path / DOCID_FILE).is_file() or (path / INFO_FILE).is_file():
-        if plan:
-            raise UserError(f"{path}: is an index; a plan is for a model")
-        config, told = None, describe_index(path)
-    elif (store := Store(path)).is_there():
-        if plan:
-            raise UserError(f"{path}: is {describe_store(store)}; a plan is for a model")
-        config, told = None, facts_of_store(store)
+        facts: Facts = {"config": str(config_file), "model_type": config.model_type}
+    elif (facts := _facts_of_folder(Path(model_or_index), has_plan=bool(user_plan))) is not None:
+        config = None
     else:
-        config, told = describe_model(model_or_index, length=length, stock_architecture=stock_architecture)
-    if config is not None and (plan or config_file is not None or isinstance(config, EffirConfig)):
-        told |= compare_sizes(config, plan, length=length, dtype=dtype)
-    if form == "json":
-        return json.dumps(told, indent=2, ensure_ascii=False)
-    full, pruned = told.pop(FULL, None), told.pop(PRUNED, None)
-    width = max(map(len, told))
-    lines = [f"{name.replace('_', ' '):{width}}  {_plain(value)}" for name, value in told.items()]
+        config, facts = describe_model(model_or_index, length=length, stock_architecture=stock_architecture)
+    if config is not None and (user_plan or config_file is not None or isinstance(config, EffirConfig)):
+        facts |= compare_sizes(config, user_plan, length=length, dtype=dtype)
+    return json.dumps(facts, indent=2, ensure_ascii=False) if form == "json" else _as_text(facts, length)
+
+
+def _facts_of_folder(folder: Path, *, has_plan: bool) -> Facts | None:
+    """Return what a folder of vectors is, an index or a store; None for any other."""
+    if (folder / DOCID_FILE).is_file() or (folder / INFO_FILE).is_file():
+        if has_plan:
+            raise UserError(f"{folder}: is an index; a plan is for a model")
+        return describe_index(folder)
+    if (store := Store(folder)).is_there():
+        if has_plan:
+            raise UserError(f"{folder}: is {describe_store(store)}; a plan is for a model")
+        return facts_of_store(store)
+    return None
+
+
+def _as_text(facts: Facts, length: int) -> str:
+    """One fact a line, and the sizes before and after pruning as a table below."""
+    full, pruned = facts.get(FULL), facts.get(PRUNED)
+    shown = {name: value for name, value in facts.items() if name not in (FULL, PRUNED)}
+    width = max(map(len, shown))
+    lines = [f"{name.replace('_', ' '):{width}}  {_plain(value)}" for name, value in shown.items()]
     return "\n".join(lines + (["", format_facts(full, pruned, length=length)] if full else []))
 
 
-def compare_sizes(config: PretrainedConfig, plan: dict[str, float], *, length: int, dtype: str | None) -> Facts:
+def compare_sizes(config: PretrainedConfig, plan: Facts, *, length: int, dtype: WeightDtype | None) -> Facts:
     """Return what a model has lost and would lose by a plan, and its sizes then beside those of the base model."""
-    left = planned(config, **plan)
-    base, width = left.base_config, left.base_config.intermediate_size
+    pruned = planned(config, **plan)
+    base, width = pruned.base_config, pruned.base_config.intermediate_size
     sizes = {"length": length, "dtype": DTYPES[dtype] if dtype else base.dtype}
     lost: Facts = {}
     if isinstance(config, EffirConfig):
@@ -102,7 +116,7 @@ def compare_sizes(config: PretrainedConfig, plan: dict[str, float], *, length: i
     if plan:  # which layers it would be is not known yet
         lost |= {"plan": ("besides, " if lost else "") + _plain(plan).replace("_", " ")}
     lost |= {"text_length": length}
-    return lost | {FULL: facts(empty_model(base), **sizes), PRUNED: facts(empty_model(left), **sizes)}
+    return lost | {FULL: sizes_of(empty_model(base), **sizes), PRUNED: sizes_of(empty_model(pruned), **sizes)}
 
 
 def describe_index(index_dir: Path) -> Facts:
@@ -125,13 +139,13 @@ def describe_index(index_dir: Path) -> Facts:
 def facts_of_store(store: Store) -> Facts:
     """Return what a store of embeddings is, how far its job is, and what the vectors depend on."""
     parts, settings = store.parts().values(), store.settings()
-    told: Facts = {"store": str(store.path), "state": describe_store(store)}
-    told |= {"parts": len(parts), "documents": sum(part.num_documents for part in parts)}
-    told["bytes"] = sum(file.stat().st_size for file in store.path.iterdir())
+    facts: Facts = {"store": str(store.path), "state": describe_store(store)}
+    facts |= {"parts": len(parts), "documents": sum(part.num_documents for part in parts)}
+    facts["bytes"] = sum(file.stat().st_size for file in store.path.iterdir())
     if settings is None:
-        return told
-    told |= {f"encoder_{name}": value for name, value in _settings(EncoderConfig(**settings.encoder)).items()}
-    return told | {name: value for name, value in asdict(settings).items() if name != "encoder"}
+        return facts
+    facts |= {f"encoder_{name}": value for name, value in _settings(EncoderConfig(**settings.encoder)).items()}
+    return facts | {name: value for name, value in asdict(settings).items() if name != "encoder"}
 
 
 def describe_model(
@@ -155,10 +169,10 @@ def describe_model(
         check_whole(file)
     if isinstance(config, EffirConfig):
         _check_tensors(files.transformer_folder, config)
-    told: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
+    facts: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        told[size] = getattr(config, size, None)
-    told |= {
+        facts[size] = getattr(config, size, None)
+    facts |= {
         "parameters": parameters,
         "parameters_without_embeddings": parameters - embeddings,
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
@@ -166,17 +180,17 @@ def describe_model(
         **_settings(settings),
     }
     if config.model_type in FAMILIES:
-        told |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
-    return config, told
+        facts |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
+    return config, facts
 
 
 def _check_tensors(folder: Path, config: EffirConfig) -> None:
     """Raise ValueError if the weights of a pruned model lack a tensor."""
-    there: set[str] = set()
+    names: set[str] = set()
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            there.update(tensors.keys())
-    if missing := sorted(empty_model(config).state_dict().keys() - there):
+            names.update(tensors.keys())
+    if missing := sorted(empty_model(config).state_dict().keys() - names):
         raise UserError(f"{folder}: the weights do not fit config.json: no tensor {missing[0]}")
 
 

@@ -15,12 +15,13 @@ import faiss
 import numpy as np
 from ir_measures import ScoredDoc
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.indexing.build import check_encoder, read_index, read_index_info, scale
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.nearest import nearest_rows
+from effir_search.indexing.record import IndexInfo, check_encoder, read_index, read_index_info
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
 
@@ -106,100 +107,107 @@ def pyserini_faiss() -> Any:  # noqa: ANN401, the module pyserini.search.faiss
     return pyserini.search.faiss
 
 
+class _QueryEncoding:
+    """Our encoder with the methods Pyserini calls."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def encode(self, text: str, **_kwargs: object) -> np.ndarray:
+        """Return ``(dimension,)`` float32 for one query."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], **_kwargs: object) -> np.ndarray:
+        """Return ``(queries, dimension)`` float32, scaled like the documents in an index of this encoder."""
+        return scale(self.encoder.encode_queries(texts), self.encoder.config)
+
+
+class _CheckedSearch:
+    """What our searcher does otherwise than Pyserini's FaissSearcher: the folder is checked when it is opened.
+
+    Hits are the best by score, then by document id, descending, however many are tied where the list ends. With
+    ``return_vector`` they are Pyserini's, without the copies of an HNSW.
+    """
+
+    def __init__(
+        self, index_dir: Path, encoder: Encoder, info: IndexInfo | None, ef_search: int | None, nprobe: int | None
+    ) -> None:
+        if info is not None:
+            check_encoder(info, encoder, index_dir)
+        super().__init__(str(index_dir), query_encoder(encoder))
+        if self.index.d != encoder.dimension:
+            raise UserError(
+                f"{index_dir}: dimension is {self.index.d} in the index and {encoder.dimension} in the encoder"
+            )
+        self.copies = read_copies(index_dir, self.index.ntotal)
+        self.num_documents = self.num_docs + sum(map(len, self.copies.values()))
+        if info is not None and self.num_documents != info.num_documents:
+            raise UserError(
+                f"{index_dir}: {self.num_documents} documents, where {info.num_documents} were indexed; "
+                "is a file missing?"
+            )
+        self.parameters = {"ef_search": ef_search, "nprobe": nprobe}
+        try:
+            set_search_parameters(self.index, **self.parameters)
+        except ValueError as error:
+            raise UserError(f"{index_dir}: {error}") from error
+
+    def load_index(self, index_dir: str) -> tuple[Any, list[str]]:
+        """Read the two files, with errors that name them."""
+        return read_index(Path(index_dir))
+
+    def doc_ids(self) -> list[str]:
+        """Return the ids of all documents, those of copies last."""
+        return [*self.docids, *itertools.chain.from_iterable(self.copies.values())]
+
+    def search(
+        self,
+        query: str | np.ndarray,
+        k: int = 10,
+        threads: int = 1,
+        remove_dups: bool = False,
+        return_vector: bool = False,
+    ) -> Any:  # noqa: ANN401, as Pyserini's
+        """Return the ``k`` best hits of a text or of a ``(1, dimension)`` array; no document is there twice."""
+        if return_vector:
+            set_search_parameters(self.index, **self.parameters, hits=k)
+            return super().search(query, k, threads, return_vector=True)
+        return self.batch_search([query] if isinstance(query, str) else query, [""], k, threads)[""]
+
+    def batch_search(
+        self,
+        queries: Sequence[str] | np.ndarray,
+        q_ids: Sequence[str],
+        k: int = 10,
+        threads: int = 1,
+        return_vector: bool = False,
+    ) -> Any:  # noqa: ANN401, as Pyserini's
+        """Return the ``k`` best hits of each text, or row of an array, by query id."""
+        set_search_parameters(self.index, **self.parameters, hits=k)
+        if return_vector:
+            return super().batch_search(queries, q_ids, k, threads, return_vector=True)
+        vectors = queries if isinstance(queries, np.ndarray) else self.query_encoder.encode_batch(queries)
+        faiss.omp_set_num_threads(threads)
+        nearest = nearest_rows(self.index, np.ascontiguousarray(vectors, dtype=np.float32), k)
+        best = (best_documents(rows, scores, self.docids, self.copies, k) for rows, scores in nearest)
+        hit = pyserini_faiss().DenseSearchResult
+        return {
+            query_id: [hit(doc_id, score) for score, doc_id in hits] for query_id, hits in zip(q_ids, best, strict=True)
+        }
+
+
 @cache
 def _classes() -> tuple[type, type]:
     """Make the two classes, whose bases cannot be imported before Java runs."""
     base = pyserini_faiss()
     from pyserini.encode import QueryEncoder
 
-    class EffirQueryEncoder(QueryEncoder):
-        """Our encoder with the methods Pyserini calls."""
+    class EffirQueryEncoder(_QueryEncoding, QueryEncoder):
+        """Our encoder as Pyserini's."""
 
-        def __init__(self, encoder: Encoder) -> None:
-            super().__init__()
-            self.encoder = encoder
-
-        def encode(self, text: str, **_kwargs: object) -> np.ndarray:
-            """Return ``(dimension,)`` float32 for one query."""
-            return self.encode_batch([text])[0]
-
-        def encode_batch(self, texts: Sequence[str], **_kwargs: object) -> np.ndarray:
-            """Return ``(queries, dimension)`` float32, scaled like the documents in an index of this encoder."""
-            return scale(self.encoder.encode_queries(texts), self.encoder.config)
-
-    class EffirSearcher(base.FaissSearcher):
-        """Pyserini's FaissSearcher over a folder that is checked when it is opened.
-
-        Hits are the best by score, then by document id, descending, however many are tied where the list ends. With
-        ``return_vector`` they are Pyserini's, without the copies of an HNSW.
-        """
-
-        def __init__(
-            self, index_dir: Path, encoder: Encoder, ef_search: int | None = None, nprobe: int | None = None
-        ) -> None:
-            info = read_index_info(index_dir)
-            if info is not None:
-                check_encoder(info, encoder, index_dir)
-            super().__init__(str(index_dir), EffirQueryEncoder(encoder))
-            if self.index.d != encoder.dimension:
-                raise UserError(
-                    f"{index_dir}: dimension is {self.index.d} in the index and {encoder.dimension} in the encoder"
-                )
-            self.copies = read_copies(index_dir, self.index.ntotal)
-            self.num_documents = self.num_docs + sum(map(len, self.copies.values()))
-            if info is not None and self.num_documents != info.num_documents:
-                raise UserError(
-                    f"{index_dir}: {self.num_documents} documents, where {info.num_documents} were indexed; "
-                    "is a file missing?"
-                )
-            self.parameters = {"ef_search": ef_search, "nprobe": nprobe}
-            try:
-                set_search_parameters(self.index, **self.parameters)
-            except ValueError as error:
-                raise UserError(f"{index_dir}: {error}") from error
-
-        def load_index(self, index_dir: str) -> tuple[Any, list[str]]:
-            """Read the two files, with errors that name them."""
-            return read_index(Path(index_dir))
-
-        def doc_ids(self) -> list[str]:
-            """Return the ids of all documents, those of copies last."""
-            return [*self.docids, *itertools.chain.from_iterable(self.copies.values())]
-
-        def search(
-            self,
-            query: str | np.ndarray,
-            k: int = 10,
-            threads: int = 1,
-            remove_dups: bool = False,
-            return_vector: bool = False,
-        ) -> Any:  # noqa: ANN401, as Pyserini's
-            """Return the ``k`` best hits of a text or of a ``(1, dimension)`` array; no document is there twice."""
-            if return_vector:
-                set_search_parameters(self.index, **self.parameters, hits=k)
-                return super().search(query, k, threads, return_vector=True)
-            return self.batch_search([query] if isinstance(query, str) else query, [""], k, threads)[""]
-
-        def batch_search(
-            self,
-            queries: Sequence[str] | np.ndarray,
-            q_ids: Sequence[str],
-            k: int = 10,
-            threads: int = 1,
-            return_vector: bool = False,
-        ) -> Any:  # noqa: ANN401, as Pyserini's
-            """Return the ``k`` best hits of each text, or row of an array, by query id."""
-            set_search_parameters(self.index, **self.parameters, hits=k)
-            if return_vector:
-                return super().batch_search(queries, q_ids, k, threads, return_vector=True)
-            vectors = queries if isinstance(queries, np.ndarray) else self.query_encoder.encode_batch(queries)
-            faiss.omp_set_num_threads(threads)
-            found = nearest_rows(self.index, np.ascontiguousarray(vectors, dtype=np.float32), k)
-            best = (best_documents(rows, scores, self.docids, self.copies, k) for rows, scores in found)
-            return {
-                query_id: [base.DenseSearchResult(doc_id, score) for score, doc_id in hits]
-                for query_id, hits in zip(q_ids, best, strict=True)
-            }
+    class EffirSearcher(_CheckedSearch, base.FaissSearcher):
+        """Pyserini's FaissSearcher, with our checks and our order of hits."""
 
     return EffirQueryEncoder, EffirSearcher
 
@@ -224,7 +232,14 @@ def faiss_searcher(
         ValueError: The index is damaged, or it was built with another encoder; a parameter of another kind of index.
         OSError: A file cannot be read.
     """
-    return _classes()[1](index_dir, encoder, ef_search, nprobe)
+    return open_searcher(index_dir, encoder, read_index_info(index_dir), ef_search=ef_search, nprobe=nprobe)
+
+
+def open_searcher(
+    index_dir: Path, encoder: Encoder, info: IndexInfo | None, *, ef_search: int | None, nprobe: int | None
+) -> Any:  # noqa: ANN401, a pyserini.search.faiss.FaissSearcher
+    """Return the same for a folder whose record was read: ``info``, None where it has none."""
+    return _classes()[1](index_dir, encoder, info, ef_search, nprobe)
 
 
 def builtin_topics(name: str) -> list[Query] | None:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from ir_measures import Qrel, ScoredDoc
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import evaluate, parse_measures
-from effir_search.indexing.build import scale
 from effir_search.text.corpus import Document, beir_file, read_corpus
 from effir_search.text.examples import warn_of_missing
 from effir_search.text.own_documents import check_own_documents

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.indexing.build import scale
 from effir_search.model.checkpoint import named_errors, resolve_model
 from effir_search.model.sentence_files import check_stock_encoder
 from effir_search.text.examples import Pair, Scorer, checked_scores

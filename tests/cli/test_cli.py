@@ -16,7 +16,6 @@ from conftest import QRELS as QRELS_OF_COLLECTION
 from ir_measures import R
 
 from effir_search.cli import cli
-from effir_search.cli import legacy_options as commands
 from effir_search.cli.main import describe_error
 from effir_search.errors import UserError
 
@@ -133,14 +132,16 @@ def test_the_choices_of_pooling_are_the_poolers():
 def test_the_choices_of_dtype_are_auto_and_known_types():
     from effir_search.encoding.devices import DTYPES
 
-    assert commands.DTYPES[0] == "auto"
-    assert set(commands.DTYPES[1:]) <= set(DTYPES)
+    first, *others = choices("index", "--dtype")
+    assert first == "auto" and choices("search", "--dtype") == (first, *others)
+    assert tuple(others) == choices("info", "--dtype")
+    assert set(others) <= set(DTYPES)
     # Nothing is left out: the other keys are longer names of the same types.
-    assert {DTYPES[name] for name in commands.DTYPES[1:]} == set(DTYPES.values())
+    assert {DTYPES[name] for name in others} == set(DTYPES.values())
 
 
 def test_the_choices_of_format_are_the_formats():
-    from effir_search.evaluation import compare
+    from effir_search.evaluation import comparison_tables as compare
     from effir_search.evaluation import measures as evaluate
 
     assert choices("evaluate", "--format") == tuple(evaluate.FORMATS)

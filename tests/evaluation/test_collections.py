@@ -14,6 +14,7 @@ from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.importance import by_embedding
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
 from effir_search.searching.search import load_topics, search
+from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import read_qrels
 
@@ -50,7 +51,9 @@ def test_bm25_is_that_of_an_independent_program(tmp_path, collections, name):
 def test_minilm_on_scifact_has_the_published_value(tmp_path, collections):
     # 0.6451: the MTEB leaderboard's figure for all-MiniLM-L6-v2 on SciFact.
     folder = collections / "scifact"
-    index_corpus(str(folder / "corpus.jsonl"), str(demo_model()), tmp_path / "index", dtype="fp32")
+    index_corpus(
+        str(folder / "corpus.jsonl"), str(demo_model()), tmp_path / "index", options=EncoderOptions(dtype="fp32")
+    )
     encoder = Encoder.from_pretrained(demo_model(), dtype="fp32")
     assert ndcg(search(tmp_path / "index", encoder, judged_topics(folder)), folder) == pytest.approx(0.6451, abs=0.003)
     assert verify_index(tmp_path / "index", encoder).lowest_cosine > 0.9999
@@ -59,7 +62,9 @@ def test_minilm_on_scifact_has_the_published_value(tmp_path, collections):
 @pytest.mark.parametrize("name", ["adi", "cacm", "cisi"])
 def test_small_collections_run_whole(tmp_path, collections, name):
     folder = collections / name
-    info = index_corpus(str(folder / "corpus.jsonl"), str(demo_model()), tmp_path / "index", dtype="bf16")
+    info = index_corpus(
+        str(folder / "corpus.jsonl"), str(demo_model()), tmp_path / "index", options=EncoderOptions(dtype="bf16")
+    )
     encoder = Encoder.from_pretrained(demo_model(), dtype="bf16")
     topics = judged_topics(folder)
     hits = list(search(tmp_path / "index", encoder, topics, k=100))

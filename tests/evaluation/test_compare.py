@@ -20,18 +20,11 @@ from PIL import Image
 from scipy import stats
 
 from effir_search.cli import cli
-from effir_search.evaluation.compare import (
-    FORMATS,
-    Row,
-    compare,
-    compare_runs,
-    draw_figure,
-    format_comparison,
-    holm,
-    randomisation_test,
-    t_test,
-)
+from effir_search.evaluation.compare import Row, compare, compare_runs
+from effir_search.evaluation.comparison_figure import draw_figure
+from effir_search.evaluation.comparison_tables import FORMATS, format_comparison
 from effir_search.evaluation.measures import Evaluation, evaluate_queries
+from effir_search.evaluation.significance import holm, randomisation_test, t_test
 
 QUERIES = ["q1", "q2", "q3", "q4", "q5"]
 # Rank of the only positive, "d"; None: not found.

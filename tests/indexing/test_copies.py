@@ -7,13 +7,15 @@ import pytest
 from conftest import WORDS, write_jsonl
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import build_index, index_corpus, read_index_info, rebuild_index
+from effir_search.indexing.build import build_index, index_corpus, rebuild_index
 from effir_search.indexing.copies import best_documents, first_of_equal, read_copies, vector_digests
+from effir_search.indexing.record import read_index_info
 from effir_search.indexing.store import Store
 from effir_search.indexing.verify import verify_index
 from effir_search.searching.info import describe
 from effir_search.searching.pyserini_bridge import faiss_searcher, pyserini_faiss, query_encoder
 from effir_search.searching.search import search
+from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import Query
 
@@ -37,9 +39,15 @@ def folder(tmp_path_factory, bert_folder):
     texts = [""] * NUM_EMPTY + texts + 2 * texts[:20]
     records = [{"_id": f"d{number:04}", "text": text} for number, text in enumerate(texts)]
     write_jsonl(folder / "corpus.jsonl", [records[row] for row in rng.permutation(len(records))])
-    index_corpus(str(folder / "corpus.jsonl"), str(bert_folder), folder / "flat", dtype="fp32", keep_embeddings=True)
+    index_corpus(
+        str(folder / "corpus.jsonl"),
+        str(bert_folder),
+        folder / "flat",
+        IndexSettings(keep_embeddings=True),
+        EncoderOptions(dtype="fp32"),
+    )
     for kind in ("HNSW16", "HNSW16,SQ8", "SQ8"):
-        rebuild_index(folder / "flat", folder / kind, kind=kind)
+        rebuild_index(folder / "flat", folder / kind, IndexSettings(kind=kind))
     return folder
 
 
@@ -82,11 +90,15 @@ def test_remove_query_and_several_indexes_know_copies(tmp_path, folder, encoder)
     (query,) = [Query(copy, "hot soup")]
     removed = [hit.doc_id for hit in search(folder / "HNSW16", encoder, [query], k=1620, remove_query=True)]
     assert len(removed) == 1619 and copy not in removed
-    build_index([Document("x", "hot soup"), Document("y", "hot soup")], encoder, tmp_path / "more", kind="HNSW16")
+    build_index(
+        [Document("x", "hot soup"), Document("y", "hot soup")], encoder, tmp_path / "more", IndexSettings(kind="HNSW16")
+    )
     assert (tmp_path / "more" / "copies").read_text() == "0 y\n"
     together = [hit.doc_id for hit in search([folder / "HNSW16", tmp_path / "more"], encoder, QUERIES[:1], k=302)]
     assert together == ["y", "x", *own]
-    build_index([Document("z", "tea"), Document(copy, "tea")], encoder, tmp_path / "clash", kind="HNSW16")
+    build_index(
+        [Document("z", "tea"), Document(copy, "tea")], encoder, tmp_path / "clash", IndexSettings(kind="HNSW16")
+    )
     with pytest.raises(ValueError, match=f'document "{copy}" is in'):
         search([folder / "HNSW16", tmp_path / "clash"], encoder, QUERIES)
 
@@ -137,7 +149,7 @@ def test_info_counts_copies(folder):
 
 def test_an_index_with_copies_is_replaced_on_request(tmp_path, folder, encoder):
     shutil.copytree(folder / "HNSW16", tmp_path / "index")
-    build_index([Document("1", "cat")], encoder, tmp_path / "index", overwrite=True)
+    build_index([Document("1", "cat")], encoder, tmp_path / "index", IndexSettings(overwrite=True))
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["docid", "effir.json", "index"]
 
 

@@ -15,23 +15,15 @@ import pytest
 from conftest import peak_memory, write_jsonl
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import build_index, index_corpus, read_index, read_index_info, rebuild_index, store_of
+from effir_search.indexing.build import Source, build_index, index_corpus, rebuild_index
 from effir_search.indexing.copies import digests
+from effir_search.indexing.encode import documents_sha256, encode_corpus, in_parts, processor_name, settings_of
 from effir_search.indexing.read_ahead import ahead
-from effir_search.indexing.store import (
-    KEPT,
-    PART_SIZE,
-    Part,
-    Shard,
-    Store,
-    documents_sha256,
-    encode_corpus,
-    in_parts,
-    processor_name,
-    settings_of,
-)
+from effir_search.indexing.record import read_index, read_index_info, store_of
+from effir_search.indexing.store import KEPT, PART_SIZE, Part, Shard, Store
 from effir_search.searching.info import describe
-from effir_search.searching.search import load_encoder
+from effir_search.searching.searcher import load_encoder
+from effir_search.settings import EncoderOptions, IndexSettings, PlanSettings
 from effir_search.text.corpus import Document, read_corpus, scan_corpus
 
 NUM_DOCUMENTS = 12 * PART_SIZE + 100
@@ -177,7 +169,14 @@ def test_two_shards_in_two_processes_equal_one(tmp_path, corpus, bert_folder, wh
 def test_a_shard_alone_writes_no_index_and_the_last_one_does(tmp_path, corpus, bert_folder, whole):
     shards = [Shard(number, 3) for number in range(3)]
     infos = [
-        index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=shard, threads=1, dtype="fp32")
+        index_corpus(
+            str(corpus),
+            str(bert_folder),
+            tmp_path / "index",
+            IndexSettings(threads=1),
+            EncoderOptions(dtype="fp32"),
+            shard=shard,
+        )
         for shard in shards
     ]
     assert infos[:2] == [None, None]
@@ -204,14 +203,14 @@ def stopped(tmp_path, corpus, encoder):
 
     summary = scan_corpus(corpus)
     with pytest.raises(InterruptedError):
-        build_index(three_parts(), encoder, tmp_path / "index", corpus_sha256=summary.sha256)
+        build_index(three_parts(), encoder, tmp_path / "index", source=Source(sha256=summary.sha256))
     assert store_of(tmp_path / "index").parts().keys() == {0, 1, 2}
     return tmp_path / "index"
 
 
-def go_on(corpus, encoder, index_dir, **options):
+def go_on(corpus, encoder, index_dir, **settings):
     sha256 = scan_corpus(corpus).sha256
-    return build_index(read_corpus(corpus), encoder, index_dir, corpus_sha256=sha256, **options)
+    return build_index(read_corpus(corpus), encoder, index_dir, IndexSettings(**settings), source=Source(sha256=sha256))
 
 
 def test_finished_parts_are_not_encoded_again(stopped, corpus, encoder):
@@ -279,7 +278,9 @@ def test_a_finished_part_of_other_documents_is_an_error(tmp_path, encoder):
         build_index(documents("cat", PART_SIZE + 1), encoder, tmp_path / "index")
     with pytest.raises(ValueError, match="part 0 is of other documents"):
         build_index(documents("dog", None), encoder, tmp_path / "index")
-    assert build_index(documents("dog", None), encoder, tmp_path / "index", restart=True) == 2 * PART_SIZE
+    assert (
+        build_index(documents("dog", None), encoder, tmp_path / "index", IndexSettings(restart=True)) == 2 * PART_SIZE
+    )
 
 
 def test_a_job_continues_with_the_arithmetic_it_was_begun_with(tmp_path, corpus, bert_folder):
@@ -315,7 +316,7 @@ def test_repairing_encodes_the_damaged_and_missing_parts_alone(tmp_path, stopped
     before = (folder / "part-00000.npy").stat().st_mtime_ns
     with pytest.raises(ValueError, match="part-00001.ids: missing, .*; --repair encodes such parts again"):
         index_corpus(str(corpus), str(bert_folder), stopped)
-    index_corpus(str(corpus), str(bert_folder), stopped, repair=True, keep_embeddings=True)
+    index_corpus(str(corpus), str(bert_folder), stopped, IndexSettings(repair=True, keep_embeddings=True))
     assert (folder / "part-00000.npy").stat().st_mtime_ns == before
     warnings = [record.getMessage() for record in caplog.records if "is encoded again" in record.getMessage()]
     assert [warning.rpartition(": ")[2] for warning in warnings] == [f"part {n} is encoded again" for n in (1, 2)]
@@ -363,8 +364,11 @@ def test_a_damaged_manifest_is_an_error_that_names_it(stopped, corpus, encoder, 
 
 
 def test_a_shard_cannot_discard_the_parts_of_the_others(stopped, corpus, encoder):
+    source = Source(num_documents=NUM_DOCUMENTS, sha256=scan_corpus(corpus).sha256)
     with pytest.raises(ValueError, match="--restart would discard the other shards' parts; delete .*index.parts"):
-        go_on(corpus, encoder, stopped, restart=True, shard=Shard(0, 2), num_documents=NUM_DOCUMENTS)
+        build_index(
+            read_corpus(corpus), encoder, stopped, IndexSettings(restart=True), shard=Shard(0, 2), source=source
+        )
     assert store_of(stopped).parts().keys() == {0, 1, 2}
 
 
@@ -380,12 +384,16 @@ def test_info_of_a_stopped_job_s_store_says_what_it_is_and_how_far(stopped, enco
     store.clear()
     assert "0 documents in 0 parts are encoded" in describe(str(store.path))
     with pytest.raises(ValueError, match="a plan is for a model"):
-        describe(str(store.path), drop_mlp=1)
+        describe(str(store.path), plan=PlanSettings(drop_mlp=1))
 
 
 def test_a_store_is_no_index_to_search_or_verify(stopped, bert_folder):
     path = store_of(stopped).path
-    for use in (load_encoder, read_index, lambda folder: rebuild_index(folder, folder.with_name("new"), kind="SQ8")):
+    for use in (
+        load_encoder,
+        read_index,
+        lambda folder: rebuild_index(folder, folder.with_name("new"), IndexSettings(kind="SQ8")),
+    ):
         with pytest.raises(ValueError, match=f"^{path}: is no index but {UNFINISHED}"):
             use(path)
 
@@ -405,10 +413,10 @@ def test_a_job_that_was_killed_after_it_wrote_the_index_is_done_by_the_same_comm
     store = store_of(stopped)
     (store.path / KEPT).unlink()  # it was not to be kept, and was about to go
     written = files_of(stopped)
-    index_corpus(str(corpus), str(bert_folder), stopped, shard=shard, dtype="fp32")
+    index_corpus(str(corpus), str(bert_folder), stopped, options=EncoderOptions(dtype="fp32"), shard=shard)
     assert not store.path.exists() and files_of(stopped) == written
     with pytest.raises(FileExistsError, match="an index is there already"):
-        index_corpus(str(corpus), str(bert_folder), stopped, dtype="fp32")
+        index_corpus(str(corpus), str(bert_folder), stopped, options=EncoderOptions(dtype="fp32"))
 
 
 def test_parts_of_a_stopped_job_that_was_to_replace_an_index_are_not_removed(
@@ -418,7 +426,7 @@ def test_parts_of_a_stopped_job_that_was_to_replace_an_index_are_not_removed(
     go_on(corpus, encoder, stopped)
     shutil.copytree(begun, store_of(stopped).path)
     with pytest.raises(FileExistsError, match="an index is there already"):
-        index_corpus(str(corpus), str(bert_folder), stopped, dtype="fp32")
+        index_corpus(str(corpus), str(bert_folder), stopped, options=EncoderOptions(dtype="fp32"))
     assert store_of(stopped).parts().keys() == {0, 1, 2}
 
 

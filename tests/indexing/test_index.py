@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, save_model, save_sentence_files, write_jsonl
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.files.reading import file_sha256
-from effir_search.indexing.build import build_index, index_corpus, read_index, read_index_info, scale
+from effir_search.indexing.build import Source, build_index, index_corpus
+from effir_search.indexing.record import read_index, read_index_info
 from effir_search.indexing.store import PART_SIZE
 from effir_search.indexing.verify import cosine, verify_index
 from effir_search.searching.search import search_text
+from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document, read_corpus, scan_corpus
 
 
@@ -128,7 +131,7 @@ def test_an_existing_folder_is_replaced_only_on_request(index_copy, encoder):
     with pytest.raises(FileExistsError, match="--overwrite"):
         build_index([Document("1", "cat")], encoder, index_copy)
     assert (index_copy / "index").read_bytes() == before
-    build_index([Document("1", "cat")], encoder, index_copy, overwrite=True)
+    build_index([Document("1", "cat")], encoder, index_copy, IndexSettings(overwrite=True))
     assert (index_copy / "docid").read_text() == "1\n"
     assert [path.name for path in index_copy.parent.iterdir()] == ["index"]
 
@@ -137,7 +140,7 @@ def test_bad_lines_are_counted_in_the_record(tmp_path, bert_folder, caplog):
     write_jsonl(
         tmp_path / "c.jsonl", [{"_id": "1", "text": "cat"}, {"_id": "1", "text": "dog"}, {"_id": "2", "text": ""}]
     )
-    info = index_corpus(str(tmp_path / "c.jsonl"), str(bert_folder), tmp_path / "index", skip_bad=True)
+    info = index_corpus(str(tmp_path / "c.jsonl"), str(bert_folder), tmp_path / "index", IndexSettings(skip_bad=True))
     assert (info.num_documents, info.num_skipped, info.num_empty) == (2, 1, 1)
     assert "c.jsonl:2: repeated id" in caplog.text
     assert verify_index(tmp_path / "index", Encoder.from_pretrained(bert_folder)).num_documents == 2
@@ -170,7 +173,9 @@ def test_verify_finds_a_right_index_right(toy_index, encoder):
 
 def test_verify_accepts_documents_with_equal_vectors(tmp_path, encoder):
     write_jsonl(tmp_path / "c.jsonl", [{"_id": str(number), "text": "the same cat"} for number in range(5)])
-    build_index(read_corpus(tmp_path / "c.jsonl"), encoder, tmp_path / "index", corpus=tmp_path / "c.jsonl")
+    build_index(
+        read_corpus(tmp_path / "c.jsonl"), encoder, tmp_path / "index", source=Source(corpus=tmp_path / "c.jsonl")
+    )
     assert verify_index(tmp_path / "index", encoder).num_sampled == 5
 
 
@@ -280,13 +285,16 @@ def test_the_field_of_the_id_is_recorded_and_read_again_and_old_records_without_
     corpus = tmp_path / "docs.jsonl"
     records = [{"pid": "p1", "docid": "d1", "passage": "hot soup"}, {"pid": "p2", "docid": "d2", "passage": "tea"}]
     write_jsonl(corpus, records)
-    options = {"fields": ["passage"], "id_field": "docid", "dtype": "fp32", "device": "cpu"}
-    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index", **options)
+    settings = IndexSettings(fields=("passage",), id_field="docid")
+    on_cpu = EncoderOptions(dtype="fp32", device="cpu")
+    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index", settings, on_cpu)
     assert (tmp_path / "index" / "docid").read_text() == "d1\nd2\n"
     assert (info.corpus_fields, info.corpus_id_field) == (["passage"], "docid")
     assert verify_index(tmp_path / "index", encoder).num_sampled == 2
-    settings = {"index_dir": tmp_path / "index", "corpora": [str(corpus)], "device": "cpu"}
-    assert {document.doc_id for _, document in search_text("soup", **settings)} == {"d1", "d2"}
+    hits = search_text(
+        "soup", index_dir=tmp_path / "index", corpora=[str(corpus)], options=EncoderOptions(device="cpu")
+    )
+    assert {document.doc_id for _, document in hits} == {"d1", "d2"}
     record = json.loads((tmp_path / "index" / "effir.json").read_text())
     del record["corpus_id_field"]
     (tmp_path / "index" / "effir.json").write_text(json.dumps(record))

@@ -7,7 +7,7 @@ import pytest
 from conftest import peak_memory, write_jsonl
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import build_index, index_corpus, read_index, read_index_info, rebuild_index
+from effir_search.indexing.build import Source, build_index, index_corpus, rebuild_index
 from effir_search.indexing.faiss_kinds import (
     memory,
     new_index,
@@ -17,8 +17,11 @@ from effir_search.indexing.faiss_kinds import (
     training_size,
     well_trained_size,
 )
+from effir_search.indexing.record import read_index, read_index_info
 from effir_search.indexing.verify import describe_verified, recalls, verify_index
-from effir_search.searching.search import load_encoder, search
+from effir_search.searching.search import search
+from effir_search.searching.searcher import load_encoder
+from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document
 from effir_search.text.trec import Query
 
@@ -112,17 +115,17 @@ def test_faiss_says_nothing_and_training_is_to_the_bit_what_it_is_without_us(vec
 
 
 @pytest.mark.parametrize(
-    ("num_documents", "options", "advice"),
-    [(700, {"train_size": 300}, "raise --train-size"), (300, {}, "a smaller kind, such as SQ8, needs fewer")],
+    ("num_documents", "train_size", "advice"),
+    [(700, 300, "raise --train-size"), (300, None, "a smaller kind, such as SQ8, needs fewer")],
 )
 @pytest.mark.parametrize("known", [True, False])
 def test_a_poor_training_is_warned_of_once_with_advice(
-    tmp_path, bert_folder, caplog, known, num_documents, options, advice
+    tmp_path, bert_folder, caplog, known, num_documents, train_size, advice
 ):
     documents = [Document(str(number), f"tea {'cat ' * (number % 17)}") for number in range(num_documents)]
-    options |= {"num_documents": num_documents} if known else {}
+    source = Source(num_documents=num_documents if known else None)
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
-    build_index(documents, encoder, tmp_path / "index", kind="IVF16,PQ8x4", **options)
+    build_index(documents, encoder, tmp_path / "index", IndexSettings("IVF16,PQ8x4", train_size), source=source)
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert warning == (
         f"IVF16,PQ8x4 is trained on 300 vectors where FAISS asks for 624, so it may miss more hits: {advice}"
@@ -218,7 +221,7 @@ def flat_index(tmp_path_factory, bert_folder):
     rng = np.random.default_rng(0)
     records = [{"_id": str(n), "text": " ".join(rng.choice(words, size=rng.integers(1, 12)))} for n in range(3000)]
     write_jsonl(folder / "corpus.jsonl", records)
-    index_corpus(str(folder / "corpus.jsonl"), str(bert_folder), folder / "flat", dtype="fp32")
+    index_corpus(str(folder / "corpus.jsonl"), str(bert_folder), folder / "flat", options=EncoderOptions(dtype="fp32"))
     return folder / "flat"
 
 
@@ -226,9 +229,13 @@ def flat_index(tmp_path_factory, bert_folder):
 def test_a_kind_built_again_from_kept_embeddings_is_the_same_to_the_bit(tmp_path, flat_index, bert_folder, kind):
     corpus = str(flat_index.parent / "corpus.jsonl")
     at_once = index_corpus(
-        corpus, str(bert_folder), tmp_path / "at-once", kind=kind, dtype="fp32", keep_embeddings=True
+        corpus,
+        str(bert_folder),
+        tmp_path / "at-once",
+        IndexSettings(kind=kind, keep_embeddings=True),
+        EncoderOptions(dtype="fp32"),
     )
-    rebuilt = rebuild_index(tmp_path / "at-once", tmp_path / "rebuilt", kind=kind)
+    rebuilt = rebuild_index(tmp_path / "at-once", tmp_path / "rebuilt", IndexSettings(kind=kind))
     assert rebuilt.kind == at_once.kind == kind
     assert rebuilt.docid_sha256 == at_once.docid_sha256
     if "HNSW" not in kind:  # its links depend on which thread comes first
@@ -237,7 +244,7 @@ def test_a_kind_built_again_from_kept_embeddings_is_the_same_to_the_bit(tmp_path
 
 @pytest.mark.parametrize("kind", ["SQ8", "HNSW16", "IVF16,PQ8x4"])
 def test_another_kind_comes_from_a_flat_index_without_encoding(tmp_path, flat_index, bert_folder, kind):
-    rebuild_index(flat_index, tmp_path / "new", kind=kind)
+    rebuild_index(flat_index, tmp_path / "new", IndexSettings(kind=kind))
     if "HNSW" not in kind:  # in which equal vectors are one row
         assert (tmp_path / "new" / "docid").read_bytes() == (flat_index / "docid").read_bytes()
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
@@ -251,21 +258,21 @@ def test_a_damaged_index_is_no_source(tmp_path, flat_index, name):
     content[-2] ^= 1
     (damaged / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: its SHA-256 is not the one in effir.json"):
-        rebuild_index(damaged, tmp_path / "sq", kind="SQ8")
+        rebuild_index(damaged, tmp_path / "sq", IndexSettings(kind="SQ8"))
     assert not (tmp_path / "sq").exists()
 
 
 def test_embeddings_of_another_job_are_no_source(tmp_path, bert_folder):
     documents = [Document(f"x{number}", f"sweet tea {number}") for number in range(300)]
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
-    build_index(documents, encoder, tmp_path / "sq", kind="SQ8", keep_embeddings=True)
-    rebuild_index(tmp_path / "sq", tmp_path / "again", kind="Flat")
+    build_index(documents, encoder, tmp_path / "sq", IndexSettings(kind="SQ8", keep_embeddings=True))
+    rebuild_index(tmp_path / "sq", tmp_path / "again", IndexSettings(kind="Flat"))
     other = Encoder.from_pretrained(bert_folder, dtype="fp32", pooling="cls")
-    build_index(documents[:200], other, tmp_path / "other", kind="SQ8", keep_embeddings=True)
+    build_index(documents[:200], other, tmp_path / "other", IndexSettings(kind="SQ8", keep_embeddings=True))
     shutil.rmtree(tmp_path / "sq.parts")
     (tmp_path / "other.parts").rename(tmp_path / "sq.parts")
     with pytest.raises(ValueError, match="sq.parts: its embeddings are not those that"):
-        rebuild_index(tmp_path / "sq", tmp_path / "third", kind="Flat")
+        rebuild_index(tmp_path / "sq", tmp_path / "third", IndexSettings(kind="Flat"))
 
 
 @pytest.mark.parametrize("kind", ["SQ8", "HNSW8", "IVF4,Flat", "PQ4x4", "OPQ4,IVF4,PQ4x4"])
@@ -274,7 +281,13 @@ def test_verify_finds_every_kind_right(tmp_path, bert_folder, kind):
         {"_id": f"x{number}", "text": f"tea {'cat ' * (number % 7)} {'soup ' * (number % 11)}"} for number in range(300)
     ]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
-    index_corpus(str(corpus), str(bert_folder), tmp_path / "index", dtype="fp32", kind=kind)
+    index_corpus(
+        str(corpus),
+        str(bert_folder),
+        tmp_path / "index",
+        IndexSettings(kind=kind),
+        EncoderOptions(dtype="fp32"),
+    )
     encoder = load_encoder(tmp_path / "index")
     checked = verify_index(tmp_path / "index", encoder)
     assert checked.num_sampled == 64
@@ -295,7 +308,13 @@ def test_verify_measures_codes_against_the_embeddings_that_were_kept(tmp_path, b
     records = [{"_id": f"x{number}", "text": " ".join(rng.choice(words, size=8))} for number in range(600)]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", records)
     index_dir = tmp_path / "index"
-    index_corpus(str(corpus), str(bert_folder), index_dir, dtype="fp32", kind=kind, keep_embeddings=True)
+    index_corpus(
+        str(corpus),
+        str(bert_folder),
+        index_dir,
+        IndexSettings(kind=kind, keep_embeddings=True),
+        EncoderOptions(dtype="fp32"),
+    )
     encoder = load_encoder(index_dir)
     checked = verify_index(index_dir, encoder)
     assert at_least <= checked.recall.at_10 <= at_most
@@ -316,14 +335,14 @@ def test_recall_is_the_share_of_the_best_documents_among_the_first_hits():
 
 
 def test_an_index_that_is_not_exact_and_has_no_embeddings_is_no_source(tmp_path, flat_index):
-    rebuild_index(flat_index, tmp_path / "sq", kind="SQ8")
+    rebuild_index(flat_index, tmp_path / "sq", IndexSettings(kind="SQ8"))
     with pytest.raises(ValueError, match="SQ8 holds no exact vectors"):
-        rebuild_index(tmp_path / "sq", tmp_path / "other", kind="Flat")
+        rebuild_index(tmp_path / "sq", tmp_path / "other", IndexSettings(kind="Flat"))
 
 
 def test_the_memory_it_takes_is_said_first(tmp_path, flat_index, caplog):
     caplog.set_level("INFO")
-    rebuild_index(flat_index, tmp_path / "new", kind="SQ8")
+    rebuild_index(flat_index, tmp_path / "new", IndexSettings(kind="SQ8"))
     # 3,000 rows of 32 bytes, and a sample of 3,000 rows of 128 bytes: 0.48 MB.
     assert (
         "a SQ8 index of 3,000 vectors, trained on 3,000 of them, takes about 0.5 MB of memory while it is built"
@@ -335,7 +354,7 @@ def test_from_takes_an_index_with_a_record(tmp_path, flat_index):
     for name in ("index", "docid"):
         shutil.copy(flat_index / name, tmp_path / name)
     with pytest.raises(ValueError, match="--from takes an index that effir built"):
-        rebuild_index(tmp_path, tmp_path / "new", kind="SQ8")
+        rebuild_index(tmp_path, tmp_path / "new", IndexSettings(kind="SQ8"))
 
 
 def test_an_unknown_kind_is_refused_before_anything_is_encoded(tmp_path, bert_folder):
@@ -344,19 +363,21 @@ def test_an_unknown_kind_is_refused_before_anything_is_encoded(tmp_path, bert_fo
         yield
 
     with pytest.raises(ValueError, match="is unknown"):
-        build_index(documents(), Encoder.from_pretrained(bert_folder), tmp_path / "index", kind="nonsense")
+        build_index(
+            documents(), Encoder.from_pretrained(bert_folder), tmp_path / "index", IndexSettings(kind="nonsense")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_names_the_kind_and_its_sample(tmp_path, flat_index):
-    rebuild_index(flat_index, tmp_path / "new", kind="IVF16,Flat", train_size=2000)
+    rebuild_index(flat_index, tmp_path / "new", IndexSettings(kind="IVF16,Flat", train_size=2000))
     info = read_index_info(tmp_path / "new")
     assert (info.kind, info.train_size, info.num_documents) == ("IVF16,Flat", 2000, 3000)
     assert read_index(tmp_path / "new")[0].ntotal == 3000
 
 
 def test_a_search_looks_at_as_many_lists_as_it_is_told(tmp_path, flat_index, bert_folder):
-    rebuild_index(flat_index, tmp_path / "ivf", kind="IVF16,Flat")
+    rebuild_index(flat_index, tmp_path / "ivf", IndexSettings(kind="IVF16,Flat"))
     encoder, query = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("q", "hot soup")]
     exact = [hit.doc_id for hit in search(flat_index, encoder, query, k=50)]
     assert [hit.doc_id for hit in search(tmp_path / "ivf", encoder, query, k=50, nprobe=16)] == exact
@@ -366,8 +387,8 @@ def test_a_search_looks_at_as_many_lists_as_it_is_told(tmp_path, flat_index, ber
 
 
 def test_too_small_an_effort_for_the_hits_is_warned_of(tmp_path, flat_index, bert_folder, caplog):
-    rebuild_index(flat_index, tmp_path / "ivf", kind="IVF16,Flat")
-    rebuild_index(flat_index, tmp_path / "hnsw", kind="HNSW16")
+    rebuild_index(flat_index, tmp_path / "ivf", IndexSettings(kind="IVF16,Flat"))
+    rebuild_index(flat_index, tmp_path / "hnsw", IndexSettings(kind="HNSW16"))
     encoder, queries = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("1", "hot soup"), Query("2", "cat")]
     list(search(tmp_path / "ivf", encoder, queries, k=10))
     list(search(tmp_path / "hnsw", encoder, queries, k=500, ef_search=500))
@@ -382,7 +403,7 @@ def test_too_small_an_effort_for_the_hits_is_warned_of(tmp_path, flat_index, ber
 
 
 def test_an_hnsw_finds_a_thousand_hits_as_exact_search_does(tmp_path, flat_index, bert_folder):
-    rebuild_index(flat_index, tmp_path / "hnsw", kind="HNSW16")
+    rebuild_index(flat_index, tmp_path / "hnsw", IndexSettings(kind="HNSW16"))
     encoder, queries = Encoder.from_pretrained(bert_folder, dtype="fp32"), [Query("1", "hot soup"), Query("2", "cat")]
     exact, found = (
         {(hit.query_id, hit.doc_id) for hit in search(index_dir, encoder, queries, k=1000)}

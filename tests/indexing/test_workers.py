@@ -10,9 +10,11 @@ import pytest
 from test_embeddings import NUM_DOCUMENTS, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
 
 from effir_search.files.whole import whole_file
-from effir_search.indexing.build import index_corpus, store_of
+from effir_search.indexing.build import index_corpus
+from effir_search.indexing.record import store_of
 from effir_search.indexing.store import Shard
 from effir_search.indexing.workers import run_workers, this_shard, worker_devices
+from effir_search.settings import EncoderOptions, IndexSettings
 
 
 def write_pid_and_wait(path):
@@ -161,11 +163,11 @@ def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_f
 
 
 def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):  # noqa: F811
-    options = {"threads": 1, "dtype": "fp32"}
+    job = (str(corpus), str(bert_folder), tmp_path / "index", IndexSettings(threads=1), EncoderOptions(dtype="fp32"))
     for number in range(2):
-        index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=Shard(number, 2), **options)
+        index_corpus(*job, shard=Shard(number, 2))
     before = (tmp_path / "index" / "effir.json").read_bytes()
-    info = index_corpus(str(corpus), str(bert_folder), tmp_path / "index", shard=Shard(0, 2), **options)
+    info = index_corpus(*job, shard=Shard(0, 2))
     assert info.num_documents == NUM_DOCUMENTS
     assert (tmp_path / "index" / "effir.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["index"]

@@ -12,9 +12,11 @@ from ir_measures import ScoredDoc
 from effir_search.cli import cli
 from effir_search.encoding.config import EncoderConfig
 from effir_search.encoding.encoder import Encoder
-from effir_search.indexing.build import build_index
+from effir_search.indexing.build import Source, build_index
 from effir_search.indexing.verify import verify_index
-from effir_search.searching.search import format_hits, load_encoder, load_topics, search, search_text, search_topics
+from effir_search.searching.search import format_hits, load_topics, search, search_text, search_topics
+from effir_search.searching.searcher import load_encoder
+from effir_search.settings import EncoderOptions, IndexSettings, SearchSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import Query, read_qrels, read_run, strictly_decreasing
 
@@ -276,7 +278,7 @@ def test_an_index_that_normalizes_against_the_models_files_is_searched_by_the_co
     arguments = ["index", "--corpus", str(collection / "corpus.jsonl"), "--encoder", str(folder), "--dtype", "fp32"]
     done = CliRunner().invoke(cli, [*arguments, "--output", str(tmp_path / "index"), "--normalize"])
     assert done.exit_code == 0, done.output
-    hits = search_text(" ".join(DOCUMENTS["007"]), index_dir=tmp_path / "index", hits=12)
+    hits = search_text(" ".join(DOCUMENTS["007"]), index_dir=tmp_path / "index", settings=SearchSettings(hits=12))
     assert (hits[0][0].doc_id, hits[0][0].score) == ("007", pytest.approx(1, abs=1e-5))
     done = CliRunner().invoke(cli, ["verify", str(tmp_path / "index")])
     assert done.exit_code == 0 and "12 encoded again" in done.output
@@ -313,7 +315,14 @@ def test_a_run_is_written_for_the_judged_topics(tmp_path, toy_index, collection)
     qrels = tmp_path / "some.tsv"
     qrels.write_text("query-id\tcorpus-id\tscore\n2\t008\t1\n")
     topics_file = str(collection / "queries.jsonl")
-    assert search_topics(topics_file, tmp_path / "run", index_dir=toy_index, qrels=str(qrels), hits=4, tag="mine") == (
+    assert search_topics(
+        topics_file,
+        tmp_path / "run",
+        settings=SearchSettings(hits=4),
+        index_dir=toy_index,
+        qrels=str(qrels),
+        tag="mine",
+    ) == (
         1,
         4,
     )
@@ -351,7 +360,9 @@ def test_topics_that_are_neither_a_file_nor_a_name_are_an_error():
 
 def test_one_text_is_searched_and_shown_with_its_documents(toy_index, collection):
     own_text = " ".join(DOCUMENTS["007"])
-    hits = search_text(own_text, index_dir=toy_index, corpora=[str(collection / "corpus.jsonl")], hits=2)
+    hits = search_text(
+        own_text, settings=SearchSettings(hits=2), index_dir=toy_index, corpora=[str(collection / "corpus.jsonl")]
+    )
     assert [document.doc_id for _, document in hits] == [hit.doc_id for hit, _ in hits]
     first, second, *_ = format_hits(hits).splitlines()
     assert first.split() == ["1", "1.0000", "007", "lemon"]
@@ -367,18 +378,22 @@ def test_one_text_without_a_corpus_is_shown_by_ids(toy_index):
 def test_a_corpus_that_is_not_the_indexs_is_an_error(tmp_path, toy_index):
     write_jsonl(tmp_path / "other.jsonl", [{"_id": "x", "text": "cat"}])
     with pytest.raises(ValueError, match="2 of 2 hits are not there"):
-        search_text("hot soup", index_dir=toy_index, corpora=[str(tmp_path / "other.jsonl")], hits=2)
+        search_text(
+            "hot soup", settings=SearchSettings(hits=2), index_dir=toy_index, corpora=[str(tmp_path / "other.jsonl")]
+        )
 
 
 def test_hits_of_several_indexes_are_shown_from_several_corpora(tmp_path, encoder):
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     write_jsonl(old, [{"_id": "1", "title": "soup", "text": "hot soup"}])
     write_jsonl(new, [{"_id": "2", "abstract": "sweet tea"}])
-    for path, fields in ((old, None), (new, ["abstract"])):
-        documents = read_corpus(path, fields=fields)
-        build_index(documents, encoder, path.with_suffix(""), corpus=path, corpus_fields=fields)
+    for path, fields in ((old, ()), (new, ("abstract",))):
+        documents = read_corpus(path, fields=fields or None)
+        build_index(documents, encoder, path.with_suffix(""), IndexSettings(fields=fields), source=Source(corpus=path))
     indexes = [tmp_path / "old", tmp_path / "new"]
-    hits = search_text("tea", index_dir=indexes, corpora=[str(old), str(new)], device="cpu", dtype="fp32")
+    hits = search_text(
+        "tea", options=EncoderOptions(device="cpu", dtype="fp32"), index_dir=indexes, corpora=[str(old), str(new)]
+    )
     assert {document for _, document in hits} == {Document("1", "hot soup", "soup"), Document("2", "sweet tea")}
 
 
@@ -386,7 +401,7 @@ def test_topics_without_a_text_get_no_hits_and_one_warning(tmp_path, toy_index, 
     records = [{"_id": query.query_id, "text": query.text} for query in topics]
     records[1:1] = [{"_id": "empty", "text": ""}, {"_id": "blank", "text": " \t\u00a0"}]
     file = write_jsonl(tmp_path / "topics.jsonl", records)
-    assert search_topics(str(file), tmp_path / "run", index_dir=toy_index, hits=4) == (5, 12)
+    assert search_topics(str(file), tmp_path / "run", index_dir=toy_index, settings=SearchSettings(hits=4)) == (5, 12)
     assert caplog.text.count("2 of 5 topics are empty and get no hits") == 1
     # As without them, but for the last bits: the model has other batches.
     expected = list(search(toy_index, encoder, topics, k=4))

@@ -16,7 +16,7 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.benchmark import check_topics
 from effir_search.indexing.build import index_corpus
 from effir_search.searching.search import search_topics
-from effir_search.settings import DataSettings
+from effir_search.settings import DataSettings, EncoderOptions, SearchSettings
 from effir_search.text.corpus import Document
 from effir_search.text.own_documents import has_text
 from effir_search.training.dev import ndcg, read_dev_split, search_exactly
@@ -77,11 +77,17 @@ def test_a_document_has_a_text_with_its_title_or_without(document, same):
 # effir search
 
 
-def search(collection, encoder, folder, **options):
+def search(collection, encoder, folder, *, remove_query=False):
     index_dir, run = folder / "index", folder / "run.trec"
     if not index_dir.exists():
-        index_corpus(str(collection / "corpus.jsonl"), str(encoder), index_dir, device="cpu")
-    search_topics(str(collection / "queries.jsonl"), run, index_dir=index_dir, hits=10, device="cpu", **options)
+        index_corpus(str(collection / "corpus.jsonl"), str(encoder), index_dir, options=EncoderOptions(device="cpu"))
+    search_topics(
+        str(collection / "queries.jsonl"),
+        run,
+        options=EncoderOptions(device="cpu"),
+        settings=SearchSettings(hits=10, remove_query=remove_query),
+        index_dir=index_dir,
+    )
     return list(ir_measures.read_trec_run(str(run)))
 
 
@@ -104,7 +110,9 @@ def test_they_are_found_by_their_scores_where_the_corpus_is_gone(tmp_path, bert_
     collection = write_collection(tmp_path / "gone", own=False)
     with open(collection / "corpus.jsonl", "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    index_corpus(str(collection / "corpus.jsonl"), str(encoder), tmp_path / "index", device="cpu")
+    index_corpus(
+        str(collection / "corpus.jsonl"), str(encoder), tmp_path / "index", options=EncoderOptions(device="cpu")
+    )
     (collection / "corpus.jsonl").unlink()
     search(collection, encoder, tmp_path)
     assert [told for told in warnings(caplog) if "3 of 3 queries stand in the corpus" in told]
