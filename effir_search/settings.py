@@ -245,7 +245,7 @@ class DataSettings(Settings):
     """What is learned from, and what is measured on meanwhile.
 
     Attributes:
-        train: Examples, see ``examples.read_records``; or None, and
+        train: Examples, see ``records.read_records``; or None, and
         texts: texts to imitate a teacher on, as documents, each as ``texts.read_texts`` takes it,
         queries: and as queries, as ``texts.read_query_texts`` does.
         num_texts: At most so many of them; None = all.
@@ -388,7 +388,9 @@ class TrainingSettings(Settings):
     eval_steps: Count | None = setting(None, help="Steps between checkpoints.", default_text="a twentieth of all")
     patience: Count | None = setting(None, help="End after so many checkpoints no better than one before.")
     seed: CountFrom0 = setting(0, help="Of order, sample, dropout and LoRA.")
-    log_to: tuple[Reporter, ...] = setting((), help="Report there besides log.jsonl.")
+    log_to: tuple[Reporter, ...] = setting(
+        (), help=f"Report there besides log.jsonl: {' or '.join(choices(Reporter))}."
+    )
 
 
 @dataclass(frozen=True)

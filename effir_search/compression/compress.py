@@ -26,10 +26,10 @@ from effir_search.model.save import TRAINING_FILE
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
-from effir_search.settings import CompressionSettings
+from effir_search.settings import CompressionSettings, EncoderOptions
 from effir_search.text.corpus import document_text, read_corpus
-from effir_search.training.data import DATA, Loaded, dev_hashes, hashes, load, prepare, sampled_texts
-from effir_search.training.finetune import check_processes, check_training, finetune, resolved_recipe
+from effir_search.training.data import DATA, PreparedData, dev_hashes, hashes, load, prepare, sampled_texts
+from effir_search.training.finetune import check_processes, check_training, finetune, resolved_training
 from effir_search.training.objective import check_examples
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def compress(
     keep = (DATA, *unchanged_stages(settings, folder)) if main else ()
     with job_folder(folder, settings, restart=restart, keep=keep) if main else nullcontext():
         if main:
-            reading = _teacher_options(compression) | stock
+            reading = EncoderOptions(**_teacher_options(compression), **stock)
             prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
             loaded = load(folder, data, compression.seed)
             _check_examples(compression, loaded)
@@ -154,7 +154,7 @@ def _check(compression: CompressionSettings, device: str) -> None:
     check_training(compression.finetune, data, device)
     drops = _drops(compression)
     left = empty_model(planned(_config(compression), **drops))
-    resolved_recipe(compression.finetune, data, left, chosen_device(device))
+    resolved_training(compression.finetune, data, left, chosen_device(device))
     if slim.narrow:
         widths = {layer_idx: width for layer_idx, width in enumerate(mlp_widths(left)) if width}
         check_cut(widths, slim.narrow, floor=slim.floor, multiple=slim.multiple)
@@ -176,7 +176,7 @@ def _config(compression: CompressionSettings) -> PretrainedConfig:
     return prunable_config(compression.encoder, stock_architecture=compression.stock_architecture)
 
 
-def _check_examples(compression: CompressionSettings, loaded: Loaded) -> None:
+def _check_examples(compression: CompressionSettings, loaded: PreparedData) -> None:
     """Raise now what slimming and fine-tuning would raise of examples that nothing can be learned from."""
     if not compression.data.train:
         return
@@ -191,7 +191,7 @@ def _drops(compression: CompressionSettings) -> dict[str, int]:
     return {name: getattr(compression.prune, name) for name in ("drop_mlp", "drop_attention", "drop_block")}
 
 
-def _write_calibration(loaded: Loaded, path: Path, compression: CompressionSettings) -> None:
+def _write_calibration(loaded: PreparedData, path: Path, compression: CompressionSettings) -> None:
     """Write a sample of what is learned from as a corpus; of examples, queries and their positives."""
     if path.is_file():
         return
@@ -298,13 +298,11 @@ def _fine_tune(compression: CompressionSettings, folder: Path, machine: dict) ->
             model,
             folder / TUNED,
             compression.data,
-            recipe=compression.finetune,
-            losses=compression.loss,
-            max_length=compression.max_length,
+            compression.finetune,
+            compression.loss,
+            EncoderOptions(max_length=compression.max_length, **_text_options(compression, model), **machine),
             prepared=folder,
-            teacher_options=_teacher_options(compression),
-            **_text_options(compression, model),
-            **machine,
+            teacher_options=EncoderOptions(**_teacher_options(compression)),
         )
 
 

@@ -24,11 +24,11 @@ from effir_search.model.sentence_files import prunable_config, read_sentence_fil
 from effir_search.model.surgery import prune
 from effir_search.pruning.gates import Checkpoint
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
-from effir_search.settings import DataSettings, LossSettings, ScoringSettings
+from effir_search.settings import DataSettings, EncoderOptions, LossSettings, ScoringSettings
 from effir_search.training.data import (
     DATA,
-    Loaded,
-    Shuffled,
+    PreparedData,
+    ShuffledSequence,
     checkpoint_activations,
     hashes,
     imitated,
@@ -36,7 +36,7 @@ from effir_search.training.data import (
     load,
     objective_of,
     prepare,
-    resolved,
+    resolved_losses,
     sampled_texts,
     teacher_reading,
 )
@@ -73,12 +73,12 @@ class Slimmed(NamedTuple):
 class Batches:
     """Batches of prepared data, read when they are due; the same for the same seed, each time they are gone through.
 
-    They run through ``Shuffled`` data. Data that do not fill one batch are a batch.
+    They run through a ``ShuffledSequence`` of the data. Data that do not fill one batch are a batch.
     """
 
-    def __init__(self, loaded: Loaded, *, size: int, number: int, seed: int) -> None:
+    def __init__(self, loaded: PreparedData, *, size: int, number: int, seed: int) -> None:
         self.collate, self.number, self.size = loaded.collate, number, min(size, len(loaded.dataset))
-        self.items = Shuffled(loaded.dataset, self.number * self.size, seed)
+        self.items = ShuffledSequence(loaded.dataset, self.number * self.size, seed)
 
     def __len__(self) -> int:
         return self.number
@@ -164,7 +164,9 @@ def slim_encoder(
     check_cut(widths, narrow, floor=floor, multiple=multiple)
 
     if teacher_options is None and data is not None:
-        teacher_options = teacher_reading(data, encoder)
+        teacher_options = teacher_reading(data, encoder, EncoderOptions(device=device, **stock))
+    elif teacher_options is not None:
+        teacher_options = EncoderOptions(device=device, **stock, **teacher_options)
     bf16 = computes_in_bf16(encoder.device) if scoring.bf16 is None else scoring.bf16
     scoring, saved = replace(scoring, bf16=bf16), encoder.dtype
     if not (bf16 and saved == torch.bfloat16):
@@ -175,15 +177,15 @@ def slim_encoder(
         files = hashes(data) if data is not None else {}
         loaded = sample = reference = cosine = None
         if data is not None:
-            reading = {"teacher_options": {**teacher_options, **stock}}
+            reading = {"teacher_options": teacher_options}
             prepare(prepared or folder, data, seed, device, files=files, restart=restart, **reading)
             loaded = load(prepared or folder, data, seed)
             sample = sampled_texts(loaded, SAMPLE, seed)
             reference = _embeddings(encoder, sample)
         teacher = None
         if data is not None and criterion not in WITHOUT_TEXTS:
-            teacher = imitated(data, encoder, device, **teacher_options, **stock)
-            losses = resolved(losses, data, encoder, teacher)
+            teacher = imitated(data, encoder, teacher_options)
+            losses = resolved_losses(losses, data, encoder, teacher)
         scores, settings = _scored(encoder, loaded, teacher, scoring, losses, folder / GATES_FILE, files)
         masks = choose_units(scores, narrow, floor=floor, multiple=multiple)
         record = {"model_sha256": encoder.weights_sha256, "criterion": criterion, "settings": settings}
@@ -202,7 +204,7 @@ def slim_encoder(
 
 def _scored(
     encoder: Encoder,
-    loaded: Loaded | None,
+    loaded: PreparedData | None,
     teacher: Encoder | None,
     scoring: ScoringSettings,
     losses: LossSettings,

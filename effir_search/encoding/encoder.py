@@ -170,11 +170,12 @@ class Encoder:
         """Return an encoder with another transformer, its device and its dtype; the rest is shared."""
         encoder = copy(self)
         encoder.model, encoder.dtype, encoder.device = model, model.dtype, model.device
+        encoder.__dict__.pop("_states_of_one_token", None)  # of the model before
         return encoder
 
     @cached_property
     def weights_sha256(self) -> str:
-        """SHA-256 of the weights; see ``model.checkpoint.weights_sha256``."""
+        """SHA-256 of the files that the weights were loaded from; see ``model.checkpoint.weights_sha256``."""
         return weights_sha256(self.files.folder, self.files.weight_folders)
 
     def pack(self) -> "Encoder":

@@ -2,17 +2,16 @@
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.files.job import job_folder, read_settings
 from effir_search.files.lines import Lines
@@ -21,7 +20,7 @@ from effir_search.model.checkpoint import resolve_model
 from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
 from effir_search.model.sentence_files import read_sentence_files
-from effir_search.settings import DataSettings, LossSettings
+from effir_search.settings import DataSettings, EncoderOptions, LossSettings, TextSettings
 from effir_search.text.examples import Example, Examples, prepare_examples, with_scores
 from effir_search.training.objective import ImitationObjective, Objective, RetrievalObjective, read_differently
 from effir_search.training.teachers import load_teacher
@@ -31,10 +30,11 @@ from effir_search.training.unlabelled import PlainText, PlainTexts, as_batch, pr
 DATA = "data"
 # Texts that are held out to measure likeness to the teacher.
 HELD_OUT = 256
+TEXT_FIELDS = tuple(field.name for field in fields(TextSettings))
 
 
-class Loaded(NamedTuple):
-    """Prepared data.
+class PreparedData(NamedTuple):
+    """What ``prepare`` wrote.
 
     Attributes:
         dataset: ``Example`` or ``PlainText``; none of them is in memory.
@@ -47,7 +47,7 @@ class Loaded(NamedTuple):
     held_out: list[PlainText]
 
 
-class Shuffled:
+class ShuffledSequence:
     """A dataset in a seeded order, pass after pass, as one long sequence.
 
     transformers then sees a single pass to the end: a continued job skips what was seen, whatever the number of
@@ -61,7 +61,7 @@ class Shuffled:
 
     def __init__(self, dataset: Sequence, length: int, seed: int) -> None:
         self.dataset, self.length, self.seed = dataset, length, seed
-        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
+        self._pass_number, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.length
@@ -69,10 +69,10 @@ class Shuffled:
     def __getitem__(self, number: int) -> object:
         if not 0 <= number < self.length:
             raise IndexError(number)
-        of_pass, place = divmod(number, len(self.dataset))
-        if of_pass != self._pass:
-            self._pass = of_pass
-            self._order = np.random.default_rng([self.seed, of_pass]).permutation(len(self.dataset))
+        pass_number, place = divmod(number, len(self.dataset))
+        if pass_number != self._pass_number:
+            self._pass_number = pass_number
+            self._order = np.random.default_rng([self.seed, pass_number]).permutation(len(self.dataset))
         return self.dataset[int(self._order[place])]
 
 
@@ -84,7 +84,7 @@ def prepare(
     *,
     files: dict[str, str],
     restart: bool = False,
-    teacher_options: Mapping[str, object] = MappingProxyType({}),
+    teacher_options: EncoderOptions = DEFAULT_OPTIONS,
 ) -> None:
     """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
@@ -92,52 +92,93 @@ def prepare(
         folder: See ``job.job_folder``.
         data: What is learned from.
         seed: Of the sample of texts.
-        device: Of the teacher, as ``Encoder.from_pretrained`` takes it.
+        device: Of a teacher that scores candidates, see ``EncoderOptions``.
         files: The data's ``hashes``.
-        restart: Discard data that is there and of other settings, instead of raising.
-        teacher_options: Of a bi-encoder that scores candidates, as ``Encoder.from_pretrained`` takes them; of a
-            cross-encoder ``stock_architecture`` counts.
+        restart: Discard what an earlier job prepared with other settings, instead of raising.
+        teacher_options: How that teacher is loaded, but for ``device`` and ``batch_tokens``, which is the default.
 
     Raises:
         ValueError: Bad data, a model that cannot be a teacher, or data of other settings in the folder.
         OSError: A file cannot be read or written.
     """
-    settings = {name: value for name, value in asdict(data).items() if not name.startswith("dev")}
-    scores = bool(data.train and data.teacher)
-    settings |= {"seed": seed, "files": files, "teacher_options": dict(teacher_options) if scores else {}}
-    settings = json.loads(json.dumps(settings))
     folder = folder / DATA
-    with job_folder(folder, settings, restart=restart and read_settings(folder) != settings):
-        if not data.train:
-            file = folder / "texts.jsonl"
-            if not file.is_file():
-                prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
-            return
-        file = folder / "examples.jsonl"
+    existing = read_settings(folder)
+    record = _prepared_record(data, seed, files, teacher_options)
+    if existing is not None and _without_flags_off(existing) == _without_flags_off(record):
+        record = existing
+    with job_folder(folder, record, restart=restart and existing != record):
+        file = folder / ("examples.jsonl" if data.train else "texts.jsonl")
         if file.is_file():
             return
-        prepared = folder / "unscored.jsonl" if data.teacher or data.reranker else file
-        options = {"corpus": data.corpus, "topics": data.topics, "split": data.split, "max_negatives": data.negatives}
-        prepare_examples(data.train, prepared, **options)
-        if prepared != file:
-            with_scores(prepared, file, load_teacher(data.teacher, data.reranker, device=device, **teacher_options))
+        if not data.train:
+            prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
+            return
+        # Scores in bfloat16 depend on the batch, so its size is not that of what learns.
+        options = replace(teacher_options, device=device, batch_tokens=None)
+        _write_examples(data, file, options)
 
 
-def load(folder: Path, data: DataSettings, seed: int) -> Loaded:
+def _write_examples(data: DataSettings, file: Path, options: EncoderOptions) -> None:
+    """Write examples, with their teacher's scores if they have one, whose options these are."""
+    has_teacher = bool(data.teacher or data.reranker)
+    unscored = file.with_name("unscored.jsonl") if has_teacher else file
+    prepare_examples(
+        data.train,
+        unscored,
+        corpus=data.corpus,
+        topics=data.topics,
+        split=data.split,
+        max_negatives=data.negatives,
+    )
+    if has_teacher:
+        with_scores(unscored, file, load_teacher(data.teacher, data.reranker, options))
+
+
+def _prepared_record(
+    data: DataSettings, seed: int, files: dict[str, str], teacher_options: EncoderOptions
+) -> dict[str, object]:
+    """Return what prepared data depend on, in JSON types."""
+    record = {name: value for name, value in asdict(data).items() if not name.startswith("dev")}
+    reading: dict[str, object] = {}
+    if data.train and data.teacher:
+        reading = _reading(teacher_options)
+    return json.loads(json.dumps(record | {"seed": seed, "files": files, "teacher_options": reading}))
+
+
+def _reading(options: EncoderOptions) -> dict[str, object]:
+    """Return the options that a teacher's scores depend on, as far as they say other than its own files."""
+    reading = options.given()
+    for name in ("device", "batch_tokens"):
+        reading.pop(name, None)
+    if options.pooling is not None and options.query_prompt is not None and options.document_prompt is not None:
+        # All is said, as by ``teacher_reading``: that a flag is off, too.
+        reading = {name: getattr(options, name) for name in TEXT_FIELDS} | reading
+    return reading
+
+
+def _without_flags_off(record: dict[str, object]) -> dict[str, object]:
+    """Return a record of prepared data without the teacher's flags that are off, which some jobs name."""
+    reading = record.get("teacher_options")
+    if not isinstance(reading, dict):
+        return record
+    return record | {"teacher_options": {name: value for name, value in reading.items() if value is not False}}
+
+
+def load(folder: Path, data: DataSettings, seed: int) -> PreparedData:
     """Return what ``prepare`` wrote; of texts a tenth is held out, at most 256, the same for the same seed."""
     if data.train:
-        return Loaded(Examples(folder / DATA / "examples.jsonl"), _as_examples, [])
+        return PreparedData(Examples(folder / DATA / "examples.jsonl"), _as_examples, [])
     texts = PlainTexts(Lines(folder / DATA / "texts.jsonl"))
     held_out = random.Random(seed).sample(range(len(texts)), min(HELD_OUT, len(texts) // 10))
     dataset = Subset(texts, sorted(set(range(len(texts))) - set(held_out)))
-    return Loaded(dataset, as_batch, [texts[number] for number in held_out])
+    return PreparedData(dataset, as_batch, [texts[number] for number in held_out])
 
 
-def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
+def sampled_texts(prepared: PreparedData, size: int, seed: int) -> list[PlainText]:
     """Return a seeded sample of what is learned from; an example gives its query and its positive."""
     texts: list[PlainText] = []
-    for row in random.Random(seed).sample(range(len(loaded.dataset)), min(size, len(loaded.dataset))):
-        item = loaded.dataset[row]
+    for row in random.Random(seed).sample(range(len(prepared.dataset)), min(size, len(prepared.dataset))):
+        item = prepared.dataset[row]
         if isinstance(item, Example):
             texts += [PlainText(item.query, query=True), PlainText(item.positive, query=False)]
         else:
@@ -145,39 +186,38 @@ def sampled_texts(loaded: Loaded, size: int, seed: int) -> list[PlainText]:
     return texts
 
 
-def teacher_reading(data: DataSettings, encoder: Encoder) -> dict[str, object]:
-    """Return how the teacher makes a vector of a text: as the encoder does if its own files do not say how.
+def teacher_reading(data: DataSettings, encoder: Encoder, options: EncoderOptions) -> EncoderOptions:
+    """Return how the teacher is loaded; if its own files do not say how it reads a text, it reads as the encoder does.
 
-    So a language model teaches what was pruned from it, which has been told.
+    A language model has no such files, but what was pruned from it has them, and learns from it.
 
     Args:
         data: What is learned from.
         encoder: What learns.
-
-    Returns:
-        Options of ``Encoder.from_pretrained``; none for a teacher whose files say it, or without one.
+        options: How that was loaded; the teacher's device and ``stock_architecture`` are the same.
     """
+    machine = EncoderOptions(device=options.device, stock_architecture=options.stock_architecture)
     if data.teacher is None or read_sentence_files(resolve_model(data.teacher)).pooling is not None:
-        return {}
+        return machine
     config, tokenizer = encoder.config, encoder.tokenizer
     ends_with_eos = tokenizer.eos_token_id is not None and tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return {
-        "pooling": config.pooling,
-        "query_prompt": config.query_prompt,
-        "document_prompt": config.document_prompt,
-        "append_eos": ends_with_eos,
-        "normalize": config.similarity == "cosine",
-    }
+    return replace(
+        machine,
+        pooling=config.pooling,
+        query_prompt=config.query_prompt,
+        document_prompt=config.document_prompt,
+        append_eos=ends_with_eos,
+        normalize=config.similarity == "cosine",
+    )
 
 
-def imitated(data: DataSettings, encoder: Encoder, device: str, **text_options: object) -> Encoder | None:
+def imitated(data: DataSettings, encoder: Encoder, options: EncoderOptions) -> Encoder | None:
     """Return the teacher that is imitated, which reads no more of a text than the encoder does; None with labels.
 
     Args:
         data: What is learned from.
-        encoder: What learns.
-        device: As ``Encoder.from_pretrained`` takes it.
-        text_options: Of the teacher, likewise.
+        encoder: What learns; the teacher's batches are as large.
+        options: How the teacher is loaded.
 
     Raises:
         ValueError: The folder is no model.
@@ -185,13 +225,13 @@ def imitated(data: DataSettings, encoder: Encoder, device: str, **text_options: 
     """
     if data.train:
         return None
-    teacher = Encoder.from_pretrained(data.teacher, device=device, batch_tokens=encoder.batch_tokens, **text_options)
-    shorter = min(teacher.config.max_length, encoder.config.max_length)
-    teacher.config = replace(teacher.config, max_length=shorter)
-    return teacher.pack()
+    teacher = Encoder.from_pretrained(data.teacher, options, batch_tokens=encoder.batch_tokens)
+    return teacher.with_config(max_length=min(teacher.config.max_length, encoder.config.max_length)).pack()
 
 
-def resolved(losses: LossSettings, data: DataSettings, encoder: Encoder, teacher: Encoder | None) -> LossSettings:
+def resolved_losses(
+    losses: LossSettings, data: DataSettings, encoder: Encoder, teacher: Encoder | None
+) -> LossSettings:
     """Return the settings with a value for every None that stands for one.
 
     Args:
@@ -204,18 +244,18 @@ def resolved(losses: LossSettings, data: DataSettings, encoder: Encoder, teacher
         ValueError: The states of tokens are to be matched with those of a teacher that makes others.
     """
     temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
-    of_teacher = losses.teacher_temperature or (temperature if data.teacher else 1.0)
-    of_tokens = losses.token_weight
+    teacher_temperature = losses.teacher_temperature or (temperature if data.teacher else 1.0)
+    token_weight = losses.token_weight
     if teacher is None:
-        if of_tokens:
-            raise UserError(f"--token-weight {of_tokens:g} goes with --texts and a teacher that is imitated")
-        of_tokens = 0.0
-    elif of_tokens is None:
+        if token_weight:
+            raise UserError(f"--token-weight {token_weight:g} goes with --texts and a teacher that is imitated")
+        token_weight = 0.0
+    elif token_weight is None:
         pool_means = teacher.config.pooling == encoder.config.pooling == "mean"
-        of_tokens = float(pool_means and read_differently(teacher, encoder) is None)
-    elif of_tokens and (different := read_differently(teacher, encoder)):
-        raise UserError(f"--token-weight {of_tokens:g}: {data.teacher} has another {different}")
-    return replace(losses, temperature=temperature, teacher_temperature=of_teacher, token_weight=of_tokens)
+        token_weight = float(pool_means and read_differently(teacher, encoder) is None)
+    elif token_weight and (difference := read_differently(teacher, encoder)):
+        raise UserError(f"--token-weight {token_weight:g}: {data.teacher} has another {difference}")
+    return replace(losses, temperature=temperature, teacher_temperature=teacher_temperature, token_weight=token_weight)
 
 
 def objective_of(
@@ -225,7 +265,7 @@ def objective_of(
 
     Args:
         encoder: What learns.
-        losses: See ``resolved``.
+        losses: See ``resolved_losses``.
         teacher: See ``imitated``.
         bf16: Whether it will run in bfloat16.
         alone: See ``Objective``.

@@ -15,8 +15,8 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import evaluate, parse_measures
 from effir_search.text.corpus import Document, beir_file, read_corpus
-from effir_search.text.examples import warn_of_missing
 from effir_search.text.own_documents import check_own_documents
+from effir_search.text.records import warn_of_missing
 from effir_search.text.trec import Query, read_qrels, read_topics
 from effir_search.training.objective import compares_directions
 from effir_search.training.unlabelled import PlainText, encode_texts
@@ -59,27 +59,26 @@ def read_dev_split(
     judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     if not judged:
         raise UserError(f"{folder}: no relevant document in its split {split!r}")
-    found = {query.query_id: query for query in read_topics(topics) if query.query_id in judged}
-    warn_of_missing(f"qrels/{split}.tsv", topics, "topic", judged, found)
-    judged = sorted(found)
+    judged_queries = {query.query_id: query for query in read_topics(topics) if query.query_id in judged}
+    warn_of_missing(f"qrels/{split}.tsv", topics, "topic", judged, judged_queries)
     generator = random.Random(seed)
-    chosen = set(generator.sample(judged, min(num_queries, len(judged))))
+    chosen = set(generator.sample(sorted(judged_queries), min(num_queries, len(judged_queries))))
     qrels = [qrel for qrel in qrels if qrel.query_id in chosen]
-    wanted = {qrel.doc_id for qrel in qrels}
-    others = [document.doc_id for document in read_corpus(corpus) if document.doc_id not in wanted]
-    wanted.update(generator.sample(others, min(max(0, num_documents - len(wanted)), len(others))))
-    documents = [document for document in read_corpus(corpus) if document.doc_id in wanted]
+    doc_ids = {qrel.doc_id for qrel in qrels}
+    others = [document.doc_id for document in read_corpus(corpus) if document.doc_id not in doc_ids]
+    doc_ids.update(generator.sample(others, min(max(0, num_documents - len(doc_ids)), len(others))))
+    documents = [document for document in read_corpus(corpus) if document.doc_id in doc_ids]
+    by_id = {document.doc_id: document for document in documents}
     relevant = {qrel.doc_id for qrel in qrels if qrel.relevance > 0}
-    there = {document.doc_id: document for document in documents}
-    warn_of_missing(f"qrels/{split}.tsv", corpus, "document", relevant, there)
-    queries = [query for query in found.values() if query.query_id in chosen]
+    warn_of_missing(f"qrels/{split}.tsv", corpus, "document", relevant, by_id)
+    queries = [query for query in judged_queries.values() if query.query_id in chosen]
     if empty := {query.query_id for query in queries if not query.text.strip()}:
         logger.warning("%s: %d of %d judged topics are empty and left out", topics, len(empty), len(queries))
         queries = [query for query in queries if query.query_id not in empty]
         qrels = [qrel for qrel in qrels if qrel.query_id not in empty]
     if not queries:
         raise UserError(f"{topics}: no topic with a text is judged in the split {split!r}")
-    return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in there])
+    return DevSplit(queries, documents, [qrel for qrel in qrels if qrel.doc_id in by_id])
 
 
 def search_exactly(
@@ -112,7 +111,7 @@ def search_exactly(
 
 
 def ndcg(split: DevSplit, *, remove_query: bool = False) -> Measure:
-    """Return nDCG@10 of an encoder's exact search in a dev split; queries that are among its documents are told of.
+    """Return nDCG@10 of an encoder's exact search in a dev split; queries that are among its documents are warned of.
 
     Args:
         split: Queries, documents and judgments.
@@ -137,14 +136,15 @@ def likeness(texts: list[PlainText], teacher: Encoder) -> Measure:
     """
     plain, queries = [text.text for text in texts], [text.query for text in texts]
     upper = np.triu_indices(len(texts), k=1)
-    of_teacher = encode_texts(teacher, plain, queries)
+    teacher_embeddings = encode_texts(teacher, plain, queries)
 
     def measure(encoder: Encoder) -> float:
         config = (
             replace(teacher.config, similarity="cosine") if compares_directions(teacher, encoder) else teacher.config
         )
-        vectors = scale(of_teacher, config), scale(encode_texts(encoder, plain, queries), encoder.config)
-        expected, found = (of_one @ of_one.T for of_one in vectors)
-        return float(np.corrcoef(found[upper], expected[upper])[0, 1])
+        expected = scale(teacher_embeddings, config)
+        embeddings = scale(encode_texts(encoder, plain, queries), encoder.config)
+        scores, teacher_scores = embeddings @ embeddings.T, expected @ expected.T
+        return float(np.corrcoef(scores[upper], teacher_scores[upper])[0, 1])
 
     return "likeness", measure

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +13,20 @@ from tqdm import tqdm
 
 from effir_search.errors import UserError
 from effir_search.files.whole import whole_file
+from effir_search.settings import EncoderOptions, MiningSettings
 from effir_search.text.corpus import Document, document_text, documents_there
-from effir_search.text.examples import Scorer, checked_scores, document_key, find_queries, warn_of_missing
+from effir_search.text.examples import Scorer, checked_scores, document_key
 from effir_search.text.own_documents import comparable
+from effir_search.text.records import find_queries, warn_of_missing
 from effir_search.text.trec import read_qrels, read_run, strictly_decreasing
 from effir_search.training.teachers import load_teacher
 
 # Queries whose pairs go to the teacher together: it encodes each distinct text of them once.
 CHUNK = 1024
+DEFAULT_SETTINGS = MiningSettings()
 
 
-class Mined(NamedTuple):
+class MiningResult(NamedTuple):
     """What mining did.
 
     Attributes:
@@ -57,12 +61,12 @@ class _Text(NamedTuple):
 
 
 class _Query(NamedTuple):
+    """A query with the texts of its positives and of its candidates, best first, by id."""
+
     query_id: str
     text: str
     positives: dict[str, str]
     candidates: dict[str, str]
-    num_own: int
-    num_copies: int
 
 
 def mine(
@@ -71,19 +75,8 @@ def mine(
     corpus: str,
     topics: str,
     output: Path,
-    *,
-    first: int = 1,
-    last: int = 100,
-    negatives: int = 8,
-    margin: float | None = None,
-    teacher: str | None = None,
-    reranker: str | None = None,
-    teacher_ratio: float = 0.95,
-    sample: str = "random",
-    seed: int = 0,
-    device: str = "auto",
-    stock_architecture: bool = False,
-) -> Mined:
+    settings: MiningSettings = DEFAULT_SETTINGS,
+) -> MiningResult:
     """Write training data with hard negatives of a run, readable by ``read_records``.
 
     Candidates are the hits of a query from rank ``first`` to ``last``, in trec_eval's order, but for positives,
@@ -99,128 +92,77 @@ def mine(
         corpus: As ``read_corpus`` takes it.
         topics: As ``read_topics`` takes it.
         output: New JSONL file; it appears whole or not at all.
-        first: Rank of the first candidate, from 1.
-        last: Rank of the last candidate.
-        negatives: At most so many a query.
-        margin: Leave out candidates whose score in the run is above that of the query's lowest positive less this.
-            Where the run has no positive of the query, nothing is left out.
-        teacher: A bi-encoder: leave out candidates whose score it puts above a share of that of the query's lowest
-            positive, and write its scores.
-        reranker: The same with a cross-encoder.
-        teacher_ratio: That share. Where the positive's score p is negative, the bound is p - (1 - share) |p|, which is
-            the same for a score above 0.
-        sample: A key of ``SAMPLES``: which of the candidates are taken.
-        seed: Of a random sample; what a query gets does not depend on other queries.
-        device: Of the teacher.
-        stock_architecture: Of the teacher, as ``Encoder.from_pretrained`` takes it.
+        settings: Which candidates become negatives.
 
     Raises:
         ValueError: Ranks, numbers or a share that cannot be, a run and qrels that share no query, a hit that the corpus
             lacks, no topic or no positive that is there, or nothing left to write.
         OSError: A file cannot be read or written.
 
-    Source: the bound is TopK-PercPos of NV-Retriever, arXiv 2407.15831.
+    Source: the bound of a teacher's scores is TopK-PercPos of NV-Retriever, arXiv 2407.15831.
     """
-    if not 1 <= first <= last:
-        raise UserError(f"ranks from {first} to {last}: --first must be at least 1, and --last not below it")
-    if negatives < 1:
-        raise UserError(f"--negatives {negatives} must be at least 1")
-    if not 0 < teacher_ratio <= 1:
-        raise UserError(f"--teacher-ratio {teacher_ratio} must be above 0 and at most 1")
-    if sample not in SAMPLES:
-        raise UserError(f"sample {sample!r} is unknown; known are {', '.join(SAMPLES)}")
-
-    positives: dict[str, list[str]] = {}
-    for qrel in read_qrels(qrels):
-        of_query = positives.setdefault(qrel.query_id, [])
-        if qrel.relevance > 0:
-            of_query.append(qrel.doc_id)
-    hits: dict[str, list[ScoredDoc]] = {}
-    for hit in read_run(run):
-        hits.setdefault(hit.query_id, []).append(hit)
+    check_mining(settings)
+    positives, hits = _read_positives(qrels), _read_hits(run)
     if not hits.keys() & positives.keys():
         raise UserError(f"{run}: no query of the run is judged in {qrels}: do run and qrels belong together?")
-
-    mined = [query_id for query_id, of_query in positives.items() if of_query and query_id in hits]
-    ranked: dict[str, list[str]] = {}
-    num_false = 0
-    for query_id in mined:
-        ranked[query_id], num_left_out = _ranked(hits[query_id], positives[query_id], first, last, margin)
-        num_false += num_left_out
-    queries = find_queries(topics, mined)
-    warn_of_missing(qrels, topics, "topic", mined, queries)
-    mined = [query_id for query_id in mined if query_id in queries]
-    with_text = [query_id for query_id in mined if queries[query_id].strip()]
-    without_text, mined = len(mined) - len(with_text), with_text
-    relevant = set(itertools.chain.from_iterable(positives[query_id] for query_id in mined))
-    candidates = set(itertools.chain.from_iterable(ranked[query_id] for query_id in mined))
-    texts = {doc_id: _text(document) for doc_id, document in documents_there(corpus, relevant | candidates).items()}
-    if mined:
-        _check_hits(corpus, candidates, texts)
-        in_corpus = {doc_id: texts[doc_id] for doc_id in relevant & texts.keys()}
-        warn_of_missing(qrels, corpus, "document", relevant, in_corpus)
-
-    score = None
-    if teacher is not None or reranker is not None:
-        score = load_teacher(teacher, reranker, device=device, stock_architecture=stock_architecture)
-    without_positive = sum(not positives.get(query_id) for query_id in hits)
-    num_queries = num_negatives = without_negative = num_own = num_copies = 0
-    with whole_file(output) as file, tqdm(total=len(mined), unit="query", disable=None) as progress:
-        for start in range(0, len(mined), CHUNK):
-            chunk = [
-                _query(query_id, queries[query_id], positives[query_id], ranked[query_id], texts)
-                for query_id in mined[start : start + CHUNK]
-            ]
-            num_own += sum(query.num_own for query in chunk)
-            num_copies += sum(query.num_copies for query in chunk)
-            for query, scores in _scored(chunk, score):
-                if not query.positives:
-                    without_positive += 1
-                    continue
-                kept = list(query.candidates)
-                if scores is not None:
-                    bound = highest_negative(min(scores[doc_id] for doc_id in query.positives), teacher_ratio)
-                    kept = [doc_id for doc_id in kept if scores[doc_id] <= bound]
-                    num_false += len(query.candidates) - len(kept)
-                taken = SAMPLES[sample](kept, negatives, random.Random(f"{seed} {query.query_id}"))
-                if not taken:
-                    without_negative += 1
-                    continue
-                file.write(json.dumps(_fields(query, taken, scores), ensure_ascii=False) + "\n")
-                num_queries += 1
-                num_negatives += len(taken)
-            progress.update(len(chunk))
-        if not num_queries:
-            raise UserError(
-                f"{run}: no query has both a positive and a negative left ({without_positive} without a positive, "
-                f"{without_negative} without a negative, {without_text} empty); nothing is written"
-            )
-    not_in_run = sum(bool(of_query) and query_id not in hits for query_id, of_query in positives.items())
-    return Mined(
-        num_queries,
-        num_negatives,
-        num_false=num_false,
-        num_own=num_own,
-        num_copies=num_copies,
-        without_positive=without_positive,
-        without_negative=without_negative,
-        not_in_run=not_in_run,
-        without_text=without_text,
+    # By the names of MiningResult.
+    counts = Counter(
+        without_positive=sum(not positives.get(query_id) for query_id in hits),
+        not_in_run=sum(bool(doc_ids) and query_id not in hits for query_id, doc_ids in positives.items()),
     )
+    positives = {query_id: doc_ids for query_id, doc_ids in positives.items() if doc_ids and query_id in hits}
+    candidates = _candidates(hits, positives, settings, counts)
+    topic_texts = _read_topic_texts(topics, qrels, positives, counts)
+    texts = _read_document_texts(corpus, qrels, topic_texts, positives, candidates)
+    score = None
+    if settings.teacher is not None or settings.reranker is not None:
+        options = EncoderOptions(device=settings.device, stock_architecture=settings.stock_architecture)
+        score = load_teacher(settings.teacher, settings.reranker, options)
+    queries = (
+        _query(query_id, text, positives[query_id], candidates[query_id], texts, counts)
+        for query_id, text in topic_texts.items()
+    )
+    with whole_file(output) as file, tqdm(total=len(topic_texts), unit="query", disable=None) as progress:
+        while chunk := list(itertools.islice(queries, CHUNK)):
+            for query, scores in _scored(chunk, score):
+                if negative_ids := _choose_negatives(query, scores, settings, counts):
+                    file.write(json.dumps(_record(query, negative_ids, scores), ensure_ascii=False) + "\n")
+            progress.update(len(chunk))
+        if not counts["num_queries"]:
+            raise UserError(
+                f"{run}: no query has both a positive and a negative left ({counts['without_positive']} without a "
+                f"positive, {counts['without_negative']} without a negative, {counts['without_text']} empty); nothing "
+                "is written"
+            )
+    return MiningResult(**{name: counts[name] for name in MiningResult._fields})
 
 
-def describe_mined(mined: Mined) -> str:
+def check_mining(settings: MiningSettings) -> None:
+    """Raise ValueError for ranks, numbers or a share that cannot be."""
+    if not 1 <= settings.first <= settings.last:
+        raise UserError(
+            f"ranks from {settings.first} to {settings.last}: --first must be at least 1, and --last not below it"
+        )
+    if settings.negatives < 1:
+        raise UserError(f"--negatives {settings.negatives} must be at least 1")
+    if not 0 < settings.teacher_ratio <= 1:
+        raise UserError(f"--teacher-ratio {settings.teacher_ratio} must be above 0 and at most 1")
+    if settings.sample not in SAMPLES:
+        raise UserError(f"sample {settings.sample!r} is unknown; known are {', '.join(SAMPLES)}")
+
+
+def describe_mined(result: MiningResult) -> str:
     """Return what mining did in one line."""
     left_out = {
-        "without a positive": mined.without_positive,
-        "without a negative": mined.without_negative,
-        "not in the run": mined.not_in_run,
-        "without a text": mined.without_text,
+        "without a positive": result.without_positive,
+        "without a negative": result.without_negative,
+        "not in the run": result.not_in_run,
+        "without a text": result.without_text,
     }
-    parts = [f"{mined.num_queries} queries, {mined.num_negatives} negatives"]
-    parts += [f"{mined.num_false} probable positives left out"] if mined.num_false else []
-    parts += [f"{mined.num_own} hits with the query's own text left out"] if mined.num_own else []
-    parts += [f"{mined.num_copies} copies of positives left out"] if mined.num_copies else []
+    parts = [f"{result.num_queries} queries, {result.num_negatives} negatives"]
+    parts += [f"{result.num_false} probable positives left out"] if result.num_false else []
+    parts += [f"{result.num_own} hits with the query's own text left out"] if result.num_own else []
+    parts += [f"{result.num_copies} copies of positives left out"] if result.num_copies else []
     parts += [f"{number} queries {why}" for why, number in left_out.items() if number]
     return "; ".join(parts)
 
@@ -240,18 +182,73 @@ SAMPLES: dict[str, Callable[[Sequence[str], int, random.Random], list[str]]] = {
 }
 
 
-def _ranked(
-    hits: Sequence[ScoredDoc], positives: Sequence[str], first: int, last: int, margin: float | None
-) -> tuple[list[str], int]:
-    """Return the candidates of one query, best first, and how many more the margin left out."""
-    doc_ids = [hit.doc_id for hit in strictly_decreasing(hits)[first - 1 : last]]
-    candidates = [doc_id for doc_id in doc_ids if doc_id not in positives]
-    scores = {hit.doc_id: hit.score for hit in hits}
-    of_positives = [scores[doc_id] for doc_id in positives if doc_id in scores]
-    if margin is None or not of_positives:
-        return candidates, 0
-    kept = [doc_id for doc_id in candidates if scores[doc_id] <= min(of_positives) - margin]
-    return kept, len(candidates) - len(kept)
+def _read_positives(qrels: str) -> dict[str, list[str]]:
+    """Return the ids of each judged query's positives, maybe none."""
+    positives: dict[str, list[str]] = {}
+    for qrel in read_qrels(qrels):
+        doc_ids = positives.setdefault(qrel.query_id, [])
+        if qrel.relevance > 0:
+            doc_ids.append(qrel.doc_id)
+    return positives
+
+
+def _read_hits(run: Path) -> dict[str, list[ScoredDoc]]:
+    hits: dict[str, list[ScoredDoc]] = {}
+    for hit in read_run(run):
+        hits.setdefault(hit.query_id, []).append(hit)
+    return hits
+
+
+def _candidates(
+    hits: Mapping[str, Sequence[ScoredDoc]],
+    positives: Mapping[str, Sequence[str]],
+    settings: MiningSettings,
+    counts: Counter[str],
+) -> dict[str, list[str]]:
+    """Return the ids of each query's candidates, best first; what the margin leaves out is counted."""
+    candidates: dict[str, list[str]] = {}
+    for query_id, positive_ids in positives.items():
+        ranked = strictly_decreasing(hits[query_id])[settings.first - 1 : settings.last]
+        doc_ids = [hit.doc_id for hit in ranked if hit.doc_id not in positive_ids]
+        scores = {hit.doc_id: hit.score for hit in hits[query_id]}
+        positive_scores = [scores[doc_id] for doc_id in positive_ids if doc_id in scores]
+        candidates[query_id] = doc_ids
+        if settings.margin is not None and positive_scores:
+            bound = min(positive_scores) - settings.margin
+            candidates[query_id] = [doc_id for doc_id in doc_ids if scores[doc_id] <= bound]
+            counts["num_false"] += len(doc_ids) - len(candidates[query_id])
+    return candidates
+
+
+def _read_topic_texts(
+    topics: str, qrels: str, positives: Mapping[str, Sequence[str]], counts: Counter[str]
+) -> dict[str, str]:
+    """Return the texts of the topics that have positives, in the order of these; empty ones are counted."""
+    texts = find_queries(topics, positives)
+    warn_of_missing(qrels, topics, "topic", positives, texts)
+    counts["without_text"] = sum(not text.strip() for text in texts.values())
+    return {query_id: texts[query_id] for query_id in positives if texts.get(query_id, "").strip()}
+
+
+def _read_document_texts(
+    corpus: str,
+    qrels: str,
+    query_ids: Mapping[str, str],
+    positives: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, Sequence[str]],
+) -> dict[str, _Text]:
+    """Return the texts of these queries' positives, as far as the corpus has them, and candidates, which it must."""
+    positive_ids = set(itertools.chain.from_iterable(positives[query_id] for query_id in query_ids))
+    candidate_ids = set(itertools.chain.from_iterable(candidates[query_id] for query_id in query_ids))
+    documents = documents_there(corpus, positive_ids | candidate_ids)
+    if query_ids:
+        if missing := sorted(candidate_ids - documents.keys()):
+            raise UserError(
+                f'{corpus}: no document "{missing[0]}" ({len(missing)} of {len(candidate_ids)} hits of the run are not '
+                "in it)"
+            )
+        warn_of_missing(qrels, corpus, "document", positive_ids, documents)
+    return {doc_id: _text(document) for doc_id, document in documents.items()}
 
 
 def _text(document: Document) -> _Text:
@@ -265,25 +262,31 @@ def _key(text: str) -> int:
 
 
 def _query(
-    query_id: str, text: str, positives: Sequence[str], candidates: Sequence[str], texts: Mapping[str, _Text]
+    query_id: str,
+    text: str,
+    positive_ids: Sequence[str],
+    candidate_ids: Sequence[str],
+    texts: Mapping[str, _Text],
+    counts: Counter[str],
 ) -> _Query:
-    """Return a query with the texts of its positives and candidates; empty and repeated ones are left out."""
-    of_positives = {doc_id: texts[doc_id] for doc_id in positives if doc_id in texts and texts[doc_id].text}
-    own, of_positive = _key(text), {positive.key for positive in of_positives.values()}
+    """Return a query with the texts of its positives and candidates.
+
+    Empty and repeated ones are left out; candidates that are the query itself or a copy of a positive are counted.
+    """
+    positives = {doc_id: texts[doc_id] for doc_id in positive_ids if doc_id in texts and texts[doc_id].text}
+    own_key, positive_keys = _key(text), {positive.key for positive in positives.values()}
     seen = {_key("")}
-    of_candidates: dict[str, str] = {}
-    num_own = num_copies = 0
-    for doc_id in candidates:
+    candidates: dict[str, str] = {}
+    for doc_id in candidate_ids:
         candidate = texts[doc_id]
-        if own in (candidate.key, candidate.key_without_title):
-            num_own += 1
-        elif candidate.key in of_positive:
-            num_copies += 1
+        if own_key in (candidate.key, candidate.key_without_title):
+            counts["num_own"] += 1
+        elif candidate.key in positive_keys:
+            counts["num_copies"] += 1
         elif candidate.key not in seen:
             seen.add(candidate.key)
-            of_candidates[doc_id] = candidate.text
-    plain = {doc_id: positive.text for doc_id, positive in of_positives.items()}
-    return _Query(query_id, text, plain, of_candidates, num_own, num_copies)
+            candidates[doc_id] = candidate.text
+    return _Query(query_id, text, {doc_id: positive.text for doc_id, positive in positives.items()}, candidates)
 
 
 def _scored(chunk: Sequence[_Query], score: Scorer | None) -> Iterator[tuple[_Query, dict[str, float] | None]]:
@@ -298,27 +301,39 @@ def _scored(chunk: Sequence[_Query], score: Scorer | None) -> Iterator[tuple[_Qu
         yield query, dict(zip(doc_ids, itertools.islice(scores, len(doc_ids)), strict=True))
 
 
+def _choose_negatives(
+    query: _Query, scores: Mapping[str, float] | None, settings: MiningSettings, counts: Counter[str]
+) -> list[str]:
+    """Return the ids of a query's negatives, best first; none for a query that is left out, which is counted."""
+    if not query.positives:
+        counts["without_positive"] += 1
+        return []
+    doc_ids = list(query.candidates)
+    if scores is not None:
+        bound = highest_negative(min(scores[doc_id] for doc_id in query.positives), settings.teacher_ratio)
+        doc_ids = [doc_id for doc_id in doc_ids if scores[doc_id] <= bound]
+        counts["num_false"] += len(query.candidates) - len(doc_ids)
+    generator = random.Random(f"{settings.seed} {query.query_id}")
+    negative_ids = SAMPLES[settings.sample](doc_ids, settings.negatives, generator)
+    counts.update({"num_queries": 1, "num_negatives": len(negative_ids)} if negative_ids else {"without_negative": 1})
+    return negative_ids
+
+
 def highest_negative(positive: float, ratio: float) -> float:
     """Return the highest score of a negative: a share of the positive's, and below it also where that is negative."""
     return positive - (1 - ratio) * abs(positive)
 
 
-def _fields(query: _Query, taken: Sequence[str], scores: Mapping[str, float] | None) -> dict[str, object]:
-    fields: dict[str, object] = {
+def _record(query: _Query, negative_ids: Sequence[str], scores: Mapping[str, float] | None) -> dict[str, object]:
+    """Return a line of the training data."""
+    record: dict[str, object] = {
         "query_id": query.query_id,
         "query": query.text,
         "positives": list(query.positives.values()),
         "positive_ids": list(query.positives),
-        "negatives": [query.candidates[doc_id] for doc_id in taken],
-        "negative_ids": list(taken),
+        "negatives": [query.candidates[doc_id] for doc_id in negative_ids],
+        "negative_ids": list(negative_ids),
     }
     if scores is not None:
-        fields["scores"] = [scores[doc_id] for doc_id in (*query.positives, *taken)]
-    return fields
-
-
-def _check_hits(corpus: str, doc_ids: set[str], found: Mapping[str, _Text]) -> None:
-    if missing := sorted(doc_ids - found.keys()):
-        raise UserError(
-            f'{corpus}: no document "{missing[0]}" ({len(missing)} of {len(doc_ids)} hits of the run are not in it)'
-        )
+        record["scores"] = [scores[doc_id] for doc_id in (*query.positives, *negative_ids)]
+    return record

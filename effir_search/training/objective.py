@@ -118,7 +118,7 @@ class RetrievalObjective(Objective):
         start = sum(sizes[: _rank()]) if len(sizes) > 1 else 0
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
         known = [torch.tensor(_own_keys(example), device=device) for example in examples]
-        left_out = torch.stack([torch.isin(all_keys, of_query) for of_query in known]) | _repeated(all_keys)
+        left_out = torch.stack([torch.isin(all_keys, query_keys) for query_keys in known]) | _repeated(all_keys)
         own, candidates, teacher_scores = _own_candidates(examples, column, device)
 
         terms: dict[str, list[Tensor]] = {"contrastive": [], "distillation": []}
@@ -168,13 +168,13 @@ class ImitationObjective(Objective):
         if self.teacher.dimension == self.encoder.dimension:
             return
         sizes = f"{self.teacher.dimension} and {self.encoder.dimension}"
-        told = f"embeddings of teacher and encoder have {sizes} components"
+        reason = f"embeddings of teacher and encoder have {sizes} components"
         if not self.settings.score_weight:
-            raise UserError(f"--score-weight 0: {told}, so that score matrices are all that can be matched")
+            raise UserError(f"--score-weight 0: {reason}, so that score matrices are all that can be matched")
         if min(batch_size, len(dataset)) == 1:
             raise UserError(
-                f"a batch of 1 text: {told}, so that the similarities of a batch's texts are all that can be matched; "
-                "give a larger --batch-size, or more texts"
+                f"a batch of 1 text: {reason}, so that the similarities of a batch's texts are all that can be "
+                "matched; give a larger --batch-size, or more texts"
             )
 
     def forward(self, texts: Sequence[str], queries: Sequence[bool]) -> dict[str, Tensor]:
@@ -192,17 +192,17 @@ class ImitationObjective(Objective):
             rows, prompts = [np.arange(len(texts))], prompts[:1]
         forward = self._embed_both if self.by_token else self._embed
         parts = [
-            self._in_chunks([texts[row] for row in of_kind], prompt, forward)
-            for of_kind, prompt in zip(rows, prompts, strict=True)
-            if len(of_kind)
+            self._in_chunks([texts[row] for row in kind_rows], prompt, forward)
+            for kind_rows, prompt in zip(rows, prompts, strict=True)
+            if len(kind_rows)
         ]
         places = torch.from_numpy(np.argsort(np.concatenate(rows)))
-        student, *beside = (torch.cat(of_all)[places] for of_all in zip(*parts, strict=True))
-        if not beside:
+        student, *teacher = (torch.cat(tensors)[places] for tensors in zip(*parts, strict=True))
+        if not teacher:
             with torch.autocast(student.device.type, enabled=False):
-                beside = [torch.from_numpy(encode_texts(self.teacher, texts, queries)).to(student.device)]
+                teacher = [torch.from_numpy(encode_texts(self.teacher, texts, queries)).to(student.device)]
         with torch.autocast(student.device.type, enabled=False):  # as in RetrievalObjective
-            return self._loss(student, *beside)
+            return self._loss(student, *teacher)
 
     def _embed_both(self, batch: dict[str, Tensor], prompt_length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embeddings, the teacher's, and of each text how far its tokens' states are from the teacher's.
@@ -214,8 +214,8 @@ class ImitationObjective(Objective):
         with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
             teacher_states = self.teacher.model(**batch).last_hidden_state.float()
         student, teacher = (
-            vectors(of_one, mask, one.config, head=one.head, prompt_length=prompt_length)
-            for of_one, one in ((states, self.encoder), (teacher_states, self.teacher))
+            vectors(hidden_states, mask, encoder.config, head=encoder.head, prompt_length=prompt_length)
+            for hidden_states, encoder in ((states, self.encoder), (teacher_states, self.teacher))
         )
         return student, teacher, token_loss(states, teacher_states, mask)
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from effir_search.encoding.config import scale
-from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.model.checkpoint import named_errors, resolve_model
 from effir_search.model.sentence_files import check_stock_encoder
+from effir_search.settings import EncoderOptions
 from effir_search.text.examples import Pair, Scorer, checked_scores
 
 if TYPE_CHECKING:
@@ -25,19 +26,14 @@ SLICE = 8192
 def load_teacher(
     teacher: str | Path | None = None,
     reranker: str | Path | None = None,
-    *,
-    device: str = "auto",
-    stock_architecture: bool = False,
-    **text_options: object,
+    options: EncoderOptions = DEFAULT_OPTIONS,
 ) -> Scorer:
     """Return what scores ``(query, document)`` pairs: a bi-encoder or a cross-encoder.
 
     Args:
         teacher: Bi-encoder, folder or hub name.
         reranker: Cross-encoder, folder or hub name.
-        device: As for ``Encoder.from_pretrained``.
-        stock_architecture: Likewise.
-        text_options: Of a bi-encoder, likewise.
+        options: How a bi-encoder is loaded and run; of a cross-encoder ``device`` and ``stock_architecture``.
 
     Raises:
         ValueError: Not just one of the two, or a model that cannot be one.
@@ -46,9 +42,8 @@ def load_teacher(
     if (teacher is None) == (reranker is None):
         raise UserError("give one teacher: either --teacher, a bi-encoder, or --reranker, a cross-encoder")
     if teacher is not None:
-        encoder = Encoder.from_pretrained(teacher, device=device, stock_architecture=stock_architecture, **text_options)
-        return functools.partial(bi_encoder_scores, encoder.pack())
-    model = load_cross_encoder(reranker, device=device, stock_architecture=stock_architecture)
+        return functools.partial(bi_encoder_scores, Encoder.from_pretrained(teacher, options).pack())
+    model = load_cross_encoder(reranker, device=options.device, stock_architecture=options.stock_architecture)
     return functools.partial(cross_encoder_scores, model)
 
 
@@ -73,8 +68,8 @@ def bi_encoder_scores(encoder: Encoder, pairs: Sequence[Pair]) -> list[float]:
     scores: list[float] = []
     for start in range(0, len(pairs), SLICE):
         part = slice(start, start + SLICE)
-        left, right = query_embeddings[query_rows[part]], document_embeddings[document_rows[part]]
-        scores += np.einsum("ij,ij->i", left, right).tolist()
+        products = np.einsum("ij,ij->i", query_embeddings[query_rows[part]], document_embeddings[document_rows[part]])
+        scores += products.tolist()
     return scores
 
 

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +21,7 @@ from effir_search.encoding.encoder import NotFiniteError
 from effir_search.errors import UserError
 from effir_search.files.reading import read_json
 from effir_search.files.whole import whole_file
+from effir_search.settings import TrainingSettings
 from effir_search.training.dev import Measure
 from effir_search.training.objective import Objective
 
@@ -73,8 +77,8 @@ class ObjectiveTrainer(Trainer):
         """
         terms = model(**inputs)
         if not torch.isfinite(terms["loss"]):
-            told = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise UserError(f"the loss of step {self.state.global_step + 1} is not finite ({told}); {self._advice()}")
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise UserError(f"the loss of step {self.state.global_step + 1} is not finite ({values}); {self._advice()}")
         return terms["loss"]
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
@@ -85,16 +89,16 @@ class ObjectiveTrainer(Trainer):
         """
         self._check_weights()
         name, measure = self.measure
-        found = [None]
+        figures: list[float | None] = [None]  # of the main process, for all
         if self.is_world_process_zero():
             self.model.eval()
             try:
                 with self.accelerator.autocast():
-                    found = [measure(self.objective.encoder)]
+                    figures = [measure(self.objective.encoder)]
             except NotFiniteError as error:
                 step = self.state.global_step
                 raise UserError(f"step {step}: embeddings are not finite any more; {self._advice()}") from error
-        metrics = {"eval_measure": broadcast_object_list(found)[0]}
+        metrics = {"eval_measure": broadcast_object_list(figures)[0]}
         self.log(metrics)
         logger.info("step %d: %s %.4f", self.state.global_step, name, metrics["eval_measure"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -129,6 +133,59 @@ class ObjectiveTrainer(Trainer):
         """Leave it to the caller, who takes the best weights also of a job that was stopped after its last step."""
 
 
+def training_arguments(
+    folder: Path, settings: TrainingSettings, device: torch.device, steps: int, *, begins: bool, watched: bool
+) -> TrainingArguments:
+    """Return the settings in transformers' words.
+
+    Args:
+        folder: The job's, for checkpoints.
+        settings: See ``finetune.resolved_training``.
+        device: Where the model is.
+        steps: Of the optimiser.
+        begins: Whether no step was done yet.
+        watched: Whether something is measured.
+    """
+    every = settings.eval_steps or max(1, steps // 20)
+    on_cpu = device.type == "cpu"
+    # Not in the job's folder, which goes when the model is there.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{folder.with_suffix('')}.tensorboard")
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=steps,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=int(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=on_cpu,
+        seed=settings.seed,
+        logging_steps=max(1, min(10, every)),
+        eval_strategy="steps" if watched else "no",
+        eval_on_start=watched and begins,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=3,  # the best one, the last one, and the one before while that is written
+        load_best_model_at_end=watched,
+        metric_for_best_model="eval_measure" if watched else None,
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # of the early stop
+        remove_unused_columns=False,
+        label_names=[],
+        # Buffers are constants here, and must not change between the forward passes of a step.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        report_to=list(settings.log_to) or "none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
 def trained_parameters(objective: Objective) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that are trained, with their names."""
     return ((name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad)
@@ -144,8 +201,8 @@ def load_trained(objective: Objective, checkpoint: Path) -> None:
     tensors = read_weights(checkpoint)
     parameters = dict(trained_parameters(objective))
     if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())[0]
-        raise UserError(f"{checkpoint}: is of another model; {odd} is only in one of the two")
+        unmatched = sorted(tensors.keys() ^ parameters.keys())
+        raise UserError(f"{checkpoint}: is of another model; {unmatched[0]} is only in one of the two")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
@@ -189,8 +246,8 @@ def stopped_early(checkpoint: Path, patience: int) -> TrainerState | None:
     transformers forgets that it was to stop when it continues, and would train on to the next measurement.
     """
     state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-    counted = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-    return state if counted.get("early_stopping_patience_counter", 0) >= patience else None
+    attributes = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    return state if attributes.get("early_stopping_patience_counter", 0) >= patience else None
 
 
 def plain_log(state: TrainerState) -> list[dict]:

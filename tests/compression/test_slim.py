@@ -22,7 +22,7 @@ from effir_search.pruning.gates import gated, learn_gates
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
 from effir_search.settings import DataSettings, LossSettings, ScoringSettings
 from effir_search.text.texts import read_texts, sampled
-from effir_search.training.data import Loaded, checkpoint_activations
+from effir_search.training.data import PreparedData, checkpoint_activations
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 RECORDS = [
@@ -227,13 +227,13 @@ def test_weights_alone_need_no_texts_but_take_them_for_the_cosine(tmp_path, bert
 
 
 def test_batches_run_through_passes_that_are_each_in_an_order_of_their_own():
-    batches = Batches(Loaded(list(range(10)), lambda rows: {"rows": rows}, []), size=4, number=5, seed=1)
+    batches = Batches(PreparedData(list(range(10)), lambda rows: {"rows": rows}, []), size=4, number=5, seed=1)
     rows = [batch["rows"] for batch in batches]
     assert len(batches) == len(rows) == 5 and all(len(of_batch) == 4 for of_batch in rows)
     flat = [row for of_batch in rows for row in of_batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
     assert [batch["rows"] for batch in batches] == rows
-    (small,) = Batches(Loaded([7, 8], lambda rows: {"rows": rows}, []), size=4, number=1, seed=1)
+    (small,) = Batches(PreparedData([7, 8], lambda rows: {"rows": rows}, []), size=4, number=1, seed=1)
     assert sorted(small["rows"]) == [7, 8]
 
 

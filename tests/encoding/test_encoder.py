@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5EncoderModel
 
 from effir_search.encoding.batching import batches_by_length
 from effir_search.encoding.config import EncoderConfig
@@ -711,3 +711,12 @@ def test_a_gpu_gives_the_vectors_of_the_cpu(bert_folder):
     cpu = Encoder.from_pretrained(bert_folder, device="cpu", dtype="fp32").encode_documents(TEXTS)
     gpu = Encoder.from_pretrained(bert_folder, device="cuda", dtype="fp32").encode_documents(TEXTS)
     np.testing.assert_allclose(cpu, gpu, atol=1e-4)
+
+
+def test_the_dimension_of_an_encoder_with_another_model_is_that_models(tmp_path):
+    encoder = Encoder.from_pretrained(save_model(tmp_path / "bert", "bert"), device="cpu")
+    assert encoder.dimension == 32
+    config = tiny_config("bert")
+    config.hidden_size = 16
+    other = encoder.with_model(BertModel(config))
+    assert (encoder.dimension, other.dimension) == (32, 16)

@@ -15,12 +15,11 @@ from effir_search.cli.main import describe_error
 from effir_search.text.examples import (
     Example,
     Examples,
-    Record,
     document_key,
     prepare_examples,
-    read_records,
     with_scores,
 )
+from effir_search.text.records import Record, read_records
 
 SOUP = Record("hot soup", ["tomato soup", "soup with onion"], ["sweet tea", "jam"], None)
 SCORED = SOUP._replace(scores=[3.0, 2.5, -1.0, 0.0])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,16 +29,17 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
 from effir_search.cli import cli as command
-from effir_search.cli import legacy_options as cli
+from effir_search.cli.options import taken
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import lora_targets
 from effir_search.model.surgery import prune
-from effir_search.settings import DataSettings, LossSettings, TrainingSettings
+from effir_search.settings import DataSettings, EncoderOptions, LossSettings, TrainingSettings
 from effir_search.text.examples import Examples
-from effir_search.training.data import Shuffled, teacher_reading
+from effir_search.training.data import ShuffledSequence, teacher_reading
 from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.finetune import check_processes, finetune
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
+from effir_search.training.trainable import make_plain, make_trainable
 from effir_search.training.trainer import last_whole_checkpoint
 from effir_search.training.unlabelled import PlainText
 
@@ -52,7 +54,8 @@ RECORDS = [
     for (query_id, doc_id), grade in QRELS.items()
     if grade and DOCUMENTS[doc_id][1] and doc_id != "002"
 ]
-QUICK = {"device": "cpu", "losses": LossSettings(temperature=0.1)}
+CPU = EncoderOptions(device="cpu")
+QUICK = {"options": CPU, "losses": LossSettings(temperature=0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +86,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_fine_tuning_a_pruned_model_lowers_the_loss_and_saves_a_pruned_model(tmp_path, pruned, examples):
-    recipe = TrainingSettings(batch_size=4, epochs=10, learning_rate=3e-3)
-    done = finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
+    settings = TrainingSettings(batch_size=4, epochs=10, learning_rate=3e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), settings=settings, **QUICK)
     record = json.loads((tmp_path / "tuned" / "training.json").read_text())
     losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
     assert losses[-1] < losses[0] / 2
@@ -103,7 +106,7 @@ def test_a_model_that_was_never_pruned_is_fine_tuned_alike(tmp_path, bert_folder
         str(bert_folder),
         tmp_path / "tuned",
         DataSettings(train=examples),
-        recipe=TrainingSettings(batch_size=4),
+        settings=TrainingSettings(batch_size=4),
         **QUICK,
     )
     assert Encoder.from_pretrained(tmp_path / "tuned").model.config.model_type == "bert"
@@ -111,12 +114,10 @@ def test_a_model_that_was_never_pruned_is_fine_tuned_alike(tmp_path, bert_folder
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_lora_equals_unmerged(tmp_path, pruned, examples, dtype):
-    from effir_search.training import finetune as module
-
     encoder = Encoder.from_pretrained(pruned, device="cpu", dtype="saved")
     encoder.model.to(dtype)
     original = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
-    module._make_trainable(encoder, TrainingSettings(lora_rank=2, lora_alpha=4))
+    encoder = make_trainable(encoder, TrainingSettings(lora_rank=2, lora_alpha=4))
     adapted = {name: m for name, m in encoder.model.named_modules() if hasattr(m, "lora_A")}
     for name, lora in adapted.items():
         torch.manual_seed(len(name))
@@ -132,7 +133,7 @@ def test_merged_lora_equals_unmerged(tmp_path, pruned, examples, dtype):
             ).to(dtype)
             for name, lora in adapted.items()
         }
-    module._make_plain(encoder, dtype)
+    encoder = make_plain(encoder, dtype)
     state = encoder.model.state_dict()
     assert state.keys() == original.keys()
     for name, matrix in expected.items():
@@ -149,8 +150,8 @@ def test_lora_trains_the_matrices_of_what_is_left_alone(tmp_path, examples, fami
     encoder = Encoder.from_pretrained(save_model(tmp_path / "base", family), device="cpu", dtype="saved")
     encoder.model = prune(encoder.model, mlp=[1], attention=[2])
     encoder.save(tmp_path / "pruned")
-    recipe = TrainingSettings(batch_size=4, lora_rank=2, learning_rate=1e-2, gradient_checkpointing=family != "mpnet")
-    finetune(str(tmp_path / "pruned"), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
+    settings = TrainingSettings(batch_size=4, lora_rank=2, learning_rate=1e-2, gradient_checkpointing=family != "mpnet")
+    finetune(str(tmp_path / "pruned"), tmp_path / "tuned", DataSettings(train=examples), settings=settings, **QUICK)
     before, after = weights(tmp_path / "pruned"), weights(tmp_path / "tuned")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{path}.weight" for path in lora_targets(encoder.model)}
@@ -158,8 +159,8 @@ def test_lora_trains_the_matrices_of_what_is_left_alone(tmp_path, examples, fami
 
 def test_without_labels_a_pruned_model_becomes_more_like_its_teacher(tmp_path, bert_folder, pruned, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
-    recipe = TrainingSettings(batch_size=16, epochs=20, learning_rate=2e-3)
-    done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    settings = TrainingSettings(batch_size=16, epochs=20, learning_rate=2e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK)
     assert done.measure == "likeness"
     assert done.best > done.before + 0.05
     teacher, before, after = (
@@ -184,8 +185,8 @@ def test_the_scores_that_are_learned_are_the_teachers(tmp_path, bert_folder, pru
         name = save_cross_encoder(tmp_path / "reranker")
         score = partial(cross_encoder_scores, load_cross_encoder(name, device="cpu"))
     data = DataSettings(train=str(train), **{kind: str(name)})
-    recipe = TrainingSettings(batch_size=2, max_steps=2)
-    finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    settings = TrainingSettings(batch_size=2, max_steps=2)
+    finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK, keep_checkpoints=True)
     prepared = Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl")
     assert len(prepared) == len(RECORDS)
     for example in prepared:
@@ -207,14 +208,14 @@ def test_a_teacher_that_does_not_say_how_it_reads_reads_as_the_student(tmp_path,
         reading = {}
     given = Encoder.from_pretrained(teacher, device="cpu", dtype="fp32", **reading)
     data = DataSettings(train=without_scores(tmp_path / "train.jsonl"), teacher=str(teacher))
-    recipe = TrainingSettings(batch_size=2, max_steps=1)
-    finetune(str(student), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    settings = TrainingSettings(batch_size=2, max_steps=1)
+    finetune(str(student), tmp_path / "tuned", data, settings=settings, **QUICK, keep_checkpoints=True)
     for example in Examples(tmp_path / "tuned.training" / "data" / "examples.jsonl"):
         pairs = [(example.query, text) for text in (example.positive, *example.negatives)]
         assert example.scores == pytest.approx(bi_encoder_scores(given, pairs), rel=0.02, abs=0.02)
     imitation = DataSettings(texts=(str(tmp_path / "train.jsonl"),), teacher=str(teacher))
-    imitated_as = teacher_reading(imitation, Encoder.from_pretrained(student, device="cpu"))
-    assert imitated_as == ({} if told else {**reading, "document_prompt": ""})
+    imitated_as = teacher_reading(imitation, Encoder.from_pretrained(student, device="cpu"), CPU)
+    assert imitated_as == (CPU if told else replace(CPU, **reading, document_prompt=""))
 
 
 def loss_settings(folder: Path) -> dict:
@@ -222,7 +223,7 @@ def loss_settings(folder: Path) -> dict:
 
 
 def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert_folder, pruned, texts):
-    recipe = TrainingSettings(batch_size=16, max_steps=1)
+    settings = TrainingSettings(batch_size=16, max_steps=1)
     other = save_sentence_files(save_model(tmp_path / "other", "bert"), prompts={"query": "soup "})
     first = save_sentence_files(save_model(tmp_path / "first", "bert"), pooling="cls")
     for name, teacher, asked, expected in (
@@ -234,19 +235,19 @@ def test_tokens_are_matched_where_the_teacher_reads_the_same_ones(tmp_path, bert
     ):
         losses = LossSettings(token_weight=asked)
         data = DataSettings(texts=(texts,), teacher=str(teacher))
-        finetune(str(pruned), tmp_path / name, data, recipe=recipe, losses=losses, device="cpu")
+        finetune(str(pruned), tmp_path / name, data, settings=settings, losses=losses, options=CPU)
         assert loss_settings(tmp_path / name)["token_weight"] == expected
     with pytest.raises(ValueError, match="--token-weight 2: .*other has another query_prompt"):
         data = DataSettings(texts=(texts,), teacher=str(other))
         finetune(
-            str(pruned), tmp_path / "bad", data, recipe=recipe, losses=LossSettings(token_weight=2.0), device="cpu"
+            str(pruned), tmp_path / "bad", data, settings=settings, losses=LossSettings(token_weight=2.0), options=CPU
         )
 
 
 def test_a_model_that_imitates_itself_starts_at_a_loss_of_zero(tmp_path, bert_folder, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
-    recipe = TrainingSettings(batch_size=16, max_steps=1, bf16=False, eval_steps=1)
-    finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=LossSettings(), device="cpu")
+    settings = TrainingSettings(batch_size=16, max_steps=1, bf16=False, eval_steps=1)
+    finetune(str(bert_folder), tmp_path / "tuned", data, settings=settings, losses=LossSettings(), options=CPU)
     log = json.loads((tmp_path / "tuned" / "training.json").read_text())["log"]
     first = next(entry["loss"] for entry in log if "loss" in entry)
     assert first == pytest.approx(0, abs=1e-3)  # the teacher may compute in bfloat16
@@ -260,8 +261,10 @@ def test_the_best_checkpoint_is_kept_and_training_ends_early(tmp_path, bert_fold
     (dev / "qrels").mkdir()
     (dev / "qrels" / "dev.tsv").write_text((collection / "qrels" / "test.tsv").read_text())
     data = DataSettings(train=examples, dev=str(dev))
-    recipe = TrainingSettings(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
-    train = partial(finetune, str(bert_folder), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    settings = TrainingSettings(batch_size=4, epochs=50, learning_rate=5e-2, eval_steps=2, patience=3)
+    train = partial(
+        finetune, str(bert_folder), tmp_path / "tuned", data, settings=settings, **QUICK, keep_checkpoints=True
+    )
     done = train()
     # As if it had been killed before it wrote down that it was done.
     (tmp_path / "tuned.training" / "trained.json").unlink()
@@ -291,13 +294,13 @@ def test_the_measure_of_a_dev_split_is_that_of_the_commands(tmp_path, toy_index,
     assert f"{found:.4f}" in CliRunner().invoke(command, [str(a) for a in arguments]).stdout
 
 
-@pytest.mark.parametrize("settings", [{"cached": True}, {"dimensions": (16,)}, {}])
-def test_a_batch_of_one_without_negatives_is_an_error_and_leaves_no_model(tmp_path, bert_folder, settings):
+@pytest.mark.parametrize("losses", [{"cached": True}, {"dimensions": (16,)}, {}])
+def test_a_batch_of_one_without_negatives_is_an_error_and_leaves_no_model(tmp_path, bert_folder, losses):
     records = [{"query": "hot soup", "positives": ["tomato soup"]}, {"query": "red", "positives": ["red tomato"]}]
     data = DataSettings(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
-    recipe, losses = TrainingSettings(batch_size=1, max_steps=1, bf16=False), LossSettings(**settings)
+    settings, losses = TrainingSettings(batch_size=1, max_steps=1, bf16=False), LossSettings(**losses)
     with pytest.raises(ValueError, match="a batch of 1 example without hard negatives: no query meets a document"):
-        finetune(str(bert_folder), tmp_path / "tuned", data, recipe=recipe, losses=losses, device="cpu")
+        finetune(str(bert_folder), tmp_path / "tuned", data, settings=settings, losses=losses, options=CPU)
     assert not (tmp_path / "tuned").exists()
 
 
@@ -355,14 +358,14 @@ def test_a_random_mistral_learns_to_rank_a_toy_task(tmp_path):
     MistralModel(config).save_pretrained(tmp_path / "model")
     word_tokenizer(bos=True, eos=True).save_pretrained(tmp_path / "model")
     save_sentence_files(tmp_path / "model", pooling="lasttoken")
-    recipe = TrainingSettings(batch_size=20, epochs=8, learning_rate=3e-3)
+    settings = TrainingSettings(batch_size=20, epochs=8, learning_rate=3e-3)
     data = DataSettings(train=str(tmp_path / "train.jsonl"))
     finetune(
         str(tmp_path / "model"),
         tmp_path / "tuned",
         data,
-        recipe=recipe,
-        device="cpu",
+        settings=settings,
+        options=CPU,
         losses=LossSettings(temperature=0.05),
     )
 
@@ -415,24 +418,24 @@ def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
 @pytest.mark.parametrize("dataset_size", [1, 5, 8])
 def test_every_pass_has_every_item_once_in_an_order_of_its_own(dataset_size):
     items = list(range(100, 100 + dataset_size))
-    sequence = Shuffled(items, 3 * dataset_size, seed=1)
+    sequence = ShuffledSequence(items, 3 * dataset_size, seed=1)
     passes = [[sequence[p * dataset_size + i] for i in range(dataset_size)] for p in range(3)]
     assert all(sorted(of_pass) == items for of_pass in passes)
     assert dataset_size < 5 or passes[0] != passes[1]
     assert [sequence[i] for i in reversed(range(len(sequence)))] == [*reversed(sum(passes, []))]
-    assert [Shuffled(items, dataset_size, seed=1)[i] for i in range(dataset_size)] == passes[0]
+    assert [ShuffledSequence(items, dataset_size, seed=1)[i] for i in range(dataset_size)] == passes[0]
     with pytest.raises(IndexError):
         sequence[3 * dataset_size]
 
 
 def test_a_job_that_was_stopped_while_it_saved_trains_no_further(tmp_path, pruned, examples):
-    data, recipe = DataSettings(train=examples), TrainingSettings(batch_size=4, max_steps=4, schedule="constant")
-    finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK, keep_checkpoints=True)
+    data, settings = DataSettings(train=examples), TrainingSettings(batch_size=4, max_steps=4, schedule="constant")
+    finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK, keep_checkpoints=True)
     first = weights(tmp_path / "tuned")
     shutil.rmtree(tmp_path / "tuned")
     for checkpoint in (tmp_path / "tuned.training").glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").unlink()  # what another step would need
-    done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    done = finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK)
     assert done.steps == 4
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path / "tuned").items())
 
@@ -440,16 +443,16 @@ def test_a_job_that_was_stopped_while_it_saved_trains_no_further(tmp_path, prune
 def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_folder, pruned, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
     run = partial(finetune, str(pruned), tmp_path / "tuned", **QUICK, keep_checkpoints=True)
-    run(data, recipe=TrainingSettings(batch_size=16, max_steps=2))
+    run(data, settings=TrainingSettings(batch_size=16, max_steps=2))
     file = tmp_path / "tuned.training" / "data" / "texts.jsonl"
     written = file.stat().st_mtime_ns
     shutil.rmtree(tmp_path / "tuned")
-    run(data, recipe=TrainingSettings(batch_size=16, max_steps=3), restart=True)
+    run(data, settings=TrainingSettings(batch_size=16, max_steps=3), restart=True)
     assert file.stat().st_mtime_ns == written
     shutil.rmtree(tmp_path / "tuned")
     run(
         DataSettings(texts=(texts,), teacher=str(bert_folder), num_texts=20),
-        recipe=TrainingSettings(batch_size=16, max_steps=2),
+        settings=TrainingSettings(batch_size=16, max_steps=2),
         restart=True,
     )
     assert file.stat().st_mtime_ns != written and len(file.read_text().splitlines()) == 20
@@ -458,8 +461,8 @@ def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_fo
 def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warmed_up(tmp_path, pruned, examples):
     data = DataSettings(train=examples)
     order = {"batch_size": 4, "epochs": 2, "max_steps": 1000, "eval_steps": 1}
-    recipe = TrainingSettings(**order, warmup=0.25, schedule="constant", learning_rate=1e-3)
-    done = finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+    settings = TrainingSettings(**order, warmup=0.25, schedule="constant", learning_rate=1e-3)
+    done = finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK)
     assert done.steps == 2 * 4 * len(RECORDS) / 4
     rates = [
         e["learning_rate"] for e in json.loads((tmp_path / "tuned" / "training.json").read_text())["log"] if "loss" in e
@@ -516,7 +519,7 @@ def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
         str(pruned),
         tmp_path / "tuned",
         DataSettings(train=examples),
-        recipe=TrainingSettings(batch_size=4, max_steps=2, **more),
+        settings=TrainingSettings(batch_size=4, max_steps=2, **more),
         **QUICK,
         keep_checkpoints=True,
     )
@@ -531,9 +534,9 @@ def test_a_job_of_other_settings_is_not_continued(tmp_path, pruned, examples):
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(tmp_path, pruned, examples):
-    recipe = TrainingSettings(batch_size=4, epochs=5, learning_rate=1e25, warmup=0.9, eval_steps=1, bf16=False)
+    settings = TrainingSettings(batch_size=4, epochs=5, learning_rate=1e25, warmup=0.9, eval_steps=1, bf16=False)
     with pytest.raises(ValueError, match="lower --learning-rate"):
-        finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
+        finetune(str(pruned), tmp_path / "tuned", DataSettings(train=examples), settings=settings, **QUICK)
     assert not (tmp_path / "tuned").exists()
     checkpoint = last_whole_checkpoint(tmp_path / "tuned.training")
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
@@ -541,13 +544,13 @@ def test_a_loss_that_is_not_finite_ends_in_one_error_and_leaves_the_checkpoints(
 
 def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path, bert_folder, pruned, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
-    recipe = TrainingSettings(batch_size=8, max_steps=4, learning_rate=1e30, warmup=0.5, eval_steps=2, bf16=False)
+    settings = TrainingSettings(batch_size=8, max_steps=4, learning_rate=1e30, warmup=0.5, eval_steps=2, bf16=False)
     with pytest.raises(ValueError, match=r"step 2: .* not finite any more.*lower --learning-rate"):
-        finetune(str(pruned), tmp_path / "tuned", data, recipe=recipe, **QUICK)
+        finetune(str(pruned), tmp_path / "tuned", data, settings=settings, **QUICK)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "losses", "message"),
+    ("settings", "losses", "message"),
     [
         (TrainingSettings(lora_alpha=4), LossSettings(), "--lora-alpha and --lora-dropout go with LoRA"),
         (TrainingSettings(), LossSettings(token_weight=1.0), "--token-weight 1 goes with --texts"),
@@ -555,19 +558,19 @@ def test_embeddings_that_are_not_finite_any_more_end_in_the_same_error(tmp_path,
     ],
 )
 def test_what_would_have_no_effect_is_refused_and_leaves_nothing(
-    tmp_path, bert_folder, examples, recipe, losses, message
+    tmp_path, bert_folder, examples, settings, losses, message
 ):
     with pytest.raises(ValueError, match=message):
         finetune(
             str(bert_folder),
             tmp_path / "tuned",
             DataSettings(train=examples),
-            recipe=recipe,
+            settings=settings,
             losses=losses,
-            device="cpu",
+            options=CPU,
         )
     assert not (tmp_path / "tuned").exists()
-    if recipe.patience is None:
+    if settings.patience is None:
         assert not list(tmp_path.iterdir())
 
 
@@ -580,7 +583,7 @@ def test_refused_examples_leave_no_folder(tmp_path, bert_folder, refused):
             str(bert_folder),
             tmp_path / "tuned",
             DataSettings(train=str(tmp_path / "train.jsonl")),
-            recipe=TrainingSettings(),
+            settings=TrainingSettings(),
             **QUICK,
         )
     assert not (tmp_path / "tuned.training").exists()
@@ -595,7 +598,7 @@ def test_scores_that_look_like_cosines_are_warned_of(tmp_path, bert_folder, capl
         str(bert_folder),
         tmp_path / "tuned",
         DataSettings(train=str(train)),
-        recipe=TrainingSettings(max_steps=1),
+        settings=TrainingSettings(max_steps=1),
         **QUICK,
     )
     assert any("give --teacher-temperature 0.1" in record.getMessage() for record in caplog.records) == warned
@@ -603,9 +606,9 @@ def test_scores_that_look_like_cosines_are_warned_of(tmp_path, bert_folder, capl
 
 def test_a_reporter_that_is_not_installed_is_named(tmp_path, bert_folder, examples, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    recipe = TrainingSettings(log_to=("wandb",))
+    settings = TrainingSettings(log_to=("wandb",))
     with pytest.raises(ValueError, match="--log-to wandb: is not installed"):
-        finetune(str(bert_folder), tmp_path / "tuned", DataSettings(train=examples), recipe=recipe, **QUICK)
+        finetune(str(bert_folder), tmp_path / "tuned", DataSettings(train=examples), settings=settings, **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -625,9 +628,9 @@ def test_data_that_says_too_much_or_too_little_is_refused(data, message):
 
 
 def test_the_commands_defaults_are_the_librarys():
-    context = cli.finetune.make_context("finetune", ["--encoder", "x", "--output", "y", "--train", "a"])
+    context = command.commands["finetune"].make_context("finetune", ["--encoder", "x", "--output", "y", "--train", "a"])
     options = dict(context.params)
-    assert [cli.taken(kind, options) for kind in (DataSettings, TrainingSettings, LossSettings)] == [
+    assert [taken(kind, options) for kind in (DataSettings, TrainingSettings, LossSettings)] == [
         DataSettings("a"),
         TrainingSettings(),
         LossSettings(),
@@ -670,7 +673,7 @@ def test_the_card_names_every_source(tmp_path, bert_folder, pruned, texts):
     other = tmp_path / "more.txt"
     other.write_text("hot soup\nsweet tea\n" * 2)
     data = DataSettings(texts=(texts, str(other)), teacher=str(bert_folder))
-    finetune(str(pruned), tmp_path / "tuned", data, recipe=TrainingSettings(batch_size=16, max_steps=1), **QUICK)
+    finetune(str(pruned), tmp_path / "tuned", data, settings=TrainingSettings(batch_size=16, max_steps=1), **QUICK)
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "| Texts | texts.txt, more.txt |" in card and f"| Teacher | {bert_folder.name} |" in card
     assert f"| Trained from | {pruned.parent.name}/model |" in card and str(tmp_path) not in card
@@ -700,9 +703,9 @@ def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_loaded(tmp_path)
             "no-model",
             tmp_path / "out",
             DataSettings(train="x"),
-            recipe=TrainingSettings(),
+            settings=TrainingSettings(),
             losses=LossSettings(),
-            device="cuda:99",
+            options=EncoderOptions(device="cuda:99"),
         )
 
 
@@ -716,6 +719,6 @@ def test_one_gpu_for_several_processes_is_an_error():
 @pytest.mark.gpu
 def test_it_trains_on_the_last_gpu(tmp_path, bert_folder, examples):
     device = f"cuda:{torch.cuda.device_count() - 1}"
-    options = {"recipe": TrainingSettings(max_steps=2, batch_size=4), "losses": LossSettings(), "device": device}
-    done = finetune(str(bert_folder), tmp_path / "out", DataSettings(train=str(examples)), **options)
+    settings, options = TrainingSettings(max_steps=2, batch_size=4), EncoderOptions(device=device)
+    done = finetune(str(bert_folder), tmp_path / "out", DataSettings(train=str(examples)), settings, options=options)
     assert done.steps == 2 and torch.cuda.current_device() == torch.cuda.device_count() - 1

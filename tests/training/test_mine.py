@@ -9,8 +9,9 @@ from sentence_transformers import CrossEncoder
 from test_teachers import save_cross_encoder
 
 from effir_search.cli import cli
-from effir_search.text.examples import read_records
-from effir_search.training.mine import Mined, describe_mined, highest_negative, mine
+from effir_search.settings import EncoderOptions, MiningSettings
+from effir_search.text.records import read_records
+from effir_search.training.mine import MiningResult, describe_mined, highest_negative, mine
 from effir_search.training.teachers import load_teacher
 
 TEXTS = {doc_id: f"{title} {text}".strip() for doc_id, (title, text) in DOCUMENTS.items()}
@@ -44,7 +45,8 @@ def mined(tmp_path, collection):
             name: options.pop(name) for name in ("corpus", "topics", "qrels") if name in options
         }
         places = {name: str(place) for name, place in places.items()}
-        counts = mine(write_run(tmp_path / "run.txt", hits), output=output, **places, **{"sample": "top"} | options)
+        settings = MiningSettings(**{"sample": "top"} | options)
+        counts = mine(write_run(tmp_path / "run.txt", hits), output=output, **places, settings=settings)
         records = map(json.loads, output.read_text().splitlines())
         return counts, {record["query_id"]: record for record in records}
 
@@ -74,7 +76,7 @@ def test_negatives_are_the_hits_that_are_neither_positive_nor_empty(mined):
         "negative_ids": ["002", "003", "004"],
     }
     assert negatives(records) == {"1": ["002", "003", "004"], "2": ["002", "004", "005"]}
-    assert counts == Mined(
+    assert counts == MiningResult(
         num_queries=2,
         num_negatives=6,
         num_false=0,
@@ -212,7 +214,7 @@ def test_what_the_teacher_takes_for_a_positive_is_left_out(mined, bert_folder, r
         model = CrossEncoder(str(folder), device="cpu")
         score = functools.partial(model.predict, activation_fn=torch.nn.Identity())
     else:
-        score = load_teacher(folder, device="cpu")
+        score = load_teacher(folder, options=EncoderOptions(device="cpu"))
     ids_of = {query_id: [*record["positive_ids"], *record["negative_ids"]] for query_id, record in before.items()}
     # All in one call, as in mining: in bfloat16 a score depends on what shares its batch.
     answers = iter(score([(TOPICS[query_id], TEXTS[doc_id]) for query_id, ids in ids_of.items() for doc_id in ids]))
@@ -247,8 +249,8 @@ def test_the_file_is_training_data(mined, tmp_path, bert_folder, with_teacher):
 
 
 def test_the_answer_tells_what_was_left_out():
-    assert describe_mined(Mined(3, 9, 0, 0, 0, 0, 0, 0)) == "3 queries, 9 negatives"
-    assert describe_mined(Mined(3, 9, 4, 6, 7, 1, 2, 5)) == (
+    assert describe_mined(MiningResult(3, 9, 0, 0, 0, 0, 0, 0)) == "3 queries, 9 negatives"
+    assert describe_mined(MiningResult(3, 9, 4, 6, 7, 1, 2, 5)) == (
         "3 queries, 9 negatives; 4 probable positives left out; 6 hits with the query's own text left out; "
         "7 copies of positives left out; 1 queries without a positive; 2 queries without a negative; "
         "5 queries not in the run"

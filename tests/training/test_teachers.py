@@ -10,8 +10,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from effir_search.encoding.encoder import Encoder
+from effir_search.settings import EncoderOptions
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder, load_teacher
 
+CPU = EncoderOptions(device="cpu")
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values() if title or text]
 PAIRS = [(query, text) for query in TOPICS.values() for text in TEXTS]
 
@@ -117,11 +119,11 @@ def test_without_sentence_transformers_the_way_to_get_it_is_said(monkeypatch, re
 
 def test_a_teacher_is_one_or_the_other(bert_folder, reranker):
     bi_encoder = Encoder.from_pretrained(bert_folder, device="cpu")
-    assert load_teacher(bert_folder, device="cpu")(PAIRS) == pytest.approx(
+    assert load_teacher(bert_folder, options=CPU)(PAIRS) == pytest.approx(
         bi_encoder_scores(bi_encoder, PAIRS), abs=0.02
     )
     logits = cross_encoder_scores(load_cross_encoder(reranker, device="cpu"), PAIRS)
-    assert load_teacher(reranker=reranker, device="cpu")(PAIRS) == pytest.approx(logits, abs=1e-5)
+    assert load_teacher(reranker=reranker, options=CPU)(PAIRS) == pytest.approx(logits, abs=1e-5)
     for both in ((None, None), (bert_folder, reranker)):
         with pytest.raises(ValueError, match="give one teacher: either --teacher, a bi-encoder, or --reranker"):
             load_teacher(*both)
@@ -129,13 +131,16 @@ def test_a_teacher_is_one_or_the_other(bert_folder, reranker):
 
 def test_a_cross_encoder_with_code_of_its_own_is_an_error_that_names_the_option(tmp_path):
     folder = save_cross_encoder(tmp_path / "reranker")
-    expected = load_teacher(reranker=folder, device="cpu")(PAIRS[:3])
+    expected = load_teacher(reranker=folder, options=CPU)(PAIRS[:3])
     config = json.loads((folder / "config.json").read_text())
     own = {"AutoModelForSequenceClassification": "modeling_own.Scorer"}
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
     with pytest.raises(ValueError, match=r"names code of its own \(modeling_own.Scorer\).*--stock-architecture"):
         load_teacher(reranker=folder)
-    assert load_teacher(reranker=folder, device="cpu", stock_architecture=True)(PAIRS[:3]) == expected
+    assert (
+        load_teacher(reranker=folder, options=EncoderOptions(device="cpu", stock_architecture=True))(PAIRS[:3])
+        == expected
+    )
     (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "custom_st.Transformer"}]))
     with pytest.raises(ValueError, match="module 0 is custom_st.Transformer, which is not supported"):
-        load_teacher(reranker=folder, stock_architecture=True)
+        load_teacher(reranker=folder, options=EncoderOptions(stock_architecture=True))
