@@ -21,7 +21,7 @@ from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
 from effir_search.model.checkpoint import lasting_name, resolve_model, weights_sha256
-from effir_search.model.layers import Kind, mlp_widths, parts_of
+from effir_search.model.layers import PartKind, mlp_widths, parts_of
 from effir_search.model.save import TRAINING_FILE
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.pruning.analyze import analyze
@@ -228,7 +228,7 @@ def _begins(folder: Path, name: str, what: str) -> bool:
     return not done
 
 
-def _numbers(compression: CompressionSettings) -> dict[Kind, int]:
+def _numbers(compression: CompressionSettings) -> dict[PartKind, int]:
     """Return how many parts to drop by kind, in the order in which kinds go."""
     return {kind: number for kind in NAMES if (number := getattr(compression.prune, f"drop_{kind}"))}
 

@@ -22,7 +22,7 @@ from effir_search.model.checkpoint import hub_revision, lasting_name, resolve_mo
 from effir_search.model.layers import mlp_widths
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.model.surgery import prune
-from effir_search.pruning.gates import Checkpoint
+from effir_search.pruning.gates import GatesFile
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
 from effir_search.settings import DataSettings, LossSettings, ScoringSettings
 from effir_search.training.data import (
@@ -52,7 +52,7 @@ GATES_FILE = "gates.safetensors"
 SAMPLE = 256
 
 
-class Slimmed(NamedTuple):
+class SlimmingResult(NamedTuple):
     """What was done.
 
     Attributes:
@@ -107,7 +107,7 @@ def slim_encoder(
     teacher_options: Mapping[str, object] | None = None,
     stock_architecture: bool = False,
     **text_options: object,
-) -> Slimmed:
+) -> SlimmingResult:
     """Cut the units of a model's MLPs that matter least and save what is left as a model folder: ``effir slim``.
 
     A model that was pruned before is pruned further. No weight is changed, and weights keep their dtype; to fine-tune
@@ -197,7 +197,7 @@ def slim_encoder(
         encoder.save(output)
     if data is not None:
         shutil.rmtree(folder)
-    return Slimmed(widths, _widths(encoder), before, facts(encoder.model), cosine)
+    return SlimmingResult(widths, _widths(encoder), before, facts(encoder.model), cosine)
 
 
 def _scored(
@@ -234,7 +234,7 @@ def _scored(
     options = {}
     if learns:
         known = settings | {"model_sha256": encoder.weights_sha256, "files": files, "encoder": asdict(encoder.config)}
-        options = {"steps": number, "checkpoint": Checkpoint(gates_file, known)}
+        options = {"steps": number, "checkpoint": GatesFile(gates_file, known)}
     batches = Batches(loaded, size=scoring.batch_size, number=number, seed=scoring.seed)
     if scoring.gradient_checkpointing:
         checkpoint_activations(encoder.model)
@@ -257,7 +257,7 @@ def _scored(
     return scores, settings
 
 
-def describe_slimmed(slimmed: Slimmed, output: Path) -> str:
+def describe_slimmed(slimmed: SlimmingResult, output: Path) -> str:
     """Return what ``slim_encoder`` did: widths and sizes before and after."""
     rows = [("layer", "units", "left", "")]
     for layer_idx, width in slimmed.widths_before.items():

@@ -15,11 +15,11 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
 from effir_search.model.checkpoint import dtype_name, lasting_name
-from effir_search.model.layers import KINDS, Kind, parts_of
+from effir_search.model.layers import PART_KINDS, PartKind, parts_of
 from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
 from effir_search.pruning.figures import CURVES, FIGURES
-from effir_search.pruning.importance import CRITERIA, Dropped, announce, drifts, num_passes
+from effir_search.pruning.importance import CRITERIA, RankedPart, announce, drifts, num_passes
 
 # Points of a curve of drift, at most: each takes a forward pass, or the end of one.
 POINTS = 8
@@ -49,9 +49,9 @@ class Analysis:
     num_hidden_layers: int
     encoder: dict
     calibration: dict
-    layers: dict[Kind, list[int]]
-    order: dict[str, dict[Kind, list[Dropped]]]
-    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]]
+    layers: dict[PartKind, list[int]]
+    order: dict[str, dict[PartKind, list[RankedPart]]]
+    curves: dict[str, dict[PartKind, list[tuple[int, float, float]]]]
 
 
 def analyze(
@@ -61,7 +61,7 @@ def analyze(
     sources: Sequence[str],
     criteria: Sequence[str] = ("cosine", "embedding"),
     curves: bool = False,
-    greedy_numbers: Mapping[Kind, int] | None = None,
+    greedy_numbers: Mapping[PartKind, int] | None = None,
     size: int = NUM_TEXTS,
     seed: int = 0,
     **options: object,
@@ -96,9 +96,9 @@ def analyze(
     wanted = {name: _wanted(name, greedy_numbers) for name in dict.fromkeys(criteria)}
     passes = {name: sum(num_passes(encoder.model, name, *one) for one in of_name) for name, of_name in wanted.items()}
     if curves:
-        passes["curves, at most"] = 2 + POINTS * len(KINDS) * len(wanted)
+        passes["curves, at most"] = 2 + POINTS * len(PART_KINDS) * len(wanted)
     announce(encoder, tokens, passes)
-    order: dict[str, dict[Kind, list[Dropped]]] = {name: {kind: [] for kind in KINDS} for name in wanted}
+    order: dict[str, dict[PartKind, list[RankedPart]]] = {name: {kind: [] for kind in PART_KINDS} for name in wanted}
     for name, of_name in wanted.items():
         for kinds, number in of_name:
             order[name] |= CRITERIA[name](encoder, tokens, kinds, number)
@@ -109,7 +109,7 @@ def analyze(
         num_hidden_layers=num_layers,
         encoder=asdict(encoder.config),
         calibration=calibration.record(encoder.config.max_length) | {"tokens": sum(map(len, tokens.input_ids))},
-        layers={kind: list(parts_of(encoder.model, kind)) for kind in KINDS},
+        layers={kind: list(parts_of(encoder.model, kind)) for kind in PART_KINDS},
         order=order,
         curves=_curves(encoder, tokens, order) if curves else {},
     )
@@ -127,25 +127,25 @@ def analyze(
     return analysis
 
 
-def _wanted(name: str, greedy_numbers: Mapping[Kind, int] | None) -> list[tuple[Sequence[Kind], int | None]]:
+def _wanted(name: str, greedy_numbers: Mapping[PartKind, int] | None) -> list[tuple[Sequence[PartKind], int | None]]:
     """Return the kinds that a criterion measures, and how many of each it orders; None = all."""
     if name != "greedy" or greedy_numbers is None:
-        return [(KINDS, None)]
+        return [(PART_KINDS, None)]
     return [([kind], number) for kind, number in greedy_numbers.items()]
 
 
 def _curves(
-    encoder: Encoder, tokens: Tokens, order: dict[str, dict[Kind, list[Dropped]]]
-) -> dict[str, dict[Kind, list[tuple[int, float, float]]]]:
+    encoder: Encoder, tokens: Tokens, order: dict[str, dict[PartKind, list[RankedPart]]]
+) -> dict[str, dict[PartKind, list[tuple[int, float, float]]]]:
     """Return ``Analysis.curves``; a set of parts whose drift is known already is not left out again."""
     sizes = {
         kind: {
             layer_idx: part_parameters(encoder.model, kind, layer_idx) for layer_idx in parts_of(encoder.model, kind)
         }
-        for kind in KINDS
+        for kind in PART_KINDS
     }
     whole = sum(sizes["block"].values())
-    known: dict[tuple[Kind, frozenset[int]], float] = {}
+    known: dict[tuple[PartKind, frozenset[int]], float] = {}
     for kind, parts in order.get("greedy", {}).items():
         for number, part in enumerate(parts, start=1):
             known[kind, frozenset(layer_idx for layer_idx, _ in parts[:number])] = part.score
@@ -168,7 +168,7 @@ def _curves(
         parts = [[(kind, layer_idx) for layer_idx in sorted(layers)] for kind, layers in plans]
         known |= dict(zip(plans, drifts(encoder, tokens, parts, reference, done=progress.update), strict=True))
 
-    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]] = {name: {} for name in order}
+    curves: dict[str, dict[PartKind, list[tuple[int, float, float]]]] = {name: {} for name in order}
     for (name, kind), sets in points.items():
         curves[name][kind] = [(0, 1.0, 0.0)]
         for layers in sets:
@@ -202,7 +202,7 @@ def _tables(analysis: Analysis) -> dict[str, list[list[str]]]:
     return tables
 
 
-def _missing(analysis: Analysis, kind: Kind, layer_idx: int) -> str:
+def _missing(analysis: Analysis, kind: PartKind, layer_idx: int) -> str:
     """Return what stands for a part without a score: it is gone, or was not asked for."""
     return "" if layer_idx in analysis.layers[kind] else "dropped"
 
@@ -250,7 +250,7 @@ and the model's own, mean over the texts. In `curves.csv`, `number_dropped` coun
 of the parameters outside the embeddings that is left.
 
 """
-PARTS: dict[Kind, str] = {"mlp": "MLPs", "attention": "attentions", "block": "layers"}
+PARTS: dict[PartKind, str] = {"mlp": "MLPs", "attention": "attentions", "block": "layers"}
 
 
 def _page(analysis: Analysis) -> str:

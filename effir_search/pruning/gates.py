@@ -38,7 +38,7 @@ PAPER_UNITS = 16 * 14336
 SECONDS = 60.0
 
 
-class Checkpoint:
+class GatesFile:
     """The gates and Adam's state in a file, from which training goes on after a stop, to the same gates.
 
     Args:
@@ -166,7 +166,7 @@ def learn_gates(
     penalty: float = 1e-8,
     beta: float = 5.0,
     progress: bool = True,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: GatesFile | None = None,
 ) -> dict[int, Tensor]:
     """Return the gates of a model's units after training them, and nothing else, with Adam; all begin at 1.
 

@@ -16,19 +16,19 @@ from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing
 from effir_search.model.arithmetic import facts, format_facts, planned
 from effir_search.model.checkpoint import dtype_name, hub_revision, lasting_name
-from effir_search.model.layers import Kind
+from effir_search.model.layers import PartKind
 from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
-from effir_search.pruning.importance import CRITERIA, Dropped, announce, drift, num_passes
+from effir_search.pruning.importance import CRITERIA, RankedPart, announce, drift, num_passes
 
 logger = logging.getLogger(__name__)
 
 # What parts of a kind are called, in the order in which kinds are dropped: the largest first.
-NAMES: dict[Kind, str] = {"block": "blocks", "mlp": "MLPs", "attention": "attentions"}
+NAMES: dict[PartKind, str] = {"block": "blocks", "mlp": "MLPs", "attention": "attentions"}
 
 
-class Pruned(NamedTuple):
+class PruningResult(NamedTuple):
     """What was done.
 
     Attributes:
@@ -38,7 +38,7 @@ class Pruned(NamedTuple):
         cosine: Between the embeddings of the calibration texts before and after, the mean; None without texts.
     """
 
-    dropped: dict[Kind, list[Dropped]]
+    dropped: dict[PartKind, list[RankedPart]]
     before: dict[str, int]
     after: dict[str, int]
     cosine: float | None
@@ -48,8 +48,8 @@ def prune_encoder(
     encoder_name: str,
     output: Path,
     *,
-    numbers: Mapping[Kind, int],
-    layers: Mapping[Kind, Sequence[int]],
+    numbers: Mapping[PartKind, int],
+    layers: Mapping[PartKind, Sequence[int]],
     criterion: str = "cosine",
     sources: Sequence[str] = (),
     size: int = NUM_TEXTS,
@@ -57,7 +57,7 @@ def prune_encoder(
     calibration_length: int | None = None,
     analysis: Path | None = None,
     **options: object,
-) -> Pruned:
+) -> PruningResult:
     """Drop parts of a model and save what is left as a model folder: ``effir prune``.
 
     Weights keep their dtype. A model that was pruned before is pruned further; layers have the numbers of the base
@@ -109,10 +109,10 @@ def prune_encoder(
         reference = encoder.encode_tokens(tokens).embeddings
 
     record = {"model_sha256": encoder.weights_sha256}
-    dropped: dict[Kind, list[Dropped]] = {}
+    dropped: dict[PartKind, list[RankedPart]] = {}
     if any(layers.values()):
         prune(encoder.model, **layers, record=record)
-        dropped |= {kind: [Dropped(i, np.nan) for i in sorted(set(of_kind))] for kind, of_kind in layers.items()}
+        dropped |= {kind: [RankedPart(i, np.nan) for i in sorted(set(of_kind))] for kind, of_kind in layers.items()}
     planned(encoder.model.config, **{f"drop_{kind}": number for kind, number in numbers.items()})  # raises if it cannot
     record |= {"criterion": criterion}
     for kind in NAMES:
@@ -127,18 +127,18 @@ def prune_encoder(
             dropped[kind] = chosen
     cosine = 1 - drift(encoder, tokens, reference) if reference is not None else None
     encoder.save(output)
-    return Pruned(dropped, before, facts(encoder.model), cosine)
+    return PruningResult(dropped, before, facts(encoder.model), cosine)
 
 
-def _measured(encoder: Encoder, tokens: Tokens, kind: Kind, number: int, criterion: str) -> list[Dropped]:
+def _measured(encoder: Encoder, tokens: Tokens, kind: PartKind, number: int, criterion: str) -> list[RankedPart]:
     """Return the parts of a kind in the order of dropping, at least those that are to go."""
     announce(encoder, tokens, {criterion: num_passes(encoder.model, criterion, [kind], number)})
     return CRITERIA[criterion](encoder, tokens, [kind], number if criterion == "greedy" else None)[kind]
 
 
 def _analyzed(
-    analysis: Path, encoder: Encoder, calibration: dict, kind: Kind, number: int, criterion: str
-) -> list[Dropped] | None:
+    analysis: Path, encoder: Encoder, calibration: dict, kind: PartKind, number: int, criterion: str
+) -> list[RankedPart] | None:
     """Return what ``_measured`` would, out of the folder of an analysis; None where it is of anything else."""
     file = analysis / "analysis.json"
     told = read_json(file)
@@ -149,7 +149,7 @@ def _analyzed(
         "calibration": calibration | {"tokens": told.get("calibration", {}).get("tokens")},
     }
     other = [name for name in here if told.get(name) != here[name]]
-    order = [Dropped(*part) for part in told.get("order", {}).get(criterion, {}).get(kind, [])]
+    order = [RankedPart(*part) for part in told.get("order", {}).get(criterion, {}).get(kind, [])]
     if other or len(order) < number:
         lacks = f"is of another {other[0]}" if other else f"does not order {number} {NAMES[kind]} by {criterion}"
         logger.info("%s %s, so importance is measured", file, lacks)
@@ -157,7 +157,7 @@ def _analyzed(
     return order[:number] if criterion == "greedy" else order
 
 
-def describe_pruned(pruned: Pruned, output: Path) -> str:
+def describe_pruned(pruned: PruningResult, output: Path) -> str:
     """Return what ``prune_encoder`` did: parts and their scores, sizes before and after."""
     lines = []
     for kind, parts in pruned.dropped.items():

@@ -11,7 +11,7 @@ from effir_search.cli import cli
 from effir_search.cli.legacy_options import CRITERIA as CHOICES
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.arithmetic import count
-from effir_search.model.layers import KINDS
+from effir_search.model.layers import PART_KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.analyze import analyze, format_analysis
 from effir_search.pruning.calibration import sample_texts
@@ -42,7 +42,7 @@ def test_the_folder_holds_the_scores_of_every_part_by_every_criterion(report, ll
     tokens = encoder.tokenize(sample_texts([str(collection)], size=8).texts)
     assert record["calibration"]["tokens"] == sum(map(len, tokens.input_ids))
     for name, criterion in CRITERIA.items():
-        expected = criterion(encoder, tokens, KINDS, None)
+        expected = criterion(encoder, tokens, PART_KINDS, None)
         assert record["order"][name] == {kind: [list(part) for part in parts] for kind, parts in expected.items()}
     rows = rows_of(folder / "importance.csv")
     assert len(rows) == 3 * 3 * 4
@@ -81,7 +81,7 @@ def test_figures_are_png_and_the_page_shows_them_and_the_scores(report):
             assert f"]({name})" in page
     first = analysis.order["cosine"]["mlp"][0]
     (row,) = (line for line in page.split("### ")[1].splitlines() if line.startswith(f"| {first.layer_idx} |"))
-    assert row.split("|")[1 + 1 + KINDS.index("mlp")].strip() == f"{first.score:.4f} (1)"
+    assert row.split("|")[1 + 1 + PART_KINDS.index("mlp")].strip() == f"{first.score:.4f} (1)"
 
 
 def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(report):
@@ -89,10 +89,10 @@ def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(repor
     figure = curves_figure(analysis)
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(KINDS)
+    assert [text.get_text() for text in legend.get_texts()] == list(PART_KINDS)
     assert [panel.get_title("left") for panel in figure.axes] == list(CRITERIA)
     for panel in figure.axes:
-        assert len(panel.lines) == len(KINDS)
+        assert len(panel.lines) == len(PART_KINDS)
         assert not legend.get_window_extent().overlaps(panel.get_tightbbox())
 
 
