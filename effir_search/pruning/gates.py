@@ -56,15 +56,15 @@ class GatesFile:
             return 0
         try:
             with safe_open(self.path, "pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read (%s), so gates begin anew", self.path, error)
             return 0
-        if told.get("settings") != self.settings:
+        if metadata.get("settings") != self.settings:
             logger.info("the gates in %s are of other settings, so they begin anew", self.path)
             return 0
-        step = int(told["step"])
+        step = int(metadata["step"])
         with torch.no_grad():
             for layer_idx, z in gates.items():
                 z.copy_(tensors[f"{layer_idx}.z"])

@@ -128,7 +128,7 @@ def drifts(
                     changed.enter_context(left_out(encoder.model, *part))
                 turned[number, rows] = _turned(encoder.encode_tokens(batch).embeddings, reference[rows])
             done(len(rows))
-    return [_mean(of_plan, reference) for of_plan in turned]
+    return [_mean(row, reference) for row in turned]
 
 
 def _turned(embeddings: np.ndarray, reference: np.ndarray) -> Tensor:
@@ -139,10 +139,10 @@ def _turned(embeddings: np.ndarray, reference: np.ndarray) -> Tensor:
 
 def _mean(turned: Tensor, reference: np.ndarray) -> float:
     """Return the mean over the texts with a token; one without any has the zero vector, whatever is left out."""
-    there = torch.from_numpy(reference.any(axis=1))
-    if not there.any():
+    has_token = torch.from_numpy(reference.any(axis=1))
+    if not has_token.any():
         raise UserError(NO_TOKEN)
-    return float(turned[there].mean())
+    return float(turned[has_token].mean())
 
 
 def num_passes(
@@ -181,7 +181,7 @@ def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> Non
     Raises:
         ValueError: No token.
     """
-    told = ", ".join(f"{name} {number} pass{'es' * (number != 1)}" for name, number in passes.items())
+    plan = ", ".join(f"{name} {number} pass{'es' * (number != 1)}" for name, number in passes.items())
     lengths = [len(ids) for ids in tokens.input_ids]
     batches = list(batches_by_length(lengths, encoder.batch_tokens))
     if not batches:
@@ -194,9 +194,9 @@ def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> Non
         seconds = time.perf_counter() - start
         padded = [len(rows) * lengths[rows[0]] for rows in batches]
         seconds *= sum(padded) / padded[0] * total
-        told += f"; about {seconds:.0f} s in all" if seconds < 120 else f"; about {seconds / 60:.0f} min in all"
+        plan += f"; about {seconds:.0f} s in all" if seconds < 120 else f"; about {seconds / 60:.0f} min in all"
     cut = f" ({tokens.num_truncated} of them cut)" if tokens.num_truncated else ""
-    logger.info("measuring on %d texts%s: %s", len(tokens.texts), cut, told)
+    logger.info("measuring on %d texts%s: %s", len(tokens.texts), cut, plan)
     if (repeated := len(tokens.texts) - len(set(map(tuple, tokens.input_ids)))) > 0:
         logger.warning("%d of these texts have the tokens of another one, so they tell nothing new", repeated)
 
@@ -218,9 +218,9 @@ def by_embedding(
     plans = [[(kind, layer_idx)] for kind, layers in parts.items() for layer_idx in layers]
     reference = encoder.encode_tokens(tokens).embeddings
     with _progress("embedding", len(plans), tokens) as progress:
-        found = iter(drifts(encoder, tokens, plans, reference, done=progress.update))
+        scores = iter(drifts(encoder, tokens, plans, reference, done=progress.update))
     return {
-        kind: _ascending({layer_idx: next(found) for layer_idx in layers})[:number] for kind, layers in parts.items()
+        kind: _ascending({layer_idx: next(scores) for layer_idx in layers})[:number] for kind, layers in parts.items()
     }
 
 
@@ -234,18 +234,19 @@ def greedily(
     """
     reference = encoder.encode_tokens(tokens).embeddings
     parts = {kind: list(parts_of(encoder.model, kind)) for kind in kinds}
-    rounds = {kind: _rounds(len(left), number) for kind, left in parts.items()}
+    rounds = {kind: _rounds(len(layers), number) for kind, layers in parts.items()}
     total = sum(len(parts[kind]) - done for kind, n in rounds.items() for done in range(n))
     order: dict[PartKind, list[RankedPart]] = {kind: [] for kind in parts}
     with _progress("greedy", total, tokens) as progress:
-        for kind, left in parts.items():
-            with ExitStack() as out:
+        for kind, remaining in parts.items():
+            with ExitStack() as dropped:
                 for _ in range(rounds[kind]):
-                    plans = [[(kind, layer_idx)] for layer_idx in left]
-                    found = drifts(encoder, tokens, plans, reference, done=progress.update)
-                    order[kind].append(_ascending(dict(zip(left, found, strict=True)))[0])
-                    left.remove(order[kind][-1].layer_idx)
-                    out.enter_context(left_out(encoder.model, kind, order[kind][-1].layer_idx))
+                    plans = [[(kind, layer_idx)] for layer_idx in remaining]
+                    scores = drifts(encoder, tokens, plans, reference, done=progress.update)
+                    first = _ascending(dict(zip(remaining, scores, strict=True)))[0]
+                    order[kind].append(first)
+                    remaining.remove(first.layer_idx)
+                    dropped.enter_context(left_out(encoder.model, kind, first.layer_idx))
     return order
 
 
@@ -254,8 +255,8 @@ CRITERIA: dict[str, Criterion] = {"cosine": by_cosine, "embedding": by_embedding
 
 def _ascending(scores: Mapping[int, float]) -> list[RankedPart]:
     """Lowest first, of equal ones the later layer; layers without the part (NaN) are left out."""
-    there = [RankedPart(layer_idx, score) for layer_idx, score in scores.items() if score == score]
-    return sorted(there, key=lambda part: (part.score, -part.layer_idx))
+    parts = [RankedPart(layer_idx, score) for layer_idx, score in scores.items() if score == score]
+    return sorted(parts, key=lambda part: (part.score, -part.layer_idx))
 
 
 def _rounds(num_parts: int, number: int | None) -> int:

@@ -25,7 +25,7 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.model.checkpoint import ADAPTER_FILES, HUB_FILES, read_config_file
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
-from effir_search.pruning.convert import QUERY_PROMPT, convert, describe_converted
+from effir_search.pruning.convert import QUERY_PROMPT, convert, describe_conversion
 
 MLP, ATTENTION = [3, 1], [2]
 LISTS = {"drop_mlp_list": MLP, "drop_attn_list": ATTENTION}
@@ -751,8 +751,8 @@ def test_the_line_about_mistral_7b_has_the_figures_of_the_paper():
     base = MistralConfig(vocab_size=32000, num_key_value_heads=8, **sizes)
     config = EffirConfig(base, mlp_widths=[14336] * 16 + [0] * 16)
     # 16 MLPs of 176,160,768 weights, and their norms: 7.11 - 2.82 = 4.29.
-    assert describe_converted(config) == "mistral, 16 of 32 MLPs dropped, 4.29 B parameters (7.11 B)"
-    assert describe_converted(EffirConfig(base)).startswith("mistral, nothing dropped, 7.11 B")
+    assert describe_conversion(config) == "mistral, 16 of 32 MLPs dropped, 4.29 B parameters (7.11 B)"
+    assert describe_conversion(EffirConfig(base)).startswith("mistral, nothing dropped, 7.11 B")
 
 
 def test_code_that_is_not_llm_drops_is_an_error_that_names_the_option(tmp_path, copied):
