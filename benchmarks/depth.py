@@ -21,7 +21,7 @@ from effir_search.encoding.batching import Tokens
 from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
-from effir_search.model.layers import KINDS
+from effir_search.model.layers import PART_KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.importance import CRITERIA
@@ -81,7 +81,7 @@ def main(folder: Path, model: str, texts: Sequence[str], only: str, most: int, r
     done = json.loads(results.read_text()) if results.exists() else {"orders": {}, "scores": {}}
     if not done["orders"]:
         tokens = encoder.tokenize(sample_texts(texts).texts, prompt=encoder.config.document_prompt)
-        orders = {name: criterion(encoder, tokens, KINDS, most) for name, criterion in CRITERIA.items()}
+        orders = {name: criterion(encoder, tokens, PART_KINDS, most) for name, criterion in CRITERIA.items()}
         done["orders"] = {
             name: {kind: [part.layer_idx for part in parts] for kind, parts in of_kinds.items()}
             for name, of_kinds in orders.items()

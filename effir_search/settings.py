@@ -506,3 +506,15 @@ class CompressionSettings(Settings):
     finetune: TrainingSettings = TrainingSettings()
     loss: LossSettings = LossSettings()
     evaluate: EvaluationSettings = EvaluationSettings()
+
+
+# The sections of a recipe, and what each holds.
+SECTIONS: dict[str, type[Settings]] = {
+    f.name: f.type for f in fields(CompressionSettings) if isinstance(f.type, type) and issubclass(f.type, Settings)
+}
+# The defaults of the dataclasses are the paper's. These are for learning without labels, from the model itself.
+WITHOUT_LABELS: dict[str, dict[str, object]] = {
+    "prune": {"criterion": "greedy"},
+    "slim": {"criterion": "taylor", "steps": 30},
+    "finetune": {"max_steps": 2000, "epochs": 20.0},
+}

@@ -3,52 +3,87 @@
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-from effir_search.cli.legacy_options import CRITERIA, OWN_LENGTH, PATH, UNIT_CRITERIA, data_options
+from effir_search.cli.options import OWN_LENGTH, PATH, Command, option_of, options_of
+from effir_search.settings import SECTIONS, WITHOUT_LABELS, CompressionSettings, EncoderOptions
+
+# Where in a recipe the options of ``compress`` belong: section and field; those without a section stand before all.
+IN_RECIPE = {
+    "--encoder": ("", "encoder"),
+    "--output": ("", "output"),
+    "--drop-mlp": ("prune", "drop_mlp"),
+    "--drop-attention": ("prune", "drop_attention"),
+    "--drop-block": ("prune", "drop_block"),
+    "--criterion": ("prune", "criterion"),
+    "--narrow": ("slim", "narrow"),
+    "--unit-criterion": ("slim", "criterion"),
+    "--train": ("data", "train"),
+    "--corpus": ("data", "corpus"),
+    "--topics": ("data", "topics"),
+    "--split": ("data", "split"),
+    "--negatives": ("data", "negatives"),
+    "--texts": ("data", "texts"),
+    "--queries": ("data", "queries"),
+    "--num-texts": ("data", "num_texts"),
+    "--teacher": ("data", "teacher"),
+    "--reranker": ("data", "reranker"),
+    "--stock-architecture": ("", "stock_architecture"),
+    "--max-length": ("", "max_length"),
+    "--lora-rank": ("finetune", "lora_rank"),
+    "--learning-rate": ("finetune", "learning_rate"),
+    "--batch-size": ("finetune", "batch_size"),
+    "--max-steps": ("finetune", "max_steps"),
+    "--dev": ("data", "dev"),
+    "--dev-remove-query": ("data", "dev_remove_query"),
+    "--evaluate": ("evaluate", "collections"),
+    "--remove-query": ("evaluate", "remove_query"),
+    "--seed": ("", "seed"),
+}
+# Help that tells the options of one section from those of another.
+HELP = {
+    "--criterion": "What tells which parts to drop.",
+    "--unit-criterion": "What tells which units to cut.",
+    "--max-length": OWN_LENGTH.format("all stages but the evaluation"),
+    "--learning-rate": "Highest, of fine-tuning.",
+    "--max-steps": "Steps of fine-tuning, at most; no more than 1 pass over the data, without labels 20.",
+}
+
+
+def recipe_options(command: Command) -> Command:
+    """Add the options of ``IN_RECIPE``; each is None, or a list empty, unless it is given."""
+    for name, (section, field) in reversed(IN_RECIPE.items()):
+        kind = SECTIONS[section] if section else CompressionSettings
+        texts = {"help": HELP.get(name), "default_text": _default_text(kind, section, field)}
+        parameter = _parameter(section, field)
+        command = option_of(kind, field, name=name, parameter=parameter, unset=True, **texts)(command)
+    return command
+
+
+def _default_text(kind: type, section: str, field: str) -> str | None:
+    """Return both defaults of a field that has another one without labels; None = the field's own text will do."""
+    if field not in WITHOUT_LABELS.get(section, {}):
+        return None
+    with_labels = kind.__dataclass_fields__[field].metadata["default_text"] or getattr(kind, field)
+    return f"{with_labels}; no labels: {WITHOUT_LABELS[section][field]}"
+
+
+def _parameter(section: str, field: str) -> str:
+    return f"{section}_{field}".strip("_")
+
+
+def recipe_of(options: dict[str, object]) -> dict[str, object]:
+    """Return what the options of ``IN_RECIPE`` ask for, as a recipe has it: sections as dicts."""
+    recipe: dict[str, object] = {}
+    for section, field in IN_RECIPE.values():
+        if (value := options[_parameter(section, field)]) not in (None, ()):
+            (recipe.setdefault(section, {}) if section else recipe)[field] = value
+    return recipe
 
 
 @click.command()
 @click.option("--recipe", "recipe_file", type=PATH, help="TOML file with all settings; options here come before it.")
-@click.option("--encoder", help="Model folder or hub name.  [default: the recipe's]")
-@click.option("--output", help="New model folder; OUTPUT.stages gets that of each stage.  [default: the recipe's]")
-@click.option("--drop-mlp", type=click.IntRange(0), help="MLPs to drop.  [default: half of them]")
-@click.option("--drop-attention", type=click.IntRange(0), help="Attentions to drop.  [default: 0]")
-@click.option("--drop-block", type=click.IntRange(0), help="Whole layers to drop.  [default: 0]")
-@click.option(
-    "--criterion", type=click.Choice(CRITERIA), help="What tells which to drop.  [default: cosine; no labels: greedy]"
-)
-@click.option(
-    "--narrow", type=click.FloatRange(0, 1, max_open=True), help="Share of the units left to cut.  [default: 0.3]"
-)
-@click.option(
-    "--unit-criterion",
-    type=click.Choice(UNIT_CRITERIA),
-    help="What tells which units.  [default: gates; no labels: taylor]",
-)
-@data_options
-@click.option(
-    "--max-length",
-    type=click.IntRange(1),
-    help=OWN_LENGTH.format("all stages but the evaluation"),
-)
-@click.option(
-    "--lora-rank", type=click.IntRange(0), help="Train LoRA; 0 = all weights.  [default: 32 from 1 billion on]"
-)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Highest.  [default: as effir finetune]")
-@click.option("--batch-size", type=click.IntRange(1), help="Examples or texts a step.  [default: 64]")
-@click.option(
-    "--max-steps",
-    type=click.IntRange(1),
-    help="Steps of fine-tuning, at most.  [default: 1 pass over the data; no labels: 2000, and at most 20 passes]",
-)
-@click.option("--dev", help="BEIR folder whose nDCG@10 to watch.")
-@click.option("--dev-remove-query", is_flag=True, help="There, drop the document whose id is the query's.")
-@click.option("--evaluate", "collections", multiple=True, help="BEIR folder to compare both models on; repeatable.")
-@click.option("--remove-query", is_flag=True, help="In all of these, drop the document whose id is the query's.")
-@click.option("--seed", type=click.IntRange(0), help="Of samples, order, LoRA.  [default: 0]")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--batch-tokens", type=click.IntRange(1), help="Padded tokens a forward pass.  [default: by device]")
+@recipe_options
+@options_of(EncoderOptions, only=("device", "batch_tokens"))
 @click.option("--restart", is_flag=True, help="Discard what a stopped job left, or what depends on changed settings.")
 @click.option(
     "--plan",
@@ -69,11 +104,11 @@ def compress(
     encoders. A recipe has these options and what else the loss, slim and finetune depend on (docs/formats.md). If
     settings are changed after a stop, --restart keeps the stages that do not depend on them.
     """
-    from effir_search.compression.compress import compress, describe_compressed, describe_plan
+    from effir_search.compression.compress import compress, describe_compression, describe_plan
     from effir_search.compression.recipe import as_compression, merged, read_recipe
 
-    given = read_recipe(recipe_file) if recipe_file else {}
-    compression = as_compression(merged(given, given_settings(options)), where=str(recipe_file or "the recipe"))
+    recipe = merged(read_recipe(recipe_file) if recipe_file else {}, recipe_of(options))
+    compression = as_compression(recipe, where=str(recipe_file or "the recipe"))
     if plan:
         click.echo(describe_plan(compression))
         return
@@ -82,41 +117,7 @@ def compress(
     output = Path(compression.output)
     measured = compress(compression, output, device=device, batch_tokens=batch_tokens, restart=restart)
     if measured is not None:
-        click.echo(describe_compressed(measured, output))
-
-
-# Where in a recipe the options of ``compress`` belong that are not in its [data].
-IN_RECIPE = {
-    "encoder": ("encoder",),
-    "output": ("output",),
-    "max_length": ("max_length",),
-    "seed": ("seed",),
-    "stock_architecture": ("stock_architecture",),
-    "drop_mlp": ("prune", "drop_mlp"),
-    "drop_attention": ("prune", "drop_attention"),
-    "drop_block": ("prune", "drop_block"),
-    "criterion": ("prune", "criterion"),
-    "narrow": ("slim", "narrow"),
-    "unit_criterion": ("slim", "criterion"),
-    "lora_rank": ("finetune", "lora_rank"),
-    "learning_rate": ("finetune", "learning_rate"),
-    "batch_size": ("finetune", "batch_size"),
-    "max_steps": ("finetune", "max_steps"),
-    "collections": ("evaluate", "collections"),
-    "remove_query": ("evaluate", "remove_query"),
-}
-
-
-def given_settings(options: dict[str, object]) -> dict[str, object]:
-    """Return the options that were given, as a recipe has them."""
-    context = click.get_current_context()
-    settings: dict[str, object] = {}
-    for name, value in options.items():
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            *section, field = IN_RECIPE.get(name, ("data", name))
-            home = settings.setdefault(section[0], {}) if section else settings
-            home[field] = list(value) if isinstance(value, tuple) else value
-    return settings
+        click.echo(describe_compression(measured, output))
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """Command options made from the fields of settings dataclasses, and settings made from what a command was given."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -32,7 +32,12 @@ class Listed(click.ParamType):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
         """Return the values."""
-        return tuple(self.of.convert(part.strip(), param, ctx) for part in str(value).split(","))
+        try:
+            return tuple(self.of.convert(part.strip(), param, ctx) for part in str(value).split(","))
+        except click.BadParameter:
+            if self.of is not click.INT:
+                raise
+        self.fail(f"{value!r} is not a list of numbers such as 16,17,18", param, ctx)
 
 
 def options_of(
@@ -41,6 +46,7 @@ def options_of(
     without: Collection[str] = (),
     only: Collection[str] | None = None,
     unset: bool = False,
+    required: Collection[str] = (),
     help: Mapping[str, str] = MappingProxyType({}),
     names: Mapping[str, str] = MappingProxyType({}),
     defaults: Mapping[str, str] = MappingProxyType({}),
@@ -53,30 +59,50 @@ def options_of(
         only: The fields that get one; None = all.
         unset: Let every option be None unless it is given, and show the field's default all the same.
         help: By field, what the option's help says in this command instead.
+        required: Fields that must be given in this command, whatever their default.
         names: By field, the option's name in this command instead, as in ``--evaluate``.
-        defaults: By field, what its help says is the default in this command instead.
+        defaults: By field, what its default is called in this command instead; "" = nothing.
     """
-    hints = get_type_hints(kind, include_extras=True)
-    chosen = [f for f in fields(kind) if f.name not in without and (only is None or f.name in only)]
+    chosen = [f.name for f in fields(kind) if f.name not in without and (only is None or f.name in only)]
 
     def add(command: Command) -> Command:
-        for field in reversed(chosen):
-            option = names.get(field.name, field.metadata.get("option"))
-            default_text = defaults.get(field.name, field.metadata["default_text"])
-            command = _option(field, hints[field.name], option, help.get(field.name), default_text, unset)(command)
+        for name in reversed(chosen):
+            texts = {"name": names.get(name), "help": help.get(name), "default_text": defaults.get(name)}
+            command = option_of(kind, name, unset=unset, required=name in required, **texts)(command)
         return command
 
     return add
 
 
-def _option(
-    field: Field, hint: object, name: str | None, help: str | None, default_text: str | None, unset: bool
+def option_of(
+    kind: type[Settings],
+    field_name: str,
+    *,
+    unset: bool = False,
+    required: bool = False,
+    name: str | None = None,
+    parameter: str | None = None,
+    help: str | None = None,
+    default_text: str | None = None,
 ) -> Callable[[Command], Command]:
-    """Return the option of one field."""
-    name = name or f"--{field.name.replace('_', '-')}"
-    default = field.default
+    """Return the option of one field of a settings dataclass.
+
+    Args:
+        kind: The dataclass.
+        field_name: The field.
+        unset: See ``options_of``.
+        required: Whether it must be given, whatever the field's default.
+        name: The option's name, instead of the field's.
+        parameter: The command's parameter that gets the value, instead of the one named as the field.
+        help: See ``options_of``.
+        default_text: See ``defaults`` there.
+    """
+    field = next(f for f in fields(kind) if f.name == field_name)
+    name = name or field.metadata["option"] or f"--{field.name.replace('_', '-')}"
+    default = MISSING if required else field.default
+    default_text = field.metadata["default_text"] if default_text is None else default_text
     text = help or field.metadata["help"]
-    hint = _without_none(hint)
+    hint = _without_none(get_type_hints(kind, include_extras=True)[field_name])
     attributes: dict[str, Any] = {}
     if get_origin(hint) is tuple:
         of = _type(get_args(hint)[0])
@@ -93,14 +119,14 @@ def _option(
         attributes["required"] = not unset
     elif unset or default is None:
         attributes["default"] = () if attributes.get("multiple") else None
-        if default not in (None, (), False) and default_text is None:
+        if default is not None and default is not False and default != () and default_text is None:
             default_text = f"{default:g}" if isinstance(default, float) else str(default)
     elif get_origin(hint) is not tuple:
         attributes["default"] = default
     if default_text:
         text = f"{text}  [default: {default_text}]"
         attributes["show_default"] = False
-    return click.option(name, field.name, help=text, **attributes)
+    return click.option(name, parameter or field.name, help=text, **attributes)
 
 
 def _without_none(hint: object) -> object:

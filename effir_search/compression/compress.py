@@ -1,7 +1,6 @@
 """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate; each stage leaves a folder: ``effir compress``."""
 
 import json
-import logging
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -11,31 +10,25 @@ from accelerate import PartialState
 from transformers import PretrainedConfig
 
 from effir_search.compression.recipe import RECIPE_FILE, format_recipe
-from effir_search.compression.slim import OF_LOSS, check_cut, slim_encoder
+from effir_search.compression.slim import OF_LOSS, check_cut
+from effir_search.compression.stages import CALIBRATION_FILE, STAGES, Job, run_stage, unchanged_names
 from effir_search.encoding.devices import chosen_device
-from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
-from effir_search.files.job import job_folder, read_settings
+from effir_search.evaluation.benchmark import Benchmark, collection_files, format_benchmark
+from effir_search.files.job import changed_settings, job_folder, read_settings
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.model.arithmetic import empty_model, facts, format_facts, planned
 from effir_search.model.checkpoint import lasting_name, resolve_model, weights_sha256
-from effir_search.model.layers import Kind, mlp_widths, parts_of
-from effir_search.model.save import TRAINING_FILE
+from effir_search.model.layers import mlp_widths, parts_of
+from effir_search.model.save import TRAINING_FILE, copy_model
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
-from effir_search.pruning.analyze import analyze
-from effir_search.pruning.prune import NAMES, prune_encoder
 from effir_search.settings import CompressionSettings, EncoderOptions
-from effir_search.text.corpus import document_text, read_corpus
 from effir_search.training.data import DATA, PreparedData, dev_hashes, hashes, load, prepare, sampled_texts
-from effir_search.training.finetune import check_processes, check_training, finetune, resolved_training
+from effir_search.training.finetune import check_processes, check_training, resolved_training
 from effir_search.training.objective import check_examples
 
-logger = logging.getLogger(__name__)
-
-ANALYSIS, DROPPED, SLIMMED, TUNED, EVALUATION = "1-analysis", "2-dropped", "3-slimmed", "4-tuned", "5-evaluation"
-CALIBRATION_FILE, BENCHMARK_FILE = "calibration.jsonl", "benchmark.json"
+BENCHMARK_FILE = "benchmark.json"
 
 
 def compress(
@@ -71,33 +64,39 @@ def compress(
     refuse_existing(output, replaces=())
     compression = with_numbers(compression)
     _check(compression, device)
-    # Whoever asks first says what the processes are: the others wait while one does all stages but fine-tuning.
+    # accelerate fixes the number of processes at the first call; the others wait while the main one runs its stages.
     process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
     check_processes(compression.finetune, process.num_processes, device)
-    folder = stages_of(output)
-    stock = {"stock_architecture": True} if compression.stock_architecture else {}
-    machine = {"device": device, "batch_tokens": batch_tokens} | stock
-    data, main = compression.data, process.is_main_process
-    files = hashes(data)
+    folder, main = stages_of(output), process.is_main_process
+    machine = EncoderOptions(
+        device=device, batch_tokens=batch_tokens, stock_architecture=compression.stock_architecture
+    )
+    job, files = Job(compression, folder, machine), hashes(compression.data)
     settings = job_settings(compression, files)
     keep = (DATA, *unchanged_stages(settings, folder)) if main else ()
+    measured = None
     with job_folder(folder, settings, restart=restart, keep=keep) if main else nullcontext():
         if main:
-            reading = EncoderOptions(**_teacher_options(compression), **stock)
-            prepare(folder, data, compression.seed, device, files=files, restart=restart, teacher_options=reading)
-            loaded = load(folder, data, compression.seed)
-            _check_examples(compression, loaded)
-            _write_calibration(loaded, folder / CALIBRATION_FILE, compression)
-            _analyze(compression, folder, machine)
-            _drop(compression, folder, machine)
-            _narrow(compression, folder, machine)
-        process.wait_for_everyone()
-        _fine_tune(compression, folder, machine)
+            _prepare(job, files, restart=restart)
+        for stage in STAGES:
+            if stage.by_all_processes:
+                process.wait_for_everyone()
+            if main or stage.by_all_processes:
+                measured = run_stage(stage, job)
         if not main:
             return None
-        measured = _evaluate(compression, folder, machine)
-        _save(compression, measured, folder, output)
+        _save(job, measured, output)
     return measured
+
+
+def _prepare(job: Job, files: dict[str, str], *, restart: bool) -> None:
+    """Prepare what is learned from, and take the sample that is measured on."""
+    recipe = job.recipe
+    teaching = {"files": files, "restart": restart, "teacher_options": job.options(recipe.data.teacher)}
+    prepare(job.folder, recipe.data, recipe.seed, job.machine.device, **teaching)
+    loaded = load(job.folder, recipe.data, recipe.seed)
+    _check_examples(recipe, loaded)
+    _write_calibration(loaded, job.folder / CALIBRATION_FILE, recipe)
 
 
 def stages_of(output: Path) -> Path:
@@ -119,20 +118,15 @@ def job_settings(compression: CompressionSettings, files: dict[str, str]) -> dic
     settings["encoder_sha256"] = weights_sha256(model.folder, model.weight_folders)
     del settings["output"], settings["evaluate"], settings["slim"]["gradient_checkpointing"]
     dev = {name: settings["data"].pop(name) for name in list(settings["data"]) if name.startswith("dev")}
-    if not dev["dev_remove_query"]:  # jobs of before there was this setting go on
-        del dev["dev_remove_query"]
     settings["finetune"] |= {"cached": settings["loss"].pop("cached"), **dev, "dev_files": dev_hashes(compression.data)}
     return json.loads(json.dumps(settings))
 
 
 def unchanged_stages(settings: dict[str, object], folder: Path) -> list[str]:
     """Return what a job with other settings has left that is the same with these; nothing if they are its own."""
-    found = read_settings(folder)
-    if found is None or found == settings:
-        return []
-    changed = {name for name in settings | found if settings.get(name) != found.get(name)}
-    of_depth = [CALIBRATION_FILE, ANALYSIS, DROPPED] if changed <= {"slim", "loss", "finetune"} else []
-    return of_depth + ([SLIMMED, f"{SLIMMED}.slimming"] if changed <= {"finetune"} else [])
+    recorded = read_settings(folder)
+    changed = changed_settings(settings, recorded) if recorded is not None else []
+    return unchanged_names(changed, folder) if changed else []
 
 
 def with_numbers(compression: CompressionSettings) -> CompressionSettings:
@@ -153,23 +147,22 @@ def _check(compression: CompressionSettings, device: str) -> None:
     data, slim = compression.data, compression.slim
     check_training(compression.finetune, data, device)
     drops = _drops(compression)
-    left = empty_model(planned(_config(compression), **drops))
-    resolved_training(compression.finetune, data, left, chosen_device(device))
+    dropped = empty_model(planned(_config(compression), **drops))
+    resolved_training(compression.finetune, data, dropped, chosen_device(device))
     if slim.narrow:
-        widths = {layer_idx: width for layer_idx, width in enumerate(mlp_widths(left)) if width}
-        check_cut(widths, slim.narrow, floor=slim.floor, multiple=slim.multiple)
+        check_cut({layer_idx: width for layer_idx, width in enumerate(mlp_widths(dropped)) if width}, slim)
         own = not data.train and resolve_model(data.teacher).resolve() == resolve_model(compression.encoder).resolve()
         if slim.criterion == "taylor" and own and not any(drops.values()):
             raise UserError(
                 "--unit-criterion taylor: nothing is dropped, so the model is at no distance from itself and no unit "
                 "matters to that; activation or magnitude tell units apart without labels"
             )
-    evaluated, names = compression.evaluate, set()
-    for collection in map(Path, evaluated.collections):
+    names: set[str] = set()
+    for collection in map(Path, compression.evaluate.collections):
         if collection.name in names:
             raise UserError(f"{collection}: two collections to evaluate on have this name; rename one")
         names.add(collection.name)
-        collection_files(collection, evaluated.split)
+        collection_files(collection, compression.evaluate.split)
 
 
 def _config(compression: CompressionSettings) -> PretrainedConfig:
@@ -202,142 +195,19 @@ def _write_calibration(loaded: PreparedData, path: Path, compression: Compressio
             file.write(json.dumps({"_id": str(doc_id), "text": text.text}, ensure_ascii=False) + "\n")
 
 
-def _current(compression: CompressionSettings, folder: Path) -> str:
-    """Return the model that the last finished stage before fine-tuning left."""
-    done = [folder / name for name in (SLIMMED, DROPPED) if (folder / name).is_dir()]
-    return str(done[0]) if done else compression.encoder
-
-
-def _text_options(compression: CompressionSettings, model: str) -> dict[str, object]:
-    """Return how a text becomes a vector; a model that was made in a stage before says it itself."""
-    if model != compression.encoder:
-        return {}
-    return {name: value for name, value in asdict(compression.text).items() if value not in (None, False)}
-
-
-def _teacher_options(compression: CompressionSettings) -> dict[str, object]:
-    """Return how a text becomes a vector for a bi-encoder as teacher: as the recipe says for the model as it was."""
-    teacher = compression.data.teacher
-    return _text_options(compression, teacher) if teacher else {}
-
-
-def _begins(folder: Path, name: str, what: str) -> bool:
-    """Return whether a stage is still to be done, and tell which it is."""
-    done = (folder / name).is_dir()
-    logger.info("%s of 5: %s%s", name[0], "done already: " if done else "", what)
-    return not done
-
-
-def _numbers(compression: CompressionSettings) -> dict[Kind, int]:
-    """Return how many parts to drop by kind, in the order in which kinds go."""
-    return {kind: number for kind in NAMES if (number := getattr(compression.prune, f"drop_{kind}"))}
-
-
-def _analyze(compression: CompressionSettings, folder: Path, machine: dict) -> None:
-    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``_drop`` to use."""
-    if _begins(folder, ANALYSIS, "where the model is redundant"):
-        numbers = _numbers(compression)
-        analyze(
-            compression.encoder,
-            folder / ANALYSIS,
-            sources=[str(folder / CALIBRATION_FILE)],
-            criteria=["cosine", compression.prune.criterion] if numbers else ["cosine"],
-            greedy_numbers=dict(list(numbers.items())[:1]),
-            size=compression.prune.num_texts,
-            max_length=compression.max_length,
-            **_text_options(compression, compression.encoder),
-            **machine,
-        )
-
-
-def _drop(compression: CompressionSettings, folder: Path, machine: dict) -> None:
-    numbers = _numbers(compression)
-    told = ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items())
-    if told and _begins(folder, DROPPED, f"dropping {told}"):
-        pruned = prune_encoder(
-            compression.encoder,
-            folder / DROPPED,
-            numbers=numbers,
-            layers={},
-            criterion=compression.prune.criterion,
-            sources=[str(folder / CALIBRATION_FILE)],
-            size=compression.prune.num_texts,
-            calibration_length=compression.max_length,
-            analysis=folder / ANALYSIS,
-            **_text_options(compression, compression.encoder),
-            **machine,
-        )
-        logger.info("mean cosine of the embeddings to those before: %.4f", pruned.cosine)
-
-
-def _narrow(compression: CompressionSettings, folder: Path, machine: dict) -> None:
-    settings = compression.slim
-    if settings.narrow and _begins(folder, SLIMMED, f"narrowing the MLPs that are left by {settings.narrow:.0%}"):
-        model = _current(compression, folder)
-        slim_encoder(
-            model,
-            folder / SLIMMED,
-            settings.narrow,
-            compression.data,
-            scoring=settings,
-            losses=compression.loss,
-            floor=settings.floor,
-            multiple=settings.multiple,
-            max_length=compression.max_length,
-            prepared=folder,
-            teacher_options=_teacher_options(compression),
-            **_text_options(compression, model),
-            **machine,
-        )
-
-
-def _fine_tune(compression: CompressionSettings, folder: Path, machine: dict) -> None:
-    if _begins(folder, TUNED, "fine-tuning"):
-        model = _current(compression, folder)
-        finetune(
-            model,
-            folder / TUNED,
-            compression.data,
-            compression.finetune,
-            compression.loss,
-            EncoderOptions(max_length=compression.max_length, **_text_options(compression, model), **machine),
-            prepared=folder,
-            teacher_options=EncoderOptions(**_teacher_options(compression)),
-        )
-
-
-def _evaluate(compression: CompressionSettings, folder: Path, machine: dict) -> Benchmark:
-    logger.info("5 of 5: evaluation")
-    texts = [document_text(document) for document in read_corpus(folder / CALIBRATION_FILE)]
-    (folder / EVALUATION).mkdir(exist_ok=True)
-    return benchmark(
-        compression.encoder,
-        str(folder / TUNED),
-        folder / EVALUATION,
-        texts=texts,
-        collections=compression.evaluate.collections,
-        split=compression.evaluate.split,
-        remove_query=compression.evaluate.remove_query,
-        seed=compression.seed,
-        text_options=_text_options(compression, compression.encoder),
-        **machine,
-    )
-
-
-def _save(compression: CompressionSettings, measured: Benchmark, folder: Path, output: Path) -> None:
-    """Write the fine-tuned model under its final name, with the recipe and what was measured."""
-    encoder = Encoder.from_pretrained(str(folder / TUNED), device="cpu", dtype="saved")
+def _save(job: Job, measured: Benchmark, output: Path) -> None:
+    """Copy the model that the stages have left to its final name, with the recipe and what was measured."""
+    model, name = Path(job.model), lasting_name(job.recipe.encoder)
     beside = {
-        RECIPE_FILE: format_recipe(replace(compression, output=None)),
+        RECIPE_FILE: format_recipe(replace(job.recipe, output=None)),
         BENCHMARK_FILE: json.dumps(asdict(measured), indent=1) + "\n",
     }
-    told = f"## Beside {lasting_name(compression.encoder)}\n\n```\n{format_benchmark(measured)}\n```\n"
-    pruned = f"{lasting_name(compression.encoder)}, pruned as above"
-    training = read_json(folder / TUNED / TRAINING_FILE) | {"model": pruned}
-    encoder.save(output, training=training, beside=beside, measured=told)
+    section = f"## Beside {name}\n\n```\n{format_benchmark(measured)}\n```\n"
+    training = read_json(model / TRAINING_FILE) | {"model": f"{name}, pruned as above"}
+    copy_model(model, output, training=training, beside=beside, measured=section)
 
 
-def describe_compressed(measured: Benchmark, output: Path) -> str:
+def describe_compression(measured: Benchmark, output: Path) -> str:
     """Return what ``compress`` measured, and where everything is."""
     return f"{format_benchmark(measured)}\n\nThe stages are in {output}.stages.\n-> {output}"
 
@@ -345,7 +215,7 @@ def describe_compressed(measured: Benchmark, output: Path) -> str:
 def describe_plan(compression: CompressionSettings) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
-    config = _config(compression)
-    left = planned(config, narrow=compression.slim.narrow, **_drops(compression))
-    sizes = format_facts(facts(empty_model(config)), facts(empty_model(left)), names=("full", "compressed"))
+    full = _config(compression)
+    compressed = planned(full, narrow=compression.slim.narrow, **_drops(compression))
+    sizes = format_facts(facts(empty_model(full)), facts(empty_model(compressed)), names=("full", "compressed"))
     return f"{format_recipe(compression)}\n{sizes}"

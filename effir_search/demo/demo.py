@@ -15,7 +15,7 @@ from effir_search.demo.standard_library import standard_library_documents
 from effir_search.errors import UserError
 from effir_search.evaluation.benchmark import format_benchmark, read_benchmark
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
-from effir_search.files.job import read_settings
+from effir_search.files.job import read_settings, same_settings
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file, whole_folder
 from effir_search.indexing.build import index_corpus
@@ -151,7 +151,8 @@ def _compressed(model: Path, folder: Path) -> str:
         }
     )
     compression, stages = with_numbers(compression), stages_of(output)
-    other = stages.is_dir() and read_settings(stages) != job_settings(compression, hashes(compression.data))
+    settings = job_settings(compression, hashes(compression.data))
+    other = stages.is_dir() and not same_settings(read_settings(stages), settings)
     measured = compress(compression, output, restart=other)
     minutes = (time.perf_counter() - start) / 60
     return f"{told} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"

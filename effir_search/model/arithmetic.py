@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from effir_search.errors import UserError
-from effir_search.model.layers import NOTHING_LEFT, Kind, layers_of, parts_of
+from effir_search.model.layers import NOTHING_LEFT, PartKind, layers_of, parts_of
 from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of, has_part
 
 # Tokens of the text whose FLOPs are told where nobody says how long it is.
@@ -100,7 +100,7 @@ def flops(model: EffirModel, length: int) -> int:
     return 2 * length * linear + 4 * length**2 * heads
 
 
-def part_parameters(model: PreTrainedModel, kind: Kind, layer_idx: int) -> int:
+def part_parameters(model: PreTrainedModel, kind: PartKind, layer_idx: int) -> int:
     """Return how many parameters go when one more part of a model is dropped."""
     family, layer = family_of(model.config), layers_of(model)[layer_idx]
     if kind == "block" or not (has_part(layer, "attention") and has_part(layer, "mlp")):

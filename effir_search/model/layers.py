@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from effir_search.errors import UserError
 from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, class_without, family_of, has_part
 
-Kind = Literal["attention", "mlp", "block"]
-KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
+PartKind = Literal["attention", "mlp", "block"]
+PART_KINDS: tuple[PartKind, ...] = ("attention", "mlp", "block")
 # Said of a plan that drops every attention and every MLP.
 NOTHING_LEFT = "no attention and no MLP would be left, only embeddings; drop fewer"
 
@@ -43,7 +43,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(_layers_path(model))
 
 
-def parts_of(model: PreTrainedModel, kind: Kind) -> dict[int, Part]:
+def parts_of(model: PreTrainedModel, kind: PartKind) -> dict[int, Part]:
     """Return the parts of one kind that a model still has, by layer. A block is there while anything of it is.
 
     Raises:
@@ -64,25 +64,25 @@ def parts_of(model: PreTrainedModel, kind: Kind) -> dict[int, Part]:
 
 @contextmanager
 def watched(
-    parts: Iterable[tuple[Kind, int, Part]], report: Callable[[Kind, int, Tensor, Tensor], None]
+    parts: Iterable[tuple[PartKind, int, Part]], report: Callable[[PartKind, int, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Inside the block, call ``report(kind, layer_idx, x, y)`` for every one of these parts that runs.
 
     x is the part's input and y its output with the residual added, both ``(batch, seq, hidden_size)``.
     """
-    inputs: dict[tuple[Kind, int], Tensor] = {}
+    inputs: dict[tuple[PartKind, int], Tensor] = {}
     handles = []
     try:
         for kind, layer_idx, part in parts:
 
-            def remember(_module: nn.Module, args: tuple, kind: Kind = kind, layer_idx: int = layer_idx) -> None:
+            def remember(_module: nn.Module, args: tuple, kind: PartKind = kind, layer_idx: int = layer_idx) -> None:
                 inputs[kind, layer_idx] = args[0]
 
             def tell(
                 _module: nn.Module,
                 _args: tuple,
                 output: Tensor | tuple,
-                kind: Kind = kind,
+                kind: PartKind = kind,
                 layer_idx: int = layer_idx,
                 adds: bool = part.adds,
             ) -> None:
@@ -97,7 +97,7 @@ def watched(
 
 
 @contextmanager
-def left_out(model: PreTrainedModel, kind: Kind, layer_idx: int) -> Iterator[None]:
+def left_out(model: PreTrainedModel, kind: PartKind, layer_idx: int) -> Iterator[None]:
     """Inside the block, let a model compute what it would with one more part dropped, in the time that this takes.
 
     Such blocks may be nested.

@@ -1,17 +1,19 @@
 """Save a model as a folder that everything loads: transformers, sentence-transformers, peft, this project."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.files.whole import whole_folder
 from effir_search.model.arithmetic import count, empty_model
-from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers
-from effir_search.model.modeling_effir import EffirConfig, EffirModel
+from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers, read_config_file
+from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import SentenceFiles, write_sentence_files
 
 TRAINING_FILE = "training.json"
@@ -65,23 +67,48 @@ def save_model(
         except SafetensorError as error:
             raise OSError(f"{output}: the weights cannot be written: {error}") from error
         write_sentence_files(folder, files, hidden_size=model.config.hidden_size)
-        if training is not None:
-            text = json.dumps(training, indent=1, ensure_ascii=False)
-            (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
-        for name, text in beside.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        card = model_card(model, output.name, training=training) + (f"\n{measured}" if measured else "")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(model.config, model.dtype, output.name, training=training)
+        _write_texts(folder, card, training=training, beside=beside, measured=measured)
 
 
-def model_card(model: PreTrainedModel, name: str, *, training: dict | None = None) -> str:
+def copy_model(source: Path, output: Path, *, training: dict, beside: Mapping[str, str], measured: str) -> None:
+    """Write a model folder again under another name, whole or not at all: the same files, but for the card.
+
+    Args:
+        source: What ``save_model`` wrote.
+        output: The new folder.
+        training: See ``save_model``.
+        beside: Likewise.
+        measured: Likewise.
+
+    Raises:
+        OSError: ``output`` exists, or a file cannot be read or written.
+    """
+    config = read_config_file(source / "config.json")
+    card = model_card(config, config.dtype, output.name, training=training)
+    with whole_folder(output) as folder:
+        shutil.copytree(source, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        _write_texts(folder, card, training=training, beside=beside, measured=measured)
+
+
+def _write_texts(folder: Path, card: str, *, training: dict | None, beside: Mapping[str, str], measured: str) -> None:
+    """Write how a model was trained, what is to lie beside it, and its card."""
+    if training is not None:
+        text = json.dumps(training, indent=1, ensure_ascii=False)
+        (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+    for name, text in beside.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card + (f"\n{measured}" if measured else ""), encoding="utf-8")
+
+
+def model_card(config: PretrainedConfig, dtype: torch.dtype, name: str, *, training: dict | None = None) -> str:
     """Return the README.md of a saved model: what was dropped, how it was trained, how large it is, how it loads."""
     parts = [HEADER, f"# {name}\n"]
-    if isinstance(model, EffirModel):
-        parts.append(_pruned(model))
+    if isinstance(config, EffirConfig):
+        parts.append(_pruned(config, dtype))
     if training is not None:
         parts.append(_trained(training))
-    code = ", trust_remote_code=True" if isinstance(model, EffirModel) else ""
+    code = ", trust_remote_code=True" if isinstance(config, EffirConfig) else ""
     parts.append(
         f'''## Loading
 
@@ -98,9 +125,8 @@ model.encode_query(["what is pruned?"])
     return "\n".join(parts)
 
 
-def _pruned(model: EffirModel) -> str:
-    config = model.config
-    sizes, full = count(model), count(empty_model(EffirConfig(config.base_config)))
+def _pruned(config: EffirConfig, dtype: torch.dtype) -> str:
+    sizes, full = count(empty_model(config)), count(empty_model(EffirConfig(config.base_config)))
     width = config.base_config.intermediate_size
     no_mlp = [i for i, units in enumerate(config.mlp_widths) if units == 0]
     narrowed = {i: units for i, units in enumerate(config.mlp_widths) if 0 < units < width}
@@ -113,7 +139,7 @@ def _pruned(model: EffirModel) -> str:
         f"MLPs narrowed from {width} units": ", ".join(f"layer {i}: {n}" for i, n in narrowed.items()) or "none",
         "Parameters": f"{sizes.parameters:,} of {full.parameters:,} ({sizes.parameters / full.parameters:.1%})",
         "Without embeddings": f"{sizes.without_embeddings:,} of {full.without_embeddings:,}",
-        "Weights": f"{sizes.bytes(model.dtype):,} bytes, {dtype_name(model.dtype)}",
+        "Weights": f"{sizes.bytes(dtype):,} bytes, {dtype_name(dtype)}",
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return f"""{base}, pruned for dense retrieval with EffiR (arXiv 2512.20612).

@@ -6,23 +6,33 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from effir_search.encoding.batching import Tokens
-from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.arithmetic import part_parameters
 from effir_search.model.checkpoint import dtype_name, lasting_name
-from effir_search.model.layers import KINDS, Kind, parts_of
+from effir_search.model.layers import PART_KINDS, PartKind, parts_of
 from effir_search.model.sentence_files import prunable_config
-from effir_search.pruning.calibration import NUM_TEXTS, sample_texts
+from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.figures import CURVES, FIGURES
-from effir_search.pruning.importance import CRITERIA, Dropped, announce, drifts, num_passes
+from effir_search.pruning.importance import CRITERIA, RankedPart, announce, drifts, num_passes
+from effir_search.settings import NUM_TEXTS, EncoderOptions
 
 # Points of a curve of drift, at most: each takes a forward pass, or the end of one.
 POINTS = 8
+
+# By criterion and kind, the parts in the order of dropping.
+Order = dict[str, dict[PartKind, list[RankedPart]]]
+# Number of parts dropped, share of the parameters left, drift.
+Point = tuple[int, float, float]
+Curves = dict[str, dict[PartKind, list[Point]]]
+# A kind, and the layers that lack their part of it.
+DropSet = tuple[PartKind, frozenset[int]]
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,9 @@ class Analysis:
     num_hidden_layers: int
     encoder: dict
     calibration: dict
-    layers: dict[Kind, list[int]]
-    order: dict[str, dict[Kind, list[Dropped]]]
-    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]]
+    layers: dict[PartKind, list[int]]
+    order: Order
+    curves: Curves
 
 
 def analyze(
@@ -61,10 +71,10 @@ def analyze(
     sources: Sequence[str],
     criteria: Sequence[str] = ("cosine", "embedding"),
     curves: bool = False,
-    greedy_numbers: Mapping[Kind, int] | None = None,
+    greedy_numbers: Mapping[PartKind, int] | None = None,
     size: int = NUM_TEXTS,
     seed: int = 0,
-    **options: object,
+    options: EncoderOptions = DEFAULT_OPTIONS,
 ) -> Analysis:
     """Measure how much each part of a model matters, and write a report: ``effir analyze``.
 
@@ -74,107 +84,141 @@ def analyze(
     Args:
         encoder_name: Model folder or hub name; a pruned model too.
         output: The new folder.
-        sources: Texts to measure on, see ``calibration.read_texts``.
+        sources: Texts to measure on, see ``calibration.sample_texts``.
         criteria: Keys of ``importance.CRITERIA``.
         curves: Also measure how far embeddings drift as more and more parts are dropped, in at most ``POINTS`` steps.
         greedy_numbers: How many parts of each kind the criterion greedy chooses; None = all, of a kind not named none.
         size: How many texts.
         seed: Of their sample.
-        options: As ``Encoder.from_pretrained`` takes them; None = its default.
+        options: Of the encoder; a dtype of None is that of the weights.
 
     Raises:
         ValueError: No texts, or a model that cannot be pruned.
         OSError: The folder exists, or a file cannot be read or written.
     """
     refuse_existing(output, replaces=())
-    stock = bool(options.get("stock_architecture"))
-    num_layers = prunable_config(encoder_name, stock_architecture=stock).num_hidden_layers
+    config = prunable_config(encoder_name, stock_architecture=options.stock_architecture)
     calibration = sample_texts(sources, size=size, seed=seed)
-    given = {name: value for name, value in options.items() if value is not None}
-    encoder = Encoder.from_pretrained(encoder_name, **({"dtype": "saved"} | given))
+    encoder = Encoder.from_pretrained(encoder_name, options.with_defaults(dtype="saved"))
     tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
-    wanted = {name: _wanted(name, greedy_numbers) for name in dict.fromkeys(criteria)}
-    passes = {name: sum(num_passes(encoder.model, name, *one) for one in of_name) for name, of_name in wanted.items()}
-    if curves:
-        passes["curves up to"] = 2 + POINTS * len(KINDS) * len(wanted)
-    announce(encoder, tokens, passes)
-    order: dict[str, dict[Kind, list[Dropped]]] = {name: {kind: [] for kind in KINDS} for name in wanted}
-    for name, of_name in wanted.items():
-        for kinds, number in of_name:
-            order[name] |= CRITERIA[name](encoder, tokens, kinds, number)
+    rankings = {name: _rankings(name, greedy_numbers) for name in dict.fromkeys(criteria)}
+    announce(encoder, tokens, _passes(encoder, rankings, curves=curves))
+    order = _order(encoder, tokens, rankings)
     analysis = Analysis(
         model=encoder_name,
         model_sha256=encoder.weights_sha256,
         dtype=dtype_name(encoder.dtype),
-        num_hidden_layers=num_layers,
+        num_hidden_layers=config.num_hidden_layers,
         encoder=asdict(encoder.config),
         calibration=calibration.record(encoder.config.max_length) | {"tokens": sum(map(len, tokens.input_ids))},
-        layers={kind: list(parts_of(encoder.model, kind)) for kind in KINDS},
+        layers={kind: list(parts_of(encoder.model, kind)) for kind in PART_KINDS},
         order=order,
         curves=_curves(encoder, tokens, order) if curves else {},
     )
+    _write_report(analysis, output)
+    return analysis
+
+
+class Ranking(NamedTuple):
+    """What a criterion is asked for: the order of the parts of these kinds, of each the first ``number``; None = all.
+
+    Each kind starts from the model as it is.
+    """
+
+    kinds: Sequence[PartKind]
+    number: int | None
+
+
+def _rankings(name: str, greedy_numbers: Mapping[PartKind, int] | None) -> list[Ranking]:
+    """Return what a criterion is asked for."""
+    if name != "greedy" or greedy_numbers is None:
+        return [Ranking(PART_KINDS, None)]
+    return [Ranking([kind], number) for kind, number in greedy_numbers.items()]
+
+
+def _passes(encoder: Encoder, rankings: Mapping[str, Sequence[Ranking]], *, curves: bool) -> dict[str, int]:
+    """Return how many passes over the texts there will be, by what they are for."""
+    passes = {
+        name: sum(num_passes(encoder.model, name, *ranking) for ranking in asked) for name, asked in rankings.items()
+    }
+    if curves:
+        passes["curves, at most"] = 2 + POINTS * len(PART_KINDS) * len(rankings)
+    return passes
+
+
+def _order(encoder: Encoder, tokens: Tokens, rankings: Mapping[str, Sequence[Ranking]]) -> Order:
+    """Return ``Analysis.order``."""
+    order: Order = {name: {kind: [] for kind in PART_KINDS} for name in rankings}
+    for name, asked in rankings.items():
+        for ranking in asked:
+            order[name] |= CRITERIA[name](encoder, tokens, *ranking)
+    return order
+
+
+def _write_report(analysis: Analysis, output: Path) -> None:
+    """Write the folder of an analysis."""
     with whole_folder(output) as folder:
         text = json.dumps(asdict(analysis), indent=1, ensure_ascii=False)
         (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
         _write_csv(folder / "importance.csv", ("criterion", "kind", "rank", "layer", "score"), _order_rows(analysis))
-        if curves:
+        if analysis.curves:
             columns = ("criterion", "kind", "number_dropped", "share_left", "drift")
             _write_csv(folder / "curves.csv", columns, _curve_rows(analysis))
         for name, draw in FIGURES.items():
-            if curves or name != CURVES:
+            if analysis.curves or name != CURVES:
                 draw(analysis).savefig(folder / name, format="png")
         (folder / "README.md").write_text(_page(analysis), encoding="utf-8")
-    return analysis
 
 
-def _wanted(name: str, greedy_numbers: Mapping[Kind, int] | None) -> list[tuple[Sequence[Kind], int | None]]:
-    """Return the kinds that a criterion measures, and how many of each it orders; None = all."""
-    if name != "greedy" or greedy_numbers is None:
-        return [(KINDS, None)]
-    return [([kind], number) for kind, number in greedy_numbers.items()]
-
-
-def _curves(
-    encoder: Encoder, tokens: Tokens, order: dict[str, dict[Kind, list[Dropped]]]
-) -> dict[str, dict[Kind, list[tuple[int, float, float]]]]:
+def _curves(encoder: Encoder, tokens: Tokens, order: Order) -> Curves:
     """Return ``Analysis.curves``; a set of parts whose drift is known already is not left out again."""
     sizes = {
         kind: {
             layer_idx: part_parameters(encoder.model, kind, layer_idx) for layer_idx in parts_of(encoder.model, kind)
         }
-        for kind in KINDS
+        for kind in PART_KINDS
     }
-    whole = sum(sizes["block"].values())
-    known: dict[tuple[Kind, frozenset[int]], float] = {}
+    total_size = sum(sizes["block"].values())
+    steps = {
+        (name, kind): [frozenset(part.layer_idx for part in parts[:number]) for number in _numbers(len(parts))]
+        for name, parts_by_kind in order.items()
+        for kind, parts in parts_by_kind.items()
+    }
+    drift_of = _known_drifts(order)
+    plans = list(dict.fromkeys((kind, layers) for (_, kind), sets in steps.items() for layers in sets))
+    drift_of |= _measured_drifts(encoder, tokens, [plan for plan in plans if plan not in drift_of])
+    curves: Curves = {name: {} for name in order}
+    for (name, kind), sets in steps.items():
+        curves[name][kind] = [(0, 1.0, 0.0)]
+        for layers in sets:
+            share_left = 1 - sum(sizes[kind][layer_idx] for layer_idx in layers) / total_size
+            curves[name][kind].append((len(layers), share_left, drift_of[kind, layers]))
+    return curves
+
+
+def _numbers(num_parts: int) -> list[int]:
+    """Return the numbers of dropped parts at which a curve has a point, at most ``POINTS``."""
+    return sorted({round(number) for number in np.linspace(1, num_parts, POINTS)}) if num_parts else []
+
+
+def _known_drifts(order: Order) -> dict[DropSet, float]:
+    """Return the drifts that scores are: of greedy with all parts so far left out, of embedding with one."""
+    drift_of: dict[DropSet, float] = {}
     for kind, parts in order.get("greedy", {}).items():
         for number, part in enumerate(parts, start=1):
-            known[kind, frozenset(layer_idx for layer_idx, _ in parts[:number])] = part.score
+            drift_of[kind, frozenset(layer_idx for layer_idx, _ in parts[:number])] = part.score
     for kind, parts in order.get("embedding", {}).items():
-        known |= {(kind, frozenset([layer_idx])): score for layer_idx, score in parts}
+        drift_of |= {(kind, frozenset([layer_idx])): score for layer_idx, score in parts}
+    return drift_of
 
-    points = {
-        (name, kind): [
-            frozenset(part.layer_idx for part in parts[:number])
-            for number in (sorted({round(n) for n in np.linspace(1, len(parts), POINTS)}) if parts else [])
-        ]
-        for name, of_kinds in order.items()
-        for kind, parts in of_kinds.items()
-    }
-    plans = list(dict.fromkeys((kind, layers) for (_, kind), sets in points.items() for layers in sets))
-    plans = [plan for plan in plans if plan not in known]
+
+def _measured_drifts(encoder: Encoder, tokens: Tokens, plans: Sequence[DropSet]) -> dict[DropSet, float]:
+    """Return the drift with each of these sets of parts left out."""
     reference = encoder.encode_tokens(tokens).embeddings
     total = len(plans) * sum(map(bool, tokens.input_ids))
     with tqdm(total=total, desc="curves", unit=" texts", disable=None) as progress:
         parts = [[(kind, layer_idx) for layer_idx in sorted(layers)] for kind, layers in plans]
-        known |= dict(zip(plans, drifts(encoder, tokens, parts, reference, done=progress.update), strict=True))
-
-    curves: dict[str, dict[Kind, list[tuple[int, float, float]]]] = {name: {} for name in order}
-    for (name, kind), sets in points.items():
-        curves[name][kind] = [(0, 1.0, 0.0)]
-        for layers in sets:
-            left = 1 - sum(sizes[kind][layer_idx] for layer_idx in layers) / whole
-            curves[name][kind].append((len(layers), left, known[kind, layers]))
-    return curves
+        return dict(zip(plans, drifts(encoder, tokens, parts, reference, done=progress.update), strict=True))
 
 
 def format_analysis(analysis: Analysis) -> str:
@@ -188,21 +232,21 @@ def format_analysis(analysis: Analysis) -> str:
 
 def _tables(analysis: Analysis) -> dict[str, list[list[str]]]:
     tables = {}
-    for name, of_kinds in analysis.order.items():
+    for name, order in analysis.order.items():
         cells = {
             (kind, part.layer_idx): f"{part.score:.4f} ({rank})"
-            for kind, parts in of_kinds.items()
+            for kind, parts in order.items()
             for rank, part in enumerate(parts, start=1)
         }
         rows = [
-            [str(layer_idx), *(cells.get((kind, layer_idx), _missing(analysis, kind, layer_idx)) for kind in of_kinds)]
+            [str(layer_idx), *(cells.get((kind, layer_idx), _missing(analysis, kind, layer_idx)) for kind in order)]
             for layer_idx in range(analysis.num_hidden_layers)
         ]
-        tables[name] = [["layer", *of_kinds], *rows]
+        tables[name] = [["layer", *order], *rows]
     return tables
 
 
-def _missing(analysis: Analysis, kind: Kind, layer_idx: int) -> str:
+def _missing(analysis: Analysis, kind: PartKind, layer_idx: int) -> str:
     """Return what stands for a part without a score: it is gone, or was not asked for."""
     return "" if layer_idx in analysis.layers[kind] else "dropped"
 
@@ -210,8 +254,8 @@ def _missing(analysis: Analysis, kind: Kind, layer_idx: int) -> str:
 def _order_rows(analysis: Analysis) -> list[tuple]:
     return [
         (name, kind, rank, *part)
-        for name, of_kinds in analysis.order.items()
-        for kind, parts in of_kinds.items()
+        for name, order in analysis.order.items()
+        for kind, parts in order.items()
         for rank, part in enumerate(parts, start=1)
     ]
 
@@ -219,8 +263,8 @@ def _order_rows(analysis: Analysis) -> list[tuple]:
 def _curve_rows(analysis: Analysis) -> list[tuple]:
     return [
         (name, kind, *point)
-        for name, of_kinds in analysis.curves.items()
-        for kind, curve in of_kinds.items()
+        for name, curves in analysis.curves.items()
+        for kind, curve in curves.items()
         for point in curve
     ]
 
@@ -250,7 +294,7 @@ and the model's own, mean over the texts. In `curves.csv`, `number_dropped` coun
 of the parameters outside the embeddings that is left.
 
 """
-PARTS: dict[Kind, str] = {"mlp": "MLPs", "attention": "attentions", "block": "layers"}
+PARTS: dict[PartKind, str] = {"mlp": "MLPs", "attention": "attentions", "block": "layers"}
 
 
 def _page(analysis: Analysis) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from effir_search.errors import UserError
+from effir_search.settings import NUM_TEXTS
 from effir_search.text.texts import read_texts, sampled
-
-NUM_TEXTS = 256
 
 
 class Calibration(NamedTuple):
@@ -28,8 +27,8 @@ class Calibration(NamedTuple):
 
     def record(self, max_length: int) -> dict:
         """Return what is written down, in JSON types, of texts of which ``max_length`` tokens were read."""
-        told = {"texts": len(self.texts), "sources": self.sources, "seed": self.seed, "sha256": self.sha256}
-        return told | {"max_length": max_length}
+        sample = {"texts": len(self.texts), "sources": self.sources, "seed": self.seed, "sha256": self.sha256}
+        return sample | {"max_length": max_length}
 
 
 def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0) -> Calibration:
@@ -49,9 +48,9 @@ def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0
     texts: list[str] = []
     for number, source in enumerate(sources):
         share = size * (number + 1) // len(sources) - size * number // len(sources)
-        taken = sampled((text for text in read_texts(source) if text.strip()), share, seed)
-        if not taken:
+        sample = sampled((text for text in read_texts(source) if text.strip()), share, seed)
+        if not sample:
             raise UserError(f"{source}: no text in it to measure importance on")
-        texts += taken
+        texts += sample
     digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
     return Calibration(texts, [Path(source).name for source in sources], seed, digest)

@@ -40,7 +40,8 @@ from effir_search.settings import EncoderOptions
 
 # Layers without MLP and layers without attention, sorted.
 Plan = dict[str, list[int]]
-Given = dict[str, Iterable[int] | None]
+# The same as options have them: None where an option is not given.
+PlanOptions = dict[str, Iterable[int] | None]
 Loaded = tuple[EffirModel, PreTrainedTokenizerBase, SentenceFiles]
 # In a config.json.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -95,20 +96,20 @@ def convert(
     """
     refuse_existing(output, replaces=())
     folder = resolve_model(source, adapter=True)
-    given = {"mlp": drop_mlp_layers, "attention": drop_attention_layers}
+    plan_options = {"mlp": drop_mlp_layers, "attention": drop_attention_layers}
     origin = {"checkpoint": str(source), "revision": hub_revision(folder)} if not Path(source).exists() else {}
     if (adapter := _adapter_folder(folder)) is None:
         if base is not None:
             raise UserError(f"{source}: is no LoRA folder, so it goes without --base")
-        model, tokenizer, files = _read_llm_drop(folder, given, origin, options.stock_architecture)
+        model, tokenizer, files = _read_llm_drop(folder, plan_options, origin, options.stock_architecture)
     else:
-        model, tokenizer, files = _read_lora(folder, adapter, base, given, origin, options.stock_architecture)
+        model, tokenizer, files = _read_lora(folder, adapter, base, plan_options, origin, options.stock_architecture)
     config = encoder_config(files, model, tokenizer, options)
     Encoder(model, tokenizer, config, name=str(source), files=files).save(output)
     return model.config
 
 
-def describe_converted(config: EffirConfig) -> str:
+def describe_conversion(config: EffirConfig) -> str:
     """Return a line about a pruned model: its family, what was dropped, its parameters and those of the full model."""
     full = EffirConfig(config.base_config)
     dropped = {"MLPs": config.mlp_widths.count(0), "attentions": len(config.dropped_attention)}
@@ -119,7 +120,7 @@ def describe_converted(config: EffirConfig) -> str:
     return f"{config.base_config.model_type}, {what} dropped, {now} parameters ({before})"
 
 
-def _read_llm_drop(folder: Path, given: Given, origin: dict, stock: bool) -> Loaded:
+def _read_llm_drop(folder: Path, plan_options: PlanOptions, origin: dict, stock: bool) -> Loaded:
     settings = _settings(folder)
     if not settings.keys() & {*DROP_LISTS.values()} and settings.get("model_type") != EffirConfig.model_type:
         raise UserError(
@@ -128,7 +129,9 @@ def _read_llm_drop(folder: Path, given: Given, origin: dict, stock: bool) -> Loa
         )
     base_config = _base_config(folder, stock)
     num_layers = base_config.num_hidden_layers
-    plan = _agreed(_said(folder, num_layers) | _given(given, num_layers)) or {kind: [] for kind in DROP_LISTS}
+    plan = _agreed(_plan_of_config(folder, num_layers) | _plan_of_options(plan_options, num_layers)) or {
+        kind: [] for kind in DROP_LISTS
+    }
     config = _pruned_config(base_config, plan, {"source": "LLM-Drop"} | origin)
     config.base_model = _hub_name(settings.get("_name_or_path"))
     model = _load(folder, config)
@@ -137,7 +140,9 @@ def _read_llm_drop(folder: Path, given: Given, origin: dict, stock: bool) -> Loa
     return model, tokenizer, files._replace(pooling=files.pooling or "last")
 
 
-def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Given, origin: dict, stock: bool) -> Loaded:
+def _read_lora(
+    folder: Path, adapter: Path, base: str | Path | None, plan_options: PlanOptions, origin: dict, stock: bool
+) -> Loaded:
     settings = read_json(adapter / ADAPTER_CONFIG)
     base_name = settings.get("base_model_name_or_path")
     if base is None:
@@ -145,7 +150,11 @@ def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Give
     base_folder = resolve_model(base)
     base_config = _base_config(base_folder, stock)
     num_layers = base_config.num_hidden_layers
-    plan = _agreed(_said(folder, num_layers) | _said(base_folder, num_layers) | _given(given, num_layers))
+    plan = _agreed(
+        _plan_of_config(folder, num_layers)
+        | _plan_of_config(base_folder, num_layers)
+        | _plan_of_options(plan_options, num_layers)
+    )
     if plan is None:
         raise UserError(
             "what was dropped must be said by --drop-mlp-layers, --drop-attention-layers or both, since no config.json "
@@ -175,7 +184,7 @@ def _read_lora(folder: Path, adapter: Path, base: str | Path | None, given: Give
 # What was dropped
 
 
-def _said(folder: Path, num_layers: int) -> dict[str, Plan]:
+def _plan_of_config(folder: Path, num_layers: int) -> dict[str, Plan]:
     """Return what a folder's config.json says was dropped, under its name; nothing if it says nothing."""
     lists = {kind: _settings(folder).get(field) for kind, field in DROP_LISTS.items()}
     if all(value is None for value in lists.values()):
@@ -184,9 +193,9 @@ def _said(folder: Path, num_layers: int) -> dict[str, Plan]:
     return {str(path): {k: _layers(v, f"{path}: {DROP_LISTS[k]}", num_layers) for k, v in lists.items()}}
 
 
-def _given(given: Given, num_layers: int) -> dict[str, Plan]:
+def _plan_of_options(plan_options: PlanOptions, num_layers: int) -> dict[str, Plan]:
     """Return what the options say was dropped, under their names; nothing if none is given."""
-    lists = {kind: None if value is None else list(value) for kind, value in given.items()}
+    lists = {kind: None if value is None else list(value) for kind, value in plan_options.items()}
     if all(value is None for value in lists.values()):
         return {}
     plan = {kind: _layers(value, f"--drop-{kind}-layers", num_layers) for kind, value in lists.items()}
@@ -259,8 +268,8 @@ def _pruned_config(base_config: PretrainedConfig, plan: Plan, record: dict) -> E
 def _load(folder: Path, config: EffirConfig) -> EffirModel:
     """Return the pruned model with a folder's weights. It cannot run: buffers that are not saved have no memory."""
     model = empty_model(config)
-    wanted = dict(model.named_parameters())
-    dropped = dict(empty_model(EffirConfig(config.base_config)).named_parameters()).keys() - wanted.keys()
+    expected = dict(model.named_parameters())
+    dropped = dict(empty_model(EffirConfig(config.base_config)).named_parameters()).keys() - expected.keys()
 
     def name_of(key: str) -> str | None:
         name = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"  # AutoModel saves without the prefix
@@ -276,7 +285,7 @@ def _load(folder: Path, config: EffirConfig) -> EffirModel:
         if twice := sorted(part.keys() & tensors.keys()):
             raise UserError(f"{path}: {twice[0]} is in another file of the model too")
         tensors |= part
-    _check(f"{folder}: the weights do not fit config.json", tensors, wanted)
+    _check(f"{folder}: the weights do not fit config.json", tensors, expected)
     model.load_state_dict(tensors, assign=True)
     model.config.dtype = model.config.base_config.dtype = model.dtype
     return model.eval()
@@ -298,13 +307,13 @@ def _read_tensors(
         return {name: tensor.to(dtype) for key, tensor in content.items() if (name := name_of(key)) is not None}
 
 
-def _check(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    problems = [f"no tensor {name}" for name in wanted if name not in tensors]
-    problems += [f"{name} is not part of the model" for name in tensors if name not in wanted]
+def _check(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = [f"no tensor {name}" for name in expected if name not in tensors]
+    problems += [f"{name} is not part of the model" for name in tensors if name not in expected]
     problems += [
-        f"{name} has shape {list(tensor.shape)}, not {list(wanted[name].shape)}"
+        f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
         for name, tensor in tensors.items()
-        if name in wanted and tensor.shape != wanted[name].shape
+        if name in expected and tensor.shape != expected[name].shape
     ]
     if problems:
         raise UserError(f"{what}: {problems[0]} ({len(problems)} such problems)")
@@ -366,10 +375,10 @@ def _merge(model: EffirModel, adapter: Path, settings: dict) -> None:
         full = empty_model(EffirConfig(model.config.base_config))
         full = PeftModel(full, LoraConfig(**settings), low_cpu_mem_usage=True)
         lora = PeftModel(model, LoraConfig(**settings))  # its matrices are float32, whatever the model's dtype
-    wanted = get_peft_model_state_dict(lora, save_embedding_layers=False)
-    dropped = get_peft_model_state_dict(full, save_embedding_layers=False).keys() - wanted.keys()
+    expected = get_peft_model_state_dict(lora, save_embedding_layers=False)
+    dropped = get_peft_model_state_dict(full, save_embedding_layers=False).keys() - expected.keys()
     tensors = {key: t for key, t in tensors.items() if key not in dropped and not key.startswith(ADAPTER_OF_HEAD)}
-    _check(f"{path}: the weights do not fit {ADAPTER_CONFIG}", tensors, wanted)
+    _check(f"{path}: the weights do not fit {ADAPTER_CONFIG}", tensors, expected)
     with named_errors(path):
         set_peft_model_state_dict(lora, tensors)
         for module in lora.modules():

@@ -27,8 +27,8 @@ def importance_figure(analysis: Analysis) -> Figure:
     """Return a panel for each criterion with the score of every part, by layer."""
     figure = Figure(figsize=(4.5 * len(analysis.order), 3.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(analysis.order), squeeze=False)[0]
-    for panel, (name, of_kinds) in zip(panels, analysis.order.items(), strict=True):
-        for kind, parts in of_kinds.items():
+    for panel, (name, order) in zip(panels, analysis.order.items(), strict=True):
+        for kind, parts in order.items():
             x, y = zip(*sorted(parts), strict=True) if parts else ((), ())
             line = "none" if name == "greedy" else "solid"  # whose scores grow in another order than that of layers
             panel.plot(x, y, color=COLORS[kind], marker=MARKERS[kind], markersize=4, linestyle=line, label=kind)
@@ -47,8 +47,8 @@ def order_figure(analysis: Analysis) -> Figure:
     kinds = list(next(iter(analysis.order.values())))
     figure = Figure(figsize=(3 * len(kinds), 2.9 * len(analysis.order)), dpi=150, layout="constrained")
     panels = figure.subplots(len(analysis.order), len(kinds), squeeze=False, sharex=True)
-    for of_name, (name, of_kinds) in zip(panels, analysis.order.items(), strict=True):
-        for panel, (kind, parts) in zip(of_name, of_kinds.items(), strict=True):
+    for row, (name, order) in zip(panels, analysis.order.items(), strict=True):
+        for panel, (kind, parts) in zip(row, order.items(), strict=True):
             for number, (layer_idx, _score) in enumerate(parts, start=1):
                 height = len(parts) - number + 1  # dropped from this row on
                 panel.bar(layer_idx, height, bottom=number - 0.5, width=0.9, color=COLORS[kind])
@@ -66,8 +66,8 @@ def curves_figure(analysis: Analysis) -> Figure:
     """Return a panel for each criterion: drift of the embedding against the share of parameters dropped, by kind."""
     figure = Figure(figsize=(max(4.5 * len(analysis.curves), 5.5), 4), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(analysis.curves), squeeze=False, sharex=True, sharey=True)[0]
-    for panel, (name, of_kinds) in zip(panels, analysis.curves.items(), strict=True):
-        for kind, curve in of_kinds.items():
+    for panel, (name, curves) in zip(panels, analysis.curves.items(), strict=True):
+        for kind, curve in curves.items():
             _numbers, shares, drifts = np.array(curve).T
             panel.plot(100 * (1 - shares), drifts, color=COLORS[kind], marker=MARKERS[kind], markersize=4, label=kind)
         panel.set_title(name, loc="left", fontsize="medium", fontweight="bold")

@@ -38,7 +38,7 @@ PAPER_UNITS = 16 * 14336
 SECONDS = 60.0
 
 
-class Checkpoint:
+class GatesFile:
     """The gates and Adam's state in a file, from which training goes on after a stop, to the same gates.
 
     Args:
@@ -56,15 +56,15 @@ class Checkpoint:
             return 0
         try:
             with safe_open(self.path, "pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read (%s), so gates begin anew", self.path, error)
             return 0
-        if told.get("settings") != self.settings:
+        if metadata.get("settings") != self.settings:
             logger.info("the gates in %s are of other settings, so they begin anew", self.path)
             return 0
-        step = int(told["step"])
+        step = int(metadata["step"])
         with torch.no_grad():
             for layer_idx, z in gates.items():
                 z.copy_(tensors[f"{layer_idx}.z"])
@@ -166,7 +166,7 @@ def learn_gates(
     penalty: float = 1e-8,
     beta: float = 5.0,
     progress: bool = True,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: GatesFile | None = None,
 ) -> dict[int, Tensor]:
     """Return the gates of a model's units after training them, and nothing else, with Adam; all begin at 1.
 

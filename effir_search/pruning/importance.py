@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from effir_search.encoding.batching import Tokens, batches_by_length
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.model.layers import KINDS, Kind, layers_of, left_out, parts_of, recorded, replayed, watched
+from effir_search.model.layers import PART_KINDS, PartKind, layers_of, left_out, parts_of, recorded, replayed, watched
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ NO_TOKEN = "importance needs texts with at least one token, got none"
 MANY = 5
 
 
-class Dropped(NamedTuple):
+class RankedPart(NamedTuple):
     """A part in the order of dropping: its layer, 0-based in the base model, and the score it has its place by."""
 
     layer_idx: int
@@ -34,11 +34,11 @@ class Dropped(NamedTuple):
 
 # Takes an encoder, tokens of texts, kinds of parts, and how many of each are wanted (None = all); returns for each
 # kind the parts in the order of dropping, the least important first. The encoder is left as it is.
-Criterion = Callable[[Encoder, Tokens, Iterable[Kind], int | None], dict[Kind, list[Dropped]]]
+Criterion = Callable[[Encoder, Tokens, Iterable[PartKind], int | None], dict[PartKind, list[RankedPart]]]
 
 
 @torch.inference_mode()
-def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[Kind, Tensor]:
+def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[PartKind, Tensor]:
     """Return how far each part of a model turns its input: ``1 - cos(x, y)``, the mean over all real tokens.
 
     x is what enters the part, y what leaves it with the residual added, so that 0 is a part that changes nothing and 1
@@ -57,8 +57,8 @@ def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
 
     Source: EffiR (arXiv 2512.20612), importance of a sub-layer.
     """
-    parts = [(kind, layer_idx, part) for kind in KINDS for layer_idx, part in parts_of(model, kind).items()]
-    turned = {kind: torch.full((len(layers_of(model)),), torch.nan, dtype=torch.float64) for kind in KINDS}
+    parts = [(kind, layer_idx, part) for kind in PART_KINDS for layer_idx, part in parts_of(model, kind).items()]
+    turned = {kind: torch.full((len(layers_of(model)),), torch.nan, dtype=torch.float64) for kind in PART_KINDS}
     for kind, layer_idx, _part in parts:
         turned[kind][layer_idx] = 0
     turned = {kind: sums.to(model.device) for kind, sums in turned.items()}
@@ -66,7 +66,7 @@ def importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
     for tokens in batches:
         real = tokens["attention_mask"].bool()  # (batch, seq)
 
-        def add(kind: Kind, layer_idx: int, x: Tensor, y: Tensor, real: Tensor = real) -> None:
+        def add(kind: PartKind, layer_idx: int, x: Tensor, y: Tensor, real: Tensor = real) -> None:
             cosine = F.cosine_similarity(x.float(), y.float(), dim=-1)  # (batch, seq)
             # Padding may hold anything, a NaN too: it is left out, not multiplied by 0.
             turned[kind][layer_idx] += torch.where(real, (1 - cosine).double(), 0.0).sum()
@@ -97,7 +97,7 @@ def drift(encoder: Encoder, tokens: Tokens, reference: np.ndarray) -> float:
 def drifts(
     encoder: Encoder,
     tokens: Tokens,
-    plans: Sequence[Sequence[tuple[Kind, int]]],
+    plans: Sequence[Sequence[tuple[PartKind, int]]],
     reference: np.ndarray,
     *,
     done: Callable[[int], object] = lambda _rows: None,
@@ -128,7 +128,7 @@ def drifts(
                     changed.enter_context(left_out(encoder.model, *part))
                 turned[number, rows] = _turned(encoder.encode_tokens(batch).embeddings, reference[rows])
             done(len(rows))
-    return [_mean(of_plan, reference) for of_plan in turned]
+    return [_mean(row, reference) for row in turned]
 
 
 def _turned(embeddings: np.ndarray, reference: np.ndarray) -> Tensor:
@@ -139,13 +139,15 @@ def _turned(embeddings: np.ndarray, reference: np.ndarray) -> Tensor:
 
 def _mean(turned: Tensor, reference: np.ndarray) -> float:
     """Return the mean over the texts with a token; one without any has the zero vector, whatever is left out."""
-    there = torch.from_numpy(reference.any(axis=1))
-    if not there.any():
+    has_token = torch.from_numpy(reference.any(axis=1))
+    if not has_token.any():
         raise UserError(NO_TOKEN)
-    return float(turned[there].mean())
+    return float(turned[has_token].mean())
 
 
-def num_passes(model: PreTrainedModel, name: str, kinds: Iterable[Kind] = KINDS, number: int | None = None) -> int:
+def num_passes(
+    model: PreTrainedModel, name: str, kinds: Iterable[PartKind] = PART_KINDS, number: int | None = None
+) -> int:
     """Return about how many passes over the texts a criterion takes; one that begins at a later layer is a share of it.
 
     Args:
@@ -179,7 +181,7 @@ def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> Non
     Raises:
         ValueError: No token.
     """
-    told = ", ".join(f"{name} {number} pass{'es' * (number != 1)}" for name, number in passes.items())
+    plan = ", ".join(f"{name} {number} pass{'es' * (number != 1)}" for name, number in passes.items())
     lengths = [len(ids) for ids in tokens.input_ids]
     batches = list(batches_by_length(lengths, encoder.batch_tokens))
     if not batches:
@@ -192,16 +194,16 @@ def announce(encoder: Encoder, tokens: Tokens, passes: Mapping[str, int]) -> Non
         seconds = time.perf_counter() - start
         padded = [len(rows) * lengths[rows[0]] for rows in batches]
         seconds *= sum(padded) / padded[0] * total
-        told += f"; about {seconds:.0f} s in all" if seconds < 120 else f"; about {seconds / 60:.0f} min in all"
+        plan += f"; about {seconds:.0f} s in all" if seconds < 120 else f"; about {seconds / 60:.0f} min in all"
     cut = f" ({tokens.num_truncated} of them cut)" if tokens.num_truncated else ""
-    logger.info("measuring on %d texts%s: %s", len(tokens.texts), cut, told)
+    logger.info("measuring on %d texts%s: %s", len(tokens.texts), cut, plan)
     if (repeated := len(tokens.texts) - len(set(map(tuple, tokens.input_ids)))) > 0:
         logger.warning("%d of these texts have the tokens of another one, so they tell nothing new", repeated)
 
 
 def by_cosine(
-    encoder: Encoder, tokens: Tokens, kinds: Iterable[Kind], number: int | None = None
-) -> dict[Kind, list[Dropped]]:
+    encoder: Encoder, tokens: Tokens, kinds: Iterable[PartKind], number: int | None = None
+) -> dict[PartKind, list[RankedPart]]:
     """Order parts by ``importance``, EffiR's criterion: one forward pass for all."""
     batches = tqdm(list(encoder.batches(tokens)), desc="cosine", unit=" batches", disable=None)
     scores = importance(encoder.model, (batch for _, batch in batches))
@@ -209,22 +211,22 @@ def by_cosine(
 
 
 def by_embedding(
-    encoder: Encoder, tokens: Tokens, kinds: Iterable[Kind], number: int | None = None
-) -> dict[Kind, list[Dropped]]:
+    encoder: Encoder, tokens: Tokens, kinds: Iterable[PartKind], number: int | None = None
+) -> dict[PartKind, list[RankedPart]]:
     """Order parts by the ``drift`` of the final embedding when one alone is left out; see ``drifts`` for the memory."""
     parts = {kind: list(parts_of(encoder.model, kind)) for kind in kinds}
     plans = [[(kind, layer_idx)] for kind, layers in parts.items() for layer_idx in layers]
     reference = encoder.encode_tokens(tokens).embeddings
     with _progress("embedding", len(plans), tokens) as progress:
-        found = iter(drifts(encoder, tokens, plans, reference, done=progress.update))
+        scores = iter(drifts(encoder, tokens, plans, reference, done=progress.update))
     return {
-        kind: _ascending({layer_idx: next(found) for layer_idx in layers})[:number] for kind, layers in parts.items()
+        kind: _ascending({layer_idx: next(scores) for layer_idx in layers})[:number] for kind, layers in parts.items()
     }
 
 
 def greedily(
-    encoder: Encoder, tokens: Tokens, kinds: Iterable[Kind], number: int | None = None
-) -> dict[Kind, list[Dropped]]:
+    encoder: Encoder, tokens: Tokens, kinds: Iterable[PartKind], number: int | None = None
+) -> dict[PartKind, list[RankedPart]]:
     """Leave out, one after the other, the part without which the embedding drifts least from the full model's.
 
     The score of a part is the drift with it and all before it left out. Each kind starts from the model as it is. N of
@@ -232,28 +234,29 @@ def greedily(
     """
     reference = encoder.encode_tokens(tokens).embeddings
     parts = {kind: list(parts_of(encoder.model, kind)) for kind in kinds}
-    rounds = {kind: _rounds(len(left), number) for kind, left in parts.items()}
+    rounds = {kind: _rounds(len(layers), number) for kind, layers in parts.items()}
     total = sum(len(parts[kind]) - done for kind, n in rounds.items() for done in range(n))
-    order: dict[Kind, list[Dropped]] = {kind: [] for kind in parts}
+    order: dict[PartKind, list[RankedPart]] = {kind: [] for kind in parts}
     with _progress("greedy", total, tokens) as progress:
-        for kind, left in parts.items():
-            with ExitStack() as out:
+        for kind, remaining in parts.items():
+            with ExitStack() as dropped:
                 for _ in range(rounds[kind]):
-                    plans = [[(kind, layer_idx)] for layer_idx in left]
-                    found = drifts(encoder, tokens, plans, reference, done=progress.update)
-                    order[kind].append(_ascending(dict(zip(left, found, strict=True)))[0])
-                    left.remove(order[kind][-1].layer_idx)
-                    out.enter_context(left_out(encoder.model, kind, order[kind][-1].layer_idx))
+                    plans = [[(kind, layer_idx)] for layer_idx in remaining]
+                    scores = drifts(encoder, tokens, plans, reference, done=progress.update)
+                    first = _ascending(dict(zip(remaining, scores, strict=True)))[0]
+                    order[kind].append(first)
+                    remaining.remove(first.layer_idx)
+                    dropped.enter_context(left_out(encoder.model, kind, first.layer_idx))
     return order
 
 
 CRITERIA: dict[str, Criterion] = {"cosine": by_cosine, "embedding": by_embedding, "greedy": greedily}
 
 
-def _ascending(scores: Mapping[int, float]) -> list[Dropped]:
+def _ascending(scores: Mapping[int, float]) -> list[RankedPart]:
     """Lowest first, of equal ones the later layer; layers without the part (NaN) are left out."""
-    there = [Dropped(layer_idx, score) for layer_idx, score in scores.items() if score == score]
-    return sorted(there, key=lambda part: (part.score, -part.layer_idx))
+    parts = [RankedPart(layer_idx, score) for layer_idx, score in scores.items() if score == score]
+    return sorted(parts, key=lambda part: (part.score, -part.layer_idx))
 
 
 def _rounds(num_parts: int, number: int | None) -> int:

@@ -166,35 +166,46 @@ def choose_units(
     best = {layer_idx: _descending(scores[layer_idx], layer_idx) for layer_idx in layers}
     widths = {layer_idx: len(order) for layer_idx, order in best.items()}
     total = sum(widths.values())
-    wanted = total - round(share * total)
+    num_kept = total - round(share * total)
     floors = {layer_idx: _floor(width, floor, multiple) for layer_idx, width in widths.items()}
-    left = wanted - sum(floors.values())
-    if left < 0:
+    above_floors = num_kept - sum(floors.values())
+    if above_floors < 0:
         raise UserError(
-            f"--narrow {share:g} leaves {wanted} of {total} units, but the floors ({floor:g} of a layer, at least "
+            f"--narrow {share:g} leaves {num_kept} of {total} units, but the floors ({floor:g} of a layer, at least "
             f"{multiple}) keep {sum(floors.values())}; lower --narrow{', --multiple' * (multiple > 1)} or --floor"
         )
 
-    # All groups that may go, in the order of layers, of a layer the worst one first: sorted by the scores of their
-    # middle units and read from the end, the best comes first and equal ones are in the order the docstring says.
-    owners, sizes, middles = [], [], []
+    kept = _kept_above_floors(scores, best, floors, above_floors, multiple)
+    masks = {}
     for layer_idx in layers:
-        starts = torch.arange(floors[layer_idx], widths[layer_idx], multiple).flip(0)
-        size = (widths[layer_idx] - starts).clamp(max=multiple)
-        middle = best[layer_idx][starts + (size - 1) // 2]
+        masks[layer_idx] = torch.zeros(widths[layer_idx], dtype=torch.bool)
+        masks[layer_idx][best[layer_idx][: floors[layer_idx] + kept[layer_idx]]] = True
+    return masks
+
+
+def _kept_above_floors(
+    scores: Mapping[int, Tensor],
+    best: Mapping[int, Tensor],
+    floors: Mapping[int, int],
+    number: int,
+    multiple: int,
+) -> dict[int, int]:
+    """Return how many units of each layer stay besides those of its floor, ``number`` in all."""
+    # All groups that may go, in the order of layers, of a layer the worst one first: sorted by the scores of their
+    # middle units and read from the end, the best comes first and equal ones are in the order of ``choose_units``.
+    owners, sizes, middles = [], [], []
+    for layer_idx, order in best.items():
+        starts = torch.arange(floors[layer_idx], len(order), multiple).flip(0)
+        size = (len(order) - starts).clamp(max=multiple)
+        middle = order[starts + (size - 1) // 2]
         owners.append(torch.full_like(starts, layer_idx))
         sizes.append(size)
         middles.append(scores[layer_idx].double().cpu()[middle])
     ranking = torch.cat(middles).argsort(stable=True).flip(0)
     owner, size = torch.cat(owners)[ranking], torch.cat(sizes)[ranking]
     before = size.cumsum(0) - size
-    taken = torch.minimum(size, (left - before).clamp(min=0))
-    masks = {}
-    for layer_idx in layers:
-        stays = floors[layer_idx] + int(taken[owner == layer_idx].sum())
-        masks[layer_idx] = torch.zeros(widths[layer_idx], dtype=torch.bool)
-        masks[layer_idx][best[layer_idx][:stays]] = True
-    return masks
+    kept = torch.minimum(size, (number - before).clamp(min=0))
+    return {layer_idx: int(kept[owner == layer_idx].sum()) for layer_idx in best}
 
 
 def _descending(scores: Tensor, layer_idx: int) -> Tensor:
@@ -246,7 +257,7 @@ def _activations(model: PreTrainedModel, report: Callable[[int, Tensor, Tensor |
     try:
         for layer_idx in _widths(model):
 
-            def tell(_output: nn.Module, args: tuple, layer_idx: int = layer_idx) -> None:
+            def hand_on(_output: nn.Module, args: tuple, layer_idx: int = layer_idx) -> None:
                 if not masks:
                     raise UserError("the loss must run the model as a whole, since the attention_mask is read there")
                 real, shape = masks[0], args[0].shape[:-1]
@@ -256,7 +267,7 @@ def _activations(model: PreTrainedModel, report: Callable[[int, Tensor, Tensor |
                     )
                 report(layer_idx, args[0], real)
 
-            handles.append(mlp_output(model, layer_idx).register_forward_pre_hook(tell))
+            handles.append(mlp_output(model, layer_idx).register_forward_pre_hook(hand_on))
         yield
     finally:
         for handle in handles:

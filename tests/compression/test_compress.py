@@ -13,11 +13,13 @@ from ir_measures import nDCG
 from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
-from effir_search.compression.compress import compress
+from effir_search.compression.compress import compress, job_settings, with_numbers
 from effir_search.compression.recipe import as_compression, merged, read_recipe
+from effir_search.compression.stages import STAGES, unchanged_names
 from effir_search.encoding.encoder import Encoder
 from effir_search.pruning.importance import greedily
 from effir_search.pruning.prune import prune_encoder
+from effir_search.settings import EncoderOptions
 from effir_search.text.texts import read_texts
 from effir_search.training.teachers import bi_encoder_scores
 
@@ -90,6 +92,10 @@ def test_the_whole_recipe_leaves_a_folder_of_each_stage_and_a_model_of_the_size_
         assert found[nDCG @ 10] == pytest.approx(ndcg)
     card = (output / "README.md").read_text()
     assert f"-> {output}" in result.output and "Quality kept" in card and ", pruned as above |" in card
+    # The model is the fine-tuned one, file by file; the card and the record of training have another name in them.
+    named = {"README.md", "training.json"}
+    for file in (file for file in (stages / "4-tuned").rglob("*") if file.is_file() and file.name not in named):
+        assert (output / file.relative_to(stages / "4-tuned")).read_bytes() == file.read_bytes()
     # The recipe beside the model is the whole of what was done.
     kept = as_compression(read_recipe(output / "recipe.toml"))
     assert (kept.prune.drop_mlp, kept.slim.narrow, kept.finetune.max_steps) == (2, 0.25, 4)
@@ -112,8 +118,9 @@ def test_importance_is_measured_once_and_the_model_is_that_of_a_stage_that_measu
     measured = [message for message in caplog.messages if message.startswith("measuring on 16 texts")]
     assert len(measured) == len(numbers)
     sources = [str(stages / "calibration.jsonl")]
-    options = {"numbers": numbers, "layers": {}, "criterion": "greedy", "sources": sources, "size": 16, "device": "cpu"}
-    prune_encoder(str(models["llama"]), tmp_path / "dropped", calibration_length=9, **options)
+    options = {"numbers": numbers, "layers": {}, "criterion": "greedy", "sources": sources, "size": 16}
+    reading = EncoderOptions(device="cpu", max_length=9)
+    prune_encoder(str(models["llama"]), tmp_path / "dropped", options=reading, **options)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "dropped" / name).read_bytes() == (stages / "2-dropped" / name).read_bytes()
 
@@ -244,6 +251,47 @@ def test_other_settings_after_a_stop_cost_only_the_stages_that_depend_on_them(tm
     done = run(*other, "--narrow", 0.5, "--restart")  # of the same settings: all
     assert done.exit_code == 0, done.output
     assert written("2-dropped") != dropped
+
+
+def test_a_job_of_before_there_was_a_setting_goes_on(tmp_path, models, texts, recipe):
+    options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
+    options += ["--output", tmp_path / "small"]
+    assert run(*options).exit_code == 0
+    shutil.rmtree(tmp_path / "small")
+    file = tmp_path / "small.stages" / "settings.json"
+    settings = read_json(file)
+    del settings["stock_architecture"], settings["finetune"]["dev_remove_query"]
+    file.write_text(json.dumps(settings))
+    written = (tmp_path / "small.stages" / "4-tuned" / "model.safetensors").stat().st_mtime_ns
+    refused = run(*options, "--dev-remove-query", "--dev", tmp_path)
+    assert refused.exit_code == 1 and not (tmp_path / "small").exists()
+    again = run(*options)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "small.stages" / "4-tuned" / "model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        (["finetune"], ["1-analysis", "calibration.jsonl", "2-dropped", "3-slimmed", "3-slimmed.slimming"]),
+        (["slim"], ["1-analysis", "calibration.jsonl", "2-dropped"]),
+        (["loss", "finetune"], ["1-analysis", "calibration.jsonl", "2-dropped"]),
+        (["prune"], []),
+        (["data"], []),
+        (["finetune", "seed"], []),
+    ],
+)
+def test_what_stages_before_the_first_that_depends_on_a_change_have_left_is_kept(tmp_path, changed, kept):
+    (tmp_path / "3-slimmed.slimming").mkdir()
+    (tmp_path / "4-tuned.training").mkdir()
+    assert unchanged_names(changed, tmp_path) == kept
+
+
+def test_settings_that_stages_depend_on_are_those_that_a_job_records(tmp_path, models, texts):
+    given = {"encoder": str(models["bert"]), "data": {"texts": [str(texts)]}}
+    recorded = job_settings(with_numbers(as_compression(given)), {})
+    assert {name for stage in STAGES for name in stage.depends_on} <= recorded.keys()
+    assert [stage.name[0] for stage in STAGES] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_recipe_may_say_where_to(tmp_path, models, texts, recipe, monkeypatch):

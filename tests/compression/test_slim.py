@@ -13,14 +13,15 @@ from click.testing import CliRunner
 from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
 
 from effir_search.cli import cli as command
-from effir_search.cli import legacy_options as cli
+from effir_search.cli.options import data_settings, encoder_options, taken
+from effir_search.cli.pruning import slim as slim_command
 from effir_search.compression.slim import WITHOUT_TEXTS, Batches, slim_encoder
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import mlp_output
 from effir_search.model.surgery import kept_units, prune
 from effir_search.pruning.gates import gated, learn_gates
 from effir_search.pruning.units import UNIT_CRITERIA, choose_units
-from effir_search.settings import DataSettings, LossSettings, ScoringSettings
+from effir_search.settings import DataSettings, EncoderOptions, LossSettings, WidthSettings
 from effir_search.text.texts import read_texts, sampled
 from effir_search.training.data import PreparedData, checkpoint_activations
 
@@ -60,10 +61,10 @@ def data(tmp_path_factory, texts, folders):
     return {"labels": DataSettings(train=str(train)), "texts": DataSettings(texts=(texts,), teacher=str(teacher))}
 
 
-def slim(encoder, output, narrow=0.3, data=None, *, losses=LOSSES, device="cpu", **options):
-    scoring = {name: options.pop(name) for name in ScoringSettings.__dataclass_fields__ if name in options}
-    scoring = ScoringSettings(**{"bf16": False, "steps": 5, "batch_size": 8, **scoring})
-    return slim_encoder(str(encoder), output, narrow, data, scoring=scoring, losses=losses, device=device, **options)
+def slim(encoder, output, narrow=0.3, data=None, *, max_length=None, **settings):
+    settings = WidthSettings(**{"bf16": False, "steps": 5, "batch_size": 8, "narrow": narrow, **settings})
+    options = EncoderOptions(device="cpu", max_length=max_length)
+    return slim_encoder(str(encoder), output, data, settings, LOSSES, options)
 
 
 def run(*arguments):
@@ -257,8 +258,9 @@ def in_a_process(*arguments):
 @pytest.mark.parametrize("criterion", ["gates", "taylor", "activation"])
 def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_by_it(tmp_path, bert_folder, criterion):
     train = write_jsonl(tmp_path / "train.jsonl", [{"query": "hot soup", "positives": ["tomato soup"]}])
-    given = {"scoring": ScoringSettings(criterion=criterion, steps=1), "losses": LossSettings(), "device": "cpu"}
-    slimming = partial(slim_encoder, str(bert_folder), tmp_path / "slim", 0.25, DataSettings(train=str(train)), **given)
+    settings = WidthSettings(narrow=0.25, criterion=criterion, steps=1)
+    data, options = DataSettings(train=str(train)), EncoderOptions(device="cpu")
+    slimming = partial(slim_encoder, str(bert_folder), tmp_path / "slim", data, settings, LossSettings(), options)
     if criterion == "activation":
         slimming()
     else:
@@ -314,11 +316,9 @@ def test_batches_that_tell_no_unit_from_another_are_an_error(tmp_path, bert_fold
     data = DataSettings(train=str(write_jsonl(tmp_path / "train.jsonl", records)))
     # The only batch is that of the two examples which share their positives.
     seed = next(s for s in range(99) if set(np.random.default_rng([s, 0]).permutation(3)[:2]) == {0, 1})
-    scoring = ScoringSettings(criterion="taylor", steps=1, batch_size=2, seed=seed)
+    settings = WidthSettings(criterion="taylor", steps=1, batch_size=2, seed=seed)
     with pytest.raises(ValueError, match="every unit has the same score, .*: the loss tells none from another"):
-        slim_encoder(
-            str(bert_folder), tmp_path / "slim", 0.3, data, scoring=scoring, losses=LossSettings(), device="cpu"
-        )
+        slim_encoder(str(bert_folder), tmp_path / "slim", data, settings, LossSettings(), EncoderOptions(device="cpu"))
 
 
 def test_bad_options_are_one_line_errors(tmp_path, bert_folder, data, texts):
@@ -375,14 +375,14 @@ def test_a_model_without_mlps_is_an_error(tmp_path, bert_folder):
 
 
 def test_the_commands_defaults_are_the_librarys():
-    context = cli.slim.make_context("slim", ["--encoder", "x", "--output", "y", "--narrow", "0.3", "--train", "a"])
+    arguments = ["--encoder", "x", "--output", "y", "--narrow", "0.3", "--train", "a"]
+    context = slim_command.make_context("slim", arguments)
     options = dict(context.params)
-    assert [cli.taken(kind, options) for kind in (DataSettings, ScoringSettings, LossSettings)] == [
-        DataSettings("a"),
-        ScoringSettings(),
-        LossSettings(),
-    ]
-    (choice,) = (parameter for parameter in cli.slim.params if parameter.name == "criterion")
+    with context:
+        assert data_settings(options) == DataSettings("a")
+    assert [taken(kind, options) for kind in (WidthSettings, LossSettings)] == [WidthSettings(), LossSettings()]
+    assert encoder_options(options) == EncoderOptions()
+    (choice,) = (parameter for parameter in slim_command.params if parameter.name == "criterion")
     assert tuple(choice.type.choices) == tuple(UNIT_CRITERIA)
 
     def defaults(function):
@@ -394,10 +394,11 @@ def test_the_commands_defaults_are_the_librarys():
     library = defaults(slim_encoder)
     # What compress gives, which prepares data for all its stages and has a teacher that reads as its recipe says.
     assert library.pop("prepared") is None and library.pop("teacher_options") is None
-    assert library == {name: options[name] for name in library}
-    assert {name: library[name] for name in ("floor", "multiple")} == defaults(choose_units)
+    assert library == {"options": EncoderOptions(), "restart": options["restart"]}
+    settings = WidthSettings()
+    assert {name: getattr(settings, name) for name in ("floor", "multiple")} == defaults(choose_units)
     of_gates = defaults(learn_gates)
-    assert all(getattr(ScoringSettings(), name) == of_gates[name] for name in ("steps", "learning_rate", "penalty"))
+    assert all(getattr(settings, name) == of_gates[name] for name in ("steps", "learning_rate", "penalty"))
 
 
 def test_the_answer_tells_widths_sizes_and_cosine(tmp_path, bert_folder, data):

@@ -1,8 +1,10 @@
 """The folder of a job that can be stopped: whose it is, what goes, what stays."""
 
+import re
+
 import pytest
 
-from effir_search.files.job import job_folder
+from effir_search.files.job import job_folder, same_settings
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -48,6 +50,33 @@ def test_other_settings_are_an_error_and_restart_discards_all_but_what_is_kept(t
     assert (tmp_path / "job" / "work").is_file()
     with job_folder(tmp_path / "job", {"a": 2}, restart=True, keep=("data",)):
         assert {path.name for path in (tmp_path / "job").iterdir()} == {"job.lock", "settings.json", "data"}
+
+
+@pytest.mark.parametrize("nothing", [None, False, "", [], {}, {"b": None, "c": {"d": []}}])
+def test_a_job_of_before_there_was_a_setting_goes_on_where_the_setting_asks_for_nothing(tmp_path, nothing):
+    with job_folder(tmp_path / "job", {"a": {"x": 1}}):
+        (tmp_path / "job" / "work").write_text("done")
+    with job_folder(tmp_path / "job", {"a": {"x": 1, "new": nothing}, "new": nothing}):
+        assert (tmp_path / "job" / "work").is_file()
+
+
+@pytest.mark.parametrize("asked", [True, 0, 0.0, "x", [0], {"b": 1}])
+def test_a_setting_that_asks_for_something_makes_it_another_job(tmp_path, asked):
+    with job_folder(tmp_path / "job", {"a": {"x": 1}}):
+        (tmp_path / "job" / "work").write_text("done")
+    message = rf"a was \{{'new': None\}} there and is \{{'new': {re.escape(repr(asked))}\}} now"
+    with (
+        pytest.raises(ValueError, match=message),
+        job_folder(tmp_path / "job", {"a": {"x": 1, "new": asked}}),
+    ):
+        pass
+
+
+def test_settings_that_both_jobs_have_are_compared_as_they_are():
+    # bf16 of None is what the machine does best, False is float32.
+    assert not same_settings({"bf16": None}, {"bf16": False})
+    assert not same_settings({"texts": []}, {"texts": None})
+    assert same_settings({"a": [{"b": 1}]}, {"a": [{"b": 1}]})
 
 
 def test_two_jobs_cannot_be_at_work_in_a_folder(tmp_path):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from effir_search.model.arithmetic import count, empty_model, facts, flops, format_facts, part_parameters, planned
-from effir_search.model.layers import KINDS, parts_of
+from effir_search.model.layers import PART_KINDS, parts_of
 from effir_search.model.surgery import prune
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
@@ -136,7 +136,7 @@ def test_a_family_that_cannot_be_pruned_is_an_error():
 
 
 @every_family
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PART_KINDS)
 def test_a_part_s_parameters_are_those_that_go_with_it(family, kind):
     for earlier in ({}, {"mlp": [1], "attention": [2]}):
         for layer_idx in parts_of(prune(prunable_model(family), **earlier), kind):

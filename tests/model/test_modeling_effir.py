@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from effir_search.model.checkpoint import load_transformer
-from effir_search.model.layers import KINDS, layers_of, left_out, lora_targets, mlp_output, mlp_widths, parts_of
+from effir_search.model.layers import PART_KINDS, layers_of, left_out, lora_targets, mlp_output, mlp_widths, parts_of
 from effir_search.model.modeling_effir import FAMILIES, EffirConfig, EffirModel, family_of
 from effir_search.model.surgery import kept_units, prune
 
@@ -244,7 +244,7 @@ def test_gradients_flow_with_and_without_checkpointing(family):
 
 @every_family
 def test_leaving_a_part_out_computes_what_dropping_it_does(family):
-    for kind in KINDS:
+    for kind in PART_KINDS:
         model = prunable_model(family)
         full = states(model)
         with left_out(model, kind, 1):
@@ -274,7 +274,7 @@ def test_parts_show_their_input_and_what_they_write(family):
 
         part.writes.register_forward_hook(write)
 
-    for kind in KINDS:
+    for kind in PART_KINDS:
         for layer_idx, part in parts_of(model, kind).items():
             watch(kind, layer_idx, part)
     states(model)

@@ -8,15 +8,15 @@ from click.testing import CliRunner
 from conftest import save_model
 
 from effir_search.cli import cli
-from effir_search.cli.legacy_options import CRITERIA as CHOICES
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.arithmetic import count
-from effir_search.model.layers import KINDS
+from effir_search.model.layers import PART_KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.analyze import analyze, format_analysis
 from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.figures import curves_figure
 from effir_search.pruning.importance import CRITERIA, drift
+from effir_search.settings import Criterion, EncoderOptions, choices
 
 FILES = ["README.md", "analysis.json", "curves.csv", "curves.png", "importance.csv", "importance.png", "order.png"]
 
@@ -24,7 +24,7 @@ FILES = ["README.md", "analysis.json", "curves.csv", "curves.png", "importance.c
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, llama_folder, collection):
     folder = tmp_path_factory.mktemp("report") / "analysis"
-    options = {"criteria": list(CRITERIA), "curves": True, "size": 8, "dtype": "fp32"}
+    options = {"criteria": list(CRITERIA), "curves": True, "size": 8, "options": EncoderOptions(dtype="fp32")}
     analysis = analyze(str(llama_folder), folder, sources=[str(collection)], **options)
     return folder, analysis
 
@@ -42,7 +42,7 @@ def test_the_folder_holds_the_scores_of_every_part_by_every_criterion(report, ll
     tokens = encoder.tokenize(sample_texts([str(collection)], size=8).texts)
     assert record["calibration"]["tokens"] == sum(map(len, tokens.input_ids))
     for name, criterion in CRITERIA.items():
-        expected = criterion(encoder, tokens, KINDS, None)
+        expected = criterion(encoder, tokens, PART_KINDS, None)
         assert record["order"][name] == {kind: [list(part) for part in parts] for kind, parts in expected.items()}
     rows = rows_of(folder / "importance.csv")
     assert len(rows) == 3 * 3 * 4
@@ -81,7 +81,7 @@ def test_figures_are_png_and_the_page_shows_them_and_the_scores(report):
             assert f"]({name})" in page
     first = analysis.order["cosine"]["mlp"][0]
     (row,) = (line for line in page.split("### ")[1].splitlines() if line.startswith(f"| {first.layer_idx} |"))
-    assert row.split("|")[1 + 1 + KINDS.index("mlp")].strip() == f"{first.score:.4f} (1)"
+    assert row.split("|")[1 + 1 + PART_KINDS.index("mlp")].strip() == f"{first.score:.4f} (1)"
 
 
 def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(report):
@@ -89,10 +89,10 @@ def test_the_legend_of_the_curves_names_every_kind_once_and_hides_no_panel(repor
     figure = curves_figure(analysis)
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(KINDS)
+    assert [text.get_text() for text in legend.get_texts()] == list(PART_KINDS)
     assert [panel.get_title("left") for panel in figure.axes] == list(CRITERIA)
     for panel in figure.axes:
-        assert len(panel.lines) == len(KINDS)
+        assert len(panel.lines) == len(PART_KINDS)
         assert not legend.get_window_extent().overlaps(panel.get_tightbbox())
 
 
@@ -107,7 +107,7 @@ def test_curves_are_measured_only_if_they_are_asked_for(tmp_path, bert_folder, c
 
 
 def test_greedy_orders_only_as_many_parts_as_are_asked_for(tmp_path, bert_folder, collection):
-    options = {"sources": [str(collection)], "criteria": ["cosine", "greedy"], "dtype": "fp32"}
+    options = {"sources": [str(collection)], "criteria": ["cosine", "greedy"], "options": EncoderOptions(dtype="fp32")}
     analysis = analyze(str(bert_folder), tmp_path / "r", greedy_numbers={"mlp": 2}, **options)
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
     tokens = encoder.tokenize(sample_texts([str(collection)]).texts)
@@ -164,7 +164,12 @@ def test_curves_have_few_points_however_many_layers(tmp_path, collection):
     )
     save_model(tmp_path / "deep", "llama")
     AutoModel.from_config(config).save_pretrained(tmp_path / "deep")
-    options = {"sources": [str(collection)], "criteria": ["cosine"], "curves": True, "dtype": "fp32"}
+    options = {
+        "sources": [str(collection)],
+        "criteria": ["cosine"],
+        "curves": True,
+        "options": EncoderOptions(dtype="fp32"),
+    }
     analysis = analyze(str(tmp_path / "deep"), tmp_path / "report", **options)
     numbers = [point[0] for point in analysis.curves["cosine"]["mlp"]]
     assert len(numbers) == 9 and numbers[0] == 0 and numbers[-1] == 20 and numbers == sorted(numbers)
@@ -184,7 +189,8 @@ def test_the_command_prints_the_scores_and_where_the_report_is(tmp_path, bert_fo
 
 
 def test_the_commands_choices_are_the_criteria():
-    assert tuple(CRITERIA) == CHOICES
+    (option,) = (parameter for parameter in cli.commands["analyze"].params if parameter.name == "criteria")
+    assert tuple(CRITERIA) == choices(Criterion) == tuple(option.type.choices)
 
 
 def test_nothing_is_left_behind_when_the_model_cannot_be_pruned(tmp_path, collection):

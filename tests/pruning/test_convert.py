@@ -24,7 +24,8 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.model.checkpoint import ADAPTER_FILES, HUB_FILES, read_config_file
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
-from effir_search.pruning.convert import QUERY_PROMPT, convert, describe_converted
+from effir_search.pruning.convert import QUERY_PROMPT, convert, describe_conversion
+from effir_search.settings import EncoderOptions
 
 MLP, ATTENTION = [3, 1], [2]
 LISTS = {"drop_mlp_list": MLP, "drop_attn_list": ATTENTION}
@@ -250,7 +251,7 @@ def test_a_checkpoint_keeps_what_its_sentence_files_say_unless_an_option_says_mo
     config = Encoder.from_pretrained(tmp_path / "own").config
     assert (config.pooling, config.normalize, config.query_prompt, config.max_length) == ("mean", True, "red ", 20)
     options = {"pooling": "cls", "query_prompt": "tea ", "document_prompt": "the ", "max_length": 30}
-    convert(copied, tmp_path / "given", append_eos=True, **options)
+    convert(copied, tmp_path / "given", options=EncoderOptions(append_eos=True, **options))
     encoder = Encoder.from_pretrained(tmp_path / "given")
     assert options.items() <= vars(encoder.config).items()
     assert encoder.tokenizer("cat")["input_ids"][-1] == encoder.tokenizer.eos_token_id
@@ -386,7 +387,7 @@ def test_512_tokens_are_read_where_the_model_has_positions_for_more_unless_an_op
     edit(tmp_path / "base/config.json", max_position_embeddings=4096)
     convert(lora, tmp_path / "pruned", base=tmp_path / "base")
     assert read_sentence_files(tmp_path / "pruned").max_length == 512
-    convert(lora, tmp_path / "longer", base=tmp_path / "base", max_length=600)
+    convert(lora, tmp_path / "longer", base=tmp_path / "base", options=EncoderOptions(max_length=600))
     assert read_sentence_files(tmp_path / "longer").max_length == 600
 
 
@@ -613,7 +614,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_an_error(base, lora):
 
 
 def test_an_option_that_does_not_fit_is_an_error(copied):
-    refused(copied, "--max-length 97: the model takes at most 96 tokens", max_length=97)
+    refused(copied, "--max-length 97: the model takes at most 96 tokens", options=EncoderOptions(max_length=97))
     refused(copied, "pooling 'max' is unknown", pooling="max")
 
 
@@ -750,15 +751,15 @@ def test_the_line_about_mistral_7b_has_the_figures_of_the_paper():
     base = MistralConfig(vocab_size=32000, num_key_value_heads=8, **sizes)
     config = EffirConfig(base, mlp_widths=[14336] * 16 + [0] * 16)
     # 16 MLPs of 176,160,768 weights, and their norms: 7.11 - 2.82 = 4.29.
-    assert describe_converted(config) == "mistral, 16 of 32 MLPs dropped, 4.29 B parameters (7.11 B)"
-    assert describe_converted(EffirConfig(base)).startswith("mistral, nothing dropped, 7.11 B")
+    assert describe_conversion(config) == "mistral, 16 of 32 MLPs dropped, 4.29 B parameters (7.11 B)"
+    assert describe_conversion(EffirConfig(base)).startswith("mistral, nothing dropped, 7.11 B")
 
 
 def test_code_that_is_not_llm_drops_is_an_error_that_names_the_option(tmp_path, copied):
     edit(copied / "config.json", auto_map={"AutoModel": "modeling_qwen.Qwen2Model"})
     with pytest.raises(ValueError, match=r"names code of its own \(modeling_qwen.Qwen2Model\).*--stock-architecture"):
         convert(copied, tmp_path / "one")
-    convert(copied, tmp_path / "one", stock_architecture=True)
+    convert(copied, tmp_path / "one", options=EncoderOptions(stock_architecture=True))
     assert Encoder.from_pretrained(tmp_path / "one").config.pooling == "last"
 
 
@@ -770,4 +771,4 @@ def test_code_of_the_base_of_a_lora_is_an_error_that_names_the_option(tmp_path):
     given = {"base": base, "drop_mlp_layers": [1]}
     with pytest.raises(ValueError, match="base/config.json: names code of its own.*--stock-architecture"):
         convert(tmp_path / "lora", tmp_path / "one", **given)
-    convert(tmp_path / "lora", tmp_path / "one", **given, stock_architecture=True)
+    convert(tmp_path / "lora", tmp_path / "one", **given, options=EncoderOptions(stock_architecture=True))

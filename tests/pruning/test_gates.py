@@ -10,7 +10,7 @@ from effir_search.model.layers import mlp_output
 from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
 from effir_search.pruning import gates as gates_module
-from effir_search.pruning.gates import PAPER_UNITS, Checkpoint, gated, learn_gates, open_of_paper, open_units
+from effir_search.pruning.gates import PAPER_UNITS, GatesFile, gated, learn_gates, open_of_paper, open_units
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 
@@ -215,7 +215,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_gates(tmp_path, monkeyp
     monkeypatch.setattr(gates_module, "SECONDS", 0)
     model, batches = prunable_model("bert"), [batch(1), batch(2), batch(3)]
     whole = learn_gates(model, batches, distance_to_chance(model), steps=7)
-    given = {"steps": 7, "checkpoint": Checkpoint(tmp_path / "gates", {"seed": 0})}
+    given = {"steps": 7, "checkpoint": GatesFile(tmp_path / "gates", {"seed": 0})}
     with pytest.raises(KeyboardInterrupt):
         learn_gates(model, batches, stopped_before(stopped_at, model), **given)
     left = 7 - stopped_at + 1
@@ -231,11 +231,11 @@ def test_gates_of_other_settings_or_in_a_damaged_file_begin_anew(tmp_path, caplo
     whole = learn_gates(model, batches, distance_to_chance(model), steps=3)
 
     def same_as_whole(seed):
-        checkpoint = Checkpoint(file, {"seed": seed})
+        checkpoint = GatesFile(file, {"seed": seed})
         found = learn_gates(model, batches, distance_to_chance(model), steps=3, checkpoint=checkpoint)
         return all(torch.equal(found[layer_idx], z) for layer_idx, z in whole.items())
 
-    learn_gates(model, batches, distance_to_chance(model), steps=1, checkpoint=Checkpoint(file, {"seed": 1}))
+    learn_gates(model, batches, distance_to_chance(model), steps=1, checkpoint=GatesFile(file, {"seed": 1}))
     assert same_as_whole(2) and "other settings" in caplog.text
     file.write_bytes(file.read_bytes()[:-1])
     assert same_as_whole(2) and "cannot be read" in caplog.text
@@ -251,7 +251,7 @@ def test_a_checkpoint_is_written_at_once_and_then_now_and_again(tmp_path, monkey
         now[0] += 25
         return loss(tokens)
 
-    learn_gates(model, [batch()], timed, steps=6, checkpoint=Checkpoint(file, {}))
+    learn_gates(model, [batch()], timed, steps=6, checkpoint=GatesFile(file, {}))
     # Written after the steps 1, at 25 s, and 4, at 100 s.
     assert [a == b for a, b in zip(contents, contents[1:], strict=False)] == [False, True, True, False, True]
 

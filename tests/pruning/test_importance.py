@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effir_search.encoding.batching import Tokens
 from effir_search.encoding.encoder import Encoder
-from effir_search.model.layers import KINDS, layers_of, left_out, parts_of
+from effir_search.model.layers import PART_KINDS, layers_of, left_out, parts_of
 from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
 from effir_search.pruning.importance import (
@@ -110,7 +110,7 @@ def test_padding_does_not_count(family):
     padded = {"input_ids": tokens.expand(2, -1) * mask, "attention_mask": mask}
     one_by_one, together = importance(model, rows), importance(model, [padded])
     alone = [importance(model, [row]) for row in rows]
-    for kind in KINDS:
+    for kind in PART_KINDS:
         torch.testing.assert_close(together[kind], one_by_one[kind], atol=2e-6, rtol=0)
         # The mean over tokens, not over texts.
         torch.testing.assert_close(one_by_one[kind], (9 * alone[0][kind] + 4 * alone[1][kind]) / 13, atol=1e-9, rtol=0)
@@ -139,11 +139,11 @@ def test_what_was_dropped_has_no_importance_and_is_in_no_order(family, folders):
     encoder.model = prune(encoder.model, mlp=[1], attention=[2], block=[3])
     tokens = encoder.tokenize(TEXTS)
     scores = importance(encoder.model, [batch for _, batch in encoder.batches(tokens)])
-    gone = {kind: [i for i in range(4) if scores[kind][i].isnan()] for kind in KINDS}
+    gone = {kind: [i for i in range(4) if scores[kind][i].isnan()] for kind in PART_KINDS}
     assert gone == {"mlp": [1, 3], "attention": [2, 3], "block": [3]}
     for criterion in CRITERIA.values():
-        order = criterion(encoder, tokens, KINDS, None)
-        assert {kind: sorted(part.layer_idx for part in order[kind]) for kind in KINDS} == {
+        order = criterion(encoder, tokens, PART_KINDS, None)
+        assert {kind: sorted(part.layer_idx for part in order[kind]) for kind in PART_KINDS} == {
             "mlp": [0, 2],
             "attention": [0, 1],
             "block": [0, 1, 2],
@@ -151,7 +151,7 @@ def test_what_was_dropped_has_no_importance_and_is_in_no_order(family, folders):
 
 
 @every_family
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PART_KINDS)
 def test_the_embedding_criterion_is_the_drift_of_the_really_pruned_model(family, kind, folders):
     encoder = load(folders(family))
     tokens = encoder.tokenize(TEXTS)
@@ -196,7 +196,7 @@ def test_passes_that_begin_at_the_first_part_left_out_give_what_whole_passes_giv
     tokens = encoder.tokenize([*TEXTS, "milk and honey"])
     assert len(list(encoder.batches(tokens))) > 1
     reference = encoder.encode_tokens(tokens).embeddings
-    plans = [[(kind, layer_idx)] for kind in KINDS for layer_idx in parts_of(encoder.model, kind)]
+    plans = [[(kind, layer_idx)] for kind in PART_KINDS for layer_idx in parts_of(encoder.model, kind)]
     mlps, attentions = list(parts_of(encoder.model, "mlp")), list(parts_of(encoder.model, "attention"))
     plans += [[("mlp", layer_idx) for layer_idx in mlps[1:]], [("mlp", mlps[-1]), ("attention", attentions[-1])]]
     expected = []
@@ -225,7 +225,7 @@ def test_layers_before_the_first_part_left_out_do_not_run_again(folders):
     assert num_passes(encoder.model, "embedding", ["mlp"]) == round(sum(runs) / 4)
 
 
-@pytest.mark.parametrize(("number", "kinds"), [(None, KINDS), (2, ["mlp"]), (0, KINDS)])
+@pytest.mark.parametrize(("number", "kinds"), [(None, PART_KINDS), (2, ["mlp"]), (0, PART_KINDS)])
 def test_passes_of_greedy_are_about_those_that_are_told(number, kinds, folders):
     encoder = load(folders("llama"))
     runs, _ = [], encoder.dimension
@@ -277,7 +277,7 @@ def test_a_criterion_leaves_the_encoder_as_it_was(name, folders):
     encoder = load(folders("llama"))
     tokens = encoder.tokenize(TEXTS)
     before = encoder.encode_tokens(tokens).embeddings
-    CRITERIA[name](encoder, tokens, KINDS, None)
+    CRITERIA[name](encoder, tokens, PART_KINDS, None)
     assert np.array_equal(encoder.encode_tokens(tokens).embeddings, before)
     assert not hooks_of(encoder.model)
 

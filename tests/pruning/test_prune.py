@@ -15,6 +15,7 @@ from effir_search.pruning.analyze import analyze
 from effir_search.pruning.calibration import sample_texts
 from effir_search.pruning.importance import CRITERIA
 from effir_search.pruning.prune import prune_encoder
+from effir_search.settings import EncoderOptions
 
 TEXTS = ["the cat eats fish", "tea", "", "the dog sleeps in the warm kitchen"]
 
@@ -104,7 +105,8 @@ def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(
 
 @pytest.fixture
 def analysis(tmp_path, llama_folder, sources):
-    options = {"sources": sources, "size": 9, "criteria": ["cosine", "embedding", "greedy"], "pooling": "mean"}
+    options = {"sources": sources, "size": 9, "criteria": ["cosine", "embedding", "greedy"]}
+    options |= {"options": EncoderOptions(pooling="mean")}
     analyze(str(llama_folder), tmp_path / "analysis", greedy_numbers={"mlp": 2}, **options)
     return tmp_path / "analysis"
 
@@ -115,10 +117,12 @@ def test_what_an_analysis_measured_is_used_and_gives_the_same_model(
 ):
     numbers = {"mlp": 2, "attention": 1}  # attentions are measured on what is left then
     options = {"numbers": numbers, "layers": {}, "criterion": criterion, "sources": sources, "size": 9}
-    prune_encoder(str(llama_folder), tmp_path / "measured", pooling="mean", **options)
+    prune_encoder(str(llama_folder), tmp_path / "measured", options=EncoderOptions(pooling="mean"), **options)
     caplog.clear()
     with caplog.at_level("INFO"):
-        prune_encoder(str(llama_folder), tmp_path / "known", pooling="mean", analysis=analysis, **options)
+        prune_encoder(
+            str(llama_folder), tmp_path / "known", options=EncoderOptions(pooling="mean"), analysis=analysis, **options
+        )
     assert [message.startswith("measuring on 7 texts") for message in caplog.messages] == [True]  # the attentions
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "known" / name).read_bytes() == (tmp_path / "measured" / name).read_bytes()
@@ -129,8 +133,8 @@ def test_what_an_analysis_measured_is_used_and_gives_the_same_model(
     [
         ({"size": 6}, "analysis.json is of another calibration, so importance is measured"),
         ({"seed": 1}, "is of another calibration"),
-        ({"pooling": "last"}, "is of another encoder"),
-        ({"calibration_length": 5}, "is of another encoder"),
+        ({"options": EncoderOptions(pooling="last")}, "is of another encoder"),
+        ({"options": EncoderOptions(pooling="mean", max_length=5)}, "is of another encoder"),
         ({"criterion": "greedy", "numbers": {"mlp": 3}}, "does not order 3 MLPs by greedy"),
         ({"criterion": "greedy", "numbers": {"block": 1}}, "does not order 1 blocks by greedy"),
     ],
@@ -138,10 +142,11 @@ def test_what_an_analysis_measured_is_used_and_gives_the_same_model(
 def test_an_analysis_of_anything_else_is_not_used_and_that_is_said(
     tmp_path, llama_folder, sources, analysis, options, message, caplog
 ):
-    options = {"numbers": {"mlp": 2}, "layers": {}, "sources": sources, "size": 9, "pooling": "mean", **options}
+    reading = EncoderOptions(pooling="mean")
+    options = {"numbers": {"mlp": 2}, "layers": {}, "sources": sources, "size": 9, "options": reading, **options}
     with caplog.at_level("INFO"):
         prune_encoder(str(llama_folder), tmp_path / "small", analysis=analysis, **options)
-    assert any(message in told for told in caplog.messages)
+    assert any(message in line for line in caplog.messages)
     prune_encoder(str(llama_folder), tmp_path / "measured", **options)
     assert config_of(tmp_path / "small") == config_of(tmp_path / "measured")
 
@@ -150,12 +155,12 @@ def test_an_analysis_of_other_weights_is_not_used(tmp_path, bert_folder, sources
     options = {"numbers": {"mlp": 2}, "layers": {}, "sources": sources, "size": 9, "analysis": analysis}
     with caplog.at_level("INFO"):
         prune_encoder(str(bert_folder), tmp_path / "small", **options)
-    assert any("is of another model_sha256, so importance is measured" in told for told in caplog.messages)
+    assert any("is of another model_sha256, so importance is measured" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("length", "message"), [(500, "the model takes at most 96"), (1, "leave no room for text")])
 def test_a_length_that_the_model_cannot_read_is_an_error(tmp_path, bert_folder, sources, length, message):
-    options = {"layers": {}, "sources": sources, "calibration_length": length}
+    options = {"layers": {}, "sources": sources, "options": EncoderOptions(max_length=length)}
     with pytest.raises(ValueError, match=f"--max-length {length}: .*{message}"):
         prune_encoder(str(bert_folder), tmp_path / "small", numbers={"mlp": 1}, **options)
     assert not (tmp_path / "small").exists()
