@@ -93,14 +93,14 @@ def search(
     from effir_search.searching.search import format_hits, search_text, search_topics
 
     settings, how = taken(SearchSettings, options), encoder_options(options)
-    of_both = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how}
+    shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how}
     if query is not None and topics is None and output is None:
         refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
-        click.echo(format_hits(search_text(query, corpora=corpora, **of_both)))
+        click.echo(format_hits(search_text(query, corpora=corpora, **shared)))
     elif query is None and topics is not None and output is not None:
         refuse(["corpora"], "goes with --query, not with --topics")
-        of_run = {"topics_field": topics_field, "qrels": qrels, "tag": tag}
-        num_topics, num_hits = search_topics(topics, output, **of_run, **of_both)
+        run_settings = {"topics_field": topics_field, "qrels": qrels, "tag": tag}
+        num_topics, num_hits = search_topics(topics, output, **run_settings, **shared)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
     else:
         raise click.UsageError("give either --topics and --output, or --query")

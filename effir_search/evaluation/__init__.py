@@ -1,5 +1,6 @@
 """Runs into measures, and measures into comparisons.
 
 What comes in are runs and qrels; what goes out are means, values of each query, tests, tables and figures. Open
-``measures.py`` first, then ``compare.py``; ``benchmark.py`` sets two models side by side. The first two need no model.
+``measures.py`` first, then ``compare.py`` with its tests in ``significance.py``, and ``comparison_tables.py`` and
+``comparison_figure.py``, which show what it found. ``benchmark.py`` sets two models side by side; it alone needs any.
 """

@@ -150,8 +150,8 @@ def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) ->
     }
     for name in now:
         if name in known and known[name] != now[name]:
-            for left in folder.glob(f"{escape(name)}-*"):  # of another collection too, if its name begins so
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for outdated in folder.glob(f"{escape(name)}-*"):  # of another collection too, if its name begins so
+                shutil.rmtree(outdated) if outdated.is_dir() else outdated.unlink()
     with whole_file(path) as file:
         file.write(json.dumps(known | now, indent=1) + "\n")
 
@@ -204,11 +204,11 @@ def ndcg_per_query(runs: Sequence[Path], qrels: str, *, remove_query: bool = Fal
         remove_query: Leave out hits whose document has the query's id.
     """
     judgments, (measure,) = read_qrels(qrels), parse_measures("nDCG@10")
-    of_runs = []
+    evaluations = []
     for run in runs:
         hits = [hit for hit in read_run(run) if not (remove_query and hit.doc_id == hit.query_id)]
-        of_runs.append(evaluate_queries(hits, judgments, [measure], only_with_positives=True))
-    return np.array([[of_query[measure] for of_query in of_run.per_query.values()] for of_run in of_runs])
+        evaluations.append(evaluate_queries(hits, judgments, [measure], only_with_positives=True))
+    return np.array([[values[measure] for values in evaluation.per_query.values()] for evaluation in evaluations])
 
 
 def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
@@ -222,12 +222,12 @@ def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.n
         seed: Of the draws.
     """
     generator = np.random.default_rng(seed)
-    of_collections = []
+    means = []
     for values in figures.values():
         rows = generator.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
-        drawn = np.stack([of_model[rows].mean(axis=1) for of_model in values], axis=1)
-        of_collections.append(np.vstack([values.mean(axis=1), drawn]))
-    return np.mean(of_collections, axis=0)
+        drawn = np.stack([model_values[rows].mean(axis=1) for model_values in values], axis=1)
+        means.append(np.vstack([values.mean(axis=1), drawn]))
+    return np.mean(means, axis=0)
 
 
 def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
@@ -239,13 +239,13 @@ def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple
         encoder.pack().encode_documents(texts[:TURN])  # warm up
     seconds = np.zeros((ROUNDS, len(encoders)))
     cosines = []
-    for of_round in seconds:
+    for round_seconds in seconds:
         for start in range(0, len(texts), TURN):
             turn, embeddings = texts[start : start + TURN], []
             for column, encoder in enumerate(encoders):
                 begun = time.perf_counter()
                 embeddings.append(encoder.encode_documents(turn))
-                of_round[column] += time.perf_counter() - begun
+                round_seconds[column] += time.perf_counter() - begun
             a, b = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in embeddings)
             cosines += (a * b).sum(axis=1).tolist()
     return len(texts) / seconds, statistics.mean(cosines)
@@ -260,12 +260,12 @@ def format_benchmark(measured: Benchmark) -> str:
     """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
     rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes, round(measured.tokens))]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
-    for name, (of_full, of_other) in measured.ndcg.items():
-        share = f"{of_other / of_full:.1%}" if of_full else "-"
-        rows.append((f"nDCG@10 {name}", f"{of_full:.4f}", f"{of_other:.4f}", share))
+    for name, (full, compressed) in measured.ndcg.items():
+        share = f"{compressed / full:.1%}" if full else "-"
+        rows.append((f"nDCG@10 {name}", f"{full:.4f}", f"{compressed:.4f}", share))
     if measured.kept:
-        of_full, of_other = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
-        rows.append(("nDCG@10, mean", f"{of_full:.4f}", f"{of_other:.4f}", f"{measured.kept[0]:.1%}"))
+        full, compressed = (statistics.mean(column) for column in zip(*measured.ndcg.values(), strict=True))
+        rows.append(("nDCG@10, mean", f"{full:.4f}", f"{compressed:.4f}", f"{measured.kept[0]:.1%}"))
     lines = [aligned(rows)]
     lines += ["", f"Speed is the median of {ROUNDS} rounds in turns, its ratio that of the rounds' ratios."]
     lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")

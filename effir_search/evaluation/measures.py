@@ -110,19 +110,19 @@ def _check_parameters(name: str, measure: Measure) -> None:
         raise UserError(f"measure {name!r} needs a {missing[0]}, as in {measure.__name__}{example}")
     for key, value in measure.params.items():
         info = known[key]
-        fits, told = LIMITS.get(key, (lambda _: True, f"a {info.dtype.__name__}"))
+        fits, limits = LIMITS.get(key, (lambda _: True, f"a {info.dtype.__name__}"))
         if info.dtype is str:
-            told = f"one of {', '.join(info.choices)}"
+            limits = f"one of {', '.join(info.choices)}"
         is_whole = info.dtype is not int or type(value) is int  # to Python, True is 1
         if not (is_whole and info.validate(value) and fits(value)):
-            raise UserError(f"measure {name!r}: its {key} is {value!r}; it must be {told}")
+            raise UserError(f"measure {name!r}: its {key} is {value!r}; it must be {limits}")
 
 
 def _check_computable(name: str, measure: Measure) -> None:
     if ir_measures.DefaultPipeline.supports(measure):
         return
     tools = [tool for tool in ir_measures.DefaultPipeline.providers if tool.supports(measure)]
-    if advice := [told for tool in tools if (told := tool.install_instructions())]:
+    if advice := [instructions for tool in tools if (instructions := tool.install_instructions())]:
         raise UserError(
             f"measure {name!r} is known to ir-measures, but needs a package that is not installed: {advice[0]}"
         )
@@ -220,10 +220,15 @@ def _values(
     if measure.NAME == "NumQ":
         return dict.fromkeys(grades, 1.0)
     if measure.NAME == "NumRel":
-        return {query_id: float(sum(grade >= 1 for grade in of.values())) for query_id, of in grades.items()}
+        return {
+            query_id: float(sum(grade >= 1 for grade in query_grades.values()))
+            for query_id, query_grades in grades.items()
+        }
     # trec_eval's bpref reads beyond its memory where no grade of a query is as high as the level that counts.
     lowest = measure.params.get("rel", -math.inf)
-    grades = {query_id: of_query for query_id, of_query in grades.items() if max(of_query.values()) >= lowest}
+    grades = {
+        query_id: query_grades for query_id, query_grades in grades.items() if max(query_grades.values()) >= lowest
+    }
     ranked = {query_id: ranked[query_id] for query_id in grades if query_id in ranked}
     if not ranked:
         return {}

@@ -39,34 +39,34 @@ def training_size(kind: str, num_documents: int) -> int:
 
     That is more than FAISS asks for, see ``well_trained_size``, but for codes of more than 10 bits.
     """
-    found = _parse(kind)
-    if not (found["lists"] or found["codes"] or found["opq"] or found["code"] == "SQ8"):
+    parts = _parse(kind)
+    if not (parts["lists"] or parts["codes"] or parts["opq"] or parts["code"] == "SQ8"):
         return 0
-    return min(num_documents, max(64 * int(found["lists"] or 0), 65536))
+    return min(num_documents, max(64 * int(parts["lists"] or 0), 65536))
 
 
 def memory(kind: str, dimension: int, num_documents: int, train_size: int) -> int:
     """Return about how many bytes building an index takes, beyond the program: rows, links, lists, training sample."""
-    found = _parse(kind)
-    row = {"SQ8": dimension, "SQfp16": 2 * dimension}.get(found["code"], 4 * dimension)
-    if found["codes"]:
-        row = int(found["codes"]) * int(found["bits"] or 8) // 8
-    if found["links"]:
+    parts = _parse(kind)
+    row = {"SQ8": dimension, "SQfp16": 2 * dimension}.get(parts["code"], 4 * dimension)
+    if parts["codes"]:
+        row = int(parts["codes"]) * int(parts["bits"] or 8) // 8
+    if parts["links"]:
         # Level 0 has twice as many links as the levels above, which hold few of the rows; 4 bytes a link.
-        row += 4 * 2 * int(found["links"]) + 8
-    if found["lists"]:
+        row += 4 * 2 * int(parts["links"]) + 8
+    if parts["lists"]:
         row = 3 * (row + 8) // 2  # each list has room for up to twice what is in it
-    lists = int(found["lists"] or 0) * 4 * dimension
-    rotation = 4 * dimension * dimension if found["opq"] else 0
+    lists = int(parts["lists"] or 0) * 4 * dimension
+    rotation = 4 * dimension * dimension if parts["opq"] else 0
     return num_documents * row + lists + rotation + train_size * 4 * dimension
 
 
 def _num_centroids(kind: str) -> int:
     """The centroids of the largest clustering that training does, 0 without any."""
-    found = _parse(kind)
-    of_lists, of_codes = int(found["lists"] or 0), 2 ** int(found["bits"] or 8) if found["codes"] else 0
-    of_rotation = 256 if found["opq"] else 0  # FAISS finds it with codes of 8 bits, whatever the index has
-    return max(of_lists, of_codes, of_rotation)
+    parts = _parse(kind)
+    for_lists, for_codes = int(parts["lists"] or 0), 2 ** int(parts["bits"] or 8) if parts["codes"] else 0
+    for_rotation = 256 if parts["opq"] else 0  # FAISS finds it with codes of 8 bits, whatever the index has
+    return max(for_lists, for_codes, for_rotation)
 
 
 def well_trained_size(kind: str) -> int:
@@ -131,8 +131,8 @@ def sample_rows(vectors: Iterable[np.ndarray], num_vectors: int, size: int, *, s
     chosen = np.sort(np.random.default_rng(seed).choice(num_vectors, size, replace=False))
     rows, start = [], 0
     for block in vectors:
-        of_block = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, start + len(block))]
-        rows.append(block[of_block - start])
+        chosen_here = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, start + len(block))]
+        rows.append(block[chosen_here - start])
         start += len(block)
     return np.concatenate(rows)
 
@@ -189,16 +189,16 @@ def largest_cosine(index: faiss.Index) -> float:
 
 
 def _parse(kind: str) -> re.Match:
-    found = PATTERN.fullmatch(kind)
-    sizes = [] if not found else [int(found[name]) for name in ("lists", "links", "codes", "bits") if found[name]]
+    parts = PATTERN.fullmatch(kind)
+    sizes = [] if not parts else [int(parts[name]) for name in ("lists", "links", "codes", "bits") if parts[name]]
     # FAISS crashes on an HNSW of one link and on codes of no bit.
     if (
-        not found
+        not parts
         or 0 in sizes
-        or found["links"] == "1"
+        or parts["links"] == "1"
         or kind.startswith("OPQ0")
-        or not (found["code"] or found["links"])
-        or (found["opq"] and not found["codes"])
+        or not (parts["code"] or parts["links"])
+        or (parts["opq"] and not parts["codes"])
     ):
         raise UserError(f"--kind {kind!r} is unknown; known are FAISS factory strings such as {EXAMPLES}")
-    return found
+    return parts

@@ -31,15 +31,15 @@ def nearest_rows(index: faiss.Index, queries: np.ndarray, k: int) -> Iterator[tu
     """
     store = _vector_store(index)
     scores, rows = index.search(queries, min(k if is_graph(index) else k + MARGIN, index.ntotal))
-    for query, of_query, found in zip(queries, scores, rows, strict=True):
-        of_query, found = of_query[found >= 0], found[found >= 0]
-        lowest = _lowest(store, query, found, of_query, k) if len(found) > k else -np.inf
+    for query, query_scores, query_rows in zip(queries, scores, rows, strict=True):
+        query_scores, query_rows = query_scores[query_rows >= 0], query_rows[query_rows >= 0]
+        lowest = _lowest(store, query, query_rows, query_scores, k) if len(query_rows) > k else -np.inf
         if np.isfinite(lowest):
-            if of_query[-1] >= lowest:  # a group of ties that may go on
-                _, of_query, found = index.range_search(query[None], float(lowest))
+            if query_scores[-1] >= lowest:  # a group of ties that may go on
+                _, query_scores, query_rows = index.range_search(query[None], float(lowest))
             else:
-                of_query, found = of_query[of_query >= lowest], found[of_query >= lowest]
-        yield found, of_query if store is None else exact_scores(store, query, found)
+                query_scores, query_rows = query_scores[query_scores >= lowest], query_rows[query_scores >= lowest]
+        yield query_rows, query_scores if store is None else exact_scores(store, query, query_rows)
 
 
 def exact_scores(store: faiss.Index, query: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -143,16 +143,16 @@ class Store:
             ValueError: The store has other settings; the first difference is named.
         """
         with _lock(self.path / MANIFEST_LOCK):
-            found = self.settings()
-            if found is None:
+            existing = self.settings()
+            if existing is None:
                 self._write_manifest(settings, {})
                 return
-        ours, theirs = asdict(settings), asdict(found)
+        ours, theirs = asdict(settings), asdict(existing)
         changed = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
         if changed == ["processor"]:
             logger.warning(
                 "%s was begun on %s, this is %s: the last bits of vectors differ between the two",
-                *(self.path, found.processor, settings.processor),
+                *(self.path, existing.processor, settings.processor),
             )
         elif changed:
             name = changed[0]
@@ -223,19 +223,19 @@ class Store:
         """
         parts = sorted(self.parts().items())
         tokens = [self._token_digests(*part) for part in parts]
-        is_known = all(of_part is not None for of_part in tokens)
+        is_known = all(part_tokens is not None for part_tokens in tokens)
         first = first_of_equal(tokens) if parts and is_known else None
         starts = np.cumsum([0, *(part.num_documents for _, part in parts)])
         for (number, part), start in zip(parts, starts.tolist(), strict=False):
             vectors, ids = self.read(number, part)
             if first is not None:
-                of_part = first[start : start + len(ids)]
-                for row in np.unique(of_part[of_part < start]):
-                    of_row = int(np.searchsorted(starts, row, side="right")) - 1
-                    earlier = np.load(self._file(parts[of_row][0], "npy"), mmap_mode="r", allow_pickle=False)
-                    vectors[of_part == row] = earlier[row - starts[of_row]]
-                inside = of_part >= start
-                vectors[inside] = vectors[of_part[inside] - start]
+                first_rows = first[start : start + len(ids)]
+                for row in np.unique(first_rows[first_rows < start]):
+                    place = int(np.searchsorted(starts, row, side="right")) - 1
+                    earlier = np.load(self._file(parts[place][0], "npy"), mmap_mode="r", allow_pickle=False)
+                    vectors[first_rows == row] = earlier[row - starts[place]]
+                inside = first_rows >= start
+                vectors[inside] = vectors[first_rows[inside] - start]
             yield vectors, ids
 
     def forget_damaged(self, numbers: range) -> None:

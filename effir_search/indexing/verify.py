@@ -1,7 +1,7 @@
 """Is an index what it says it is? Counts, hashes, a sample encoded again, and found; recall of approximate kinds."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,23 @@ class Verification(NamedTuple):
     kind: str
 
 
+class _OpenIndex(NamedTuple):
+    """An index whose files are those of its record."""
+
+    folder: Path
+    info: IndexInfo
+    index: faiss.Index
+    doc_ids: list[str]
+    copies: dict[int, list[str]]
+
+
+class _Sampled(NamedTuple):
+    """A document of the sample, and the row of its vector."""
+
+    document: Document
+    row: int
+
+
 def verify_index(
     index_dir: Path, encoder: Encoder, *, corpus: str | Path | None = None, num_sampled: int = 64, seed: int = 0
 ) -> Verification:
@@ -71,6 +88,30 @@ def verify_index(
         ValueError: The first thing that is not as it should be.
         OSError: A file cannot be read.
     """
+    opened = _open(index_dir)
+    check_encoder(opened.info, encoder, index_dir)
+    source = corpus or opened.info.corpus
+    if source is None:
+        raise UserError(
+            f"{index_dir}: the documents came from a program; give --corpus to encode a sample of them again"
+        )
+    num_documents = opened.info.num_documents
+    chosen = np.random.default_rng(seed).choice(num_documents, min(num_sampled, num_documents), replace=False)
+    sample: list[_Sampled] = []
+    try:
+        queries = sampled(_first_words(source, opened, set(chosen.tolist()), sample), num_sampled, seed)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{index_dir}: counts and hashes are right, but no document could be encoded again: {error}; give the "
+            "corpus that the index was built from as --corpus"
+        ) from error
+    lowest_cosine = _check_vectors(opened, encoder, sample)
+    recall = _recall(opened, encoder, queries) if queries else None
+    return Verification(num_documents, len(sample), lowest_cosine, recall, opened.info.kind)
+
+
+def _open(index_dir: Path) -> _OpenIndex:
+    """Return the index of a folder, whose hashes and counts are checked."""
     require_index(index_dir)
     info = read_index_info(index_dir)
     if info is None:
@@ -84,88 +125,83 @@ def verify_index(
             f"{index_dir}: {num_documents} documents with vectors of {index.d}, not {info.num_documents} of "
             f"{info.dimension}"
         )
-    check_encoder(info, encoder, index_dir)
-    source = corpus or info.corpus
-    if source is None:
-        raise UserError(
-            f"{index_dir}: the documents came from a program; give --corpus to encode a sample of them again"
-        )
+    return _OpenIndex(index_dir, info, index, doc_ids, copies)
 
-    chosen = np.random.default_rng(seed).choice(num_documents, min(num_sampled, num_documents), replace=False)
-    wanted, documents, rows = set(chosen.tolist()), [], []
 
-    def openings() -> Iterator[str]:
-        """Walk through the corpus, and keep the documents of the sample on the way."""
-        for position, (document, row) in enumerate(_checked_documents(source, info, doc_ids, copies)):
-            if position in wanted:
-                documents.append(document)
-                rows.append(row)
-            if text := document_text(document):
-                yield " ".join(text.split()[:QUERY_WORDS])
+def _first_words(
+    source: str | Path, opened: _OpenIndex, positions: Collection[int], sample: list[_Sampled]
+) -> Iterator[str]:
+    """Yield the first words of every document that has any; add those at these positions to the sample on the way."""
+    for position, (document, row) in enumerate(_checked_documents(source, opened)):
+        if position in positions:
+            sample.append(_Sampled(document, row))
+        if text := document_text(document):
+            yield " ".join(text.split()[:QUERY_WORDS])
 
-    try:
-        queries = sampled(openings(), num_sampled, seed)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{index_dir}: counts and hashes are right, but no document could be encoded again: {error}; give the "
-            "corpus that the index was built from as --corpus"
-        ) from error
-    encoded = encoder.encode([document_text(d) for d in documents], prompt=encoder.config.document_prompt)
-    again = scale(encoded.embeddings, encoder.config)
+
+def _check_vectors(opened: _OpenIndex, encoder: Encoder, sample: Sequence[_Sampled]) -> float:
+    """Compare the sample, encoded again, with what is stored, and search for it; return the lowest cosine."""
+    texts = [document_text(document) for document, _ in sample]
+    encoded = encoder.encode(texts, prompt=encoder.config.document_prompt)
+    index = opened.index
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
         lists.make_direct_map()
         lists.nprobe = lists.nlist
-    stored = np.stack([index.reconstruct(row) for row in rows])
-    cosines = cosine(again, stored)
-    if "PQ" not in info.kind and cosines.min() < 0.999:  # product quantisation keeps no more than a sketch
-        row = int(cosines.argmin())
+    stored = np.stack([index.reconstruct(row) for _, row in sample])
+    cosines = cosine(scale(encoded.embeddings, encoder.config), stored)
+    if "PQ" not in opened.info.kind and cosines.min() < 0.999:  # product quantisation keeps no more than a sketch
+        lowest = int(cosines.argmin())
         raise UserError(
-            f'{index_dir}: document "{documents[row].doc_id}" encoded again has cosine {cosines[row]:.4f} '
-            "to its stored vector, below 0.999"
+            f'{opened.folder}: document "{sample[lowest].document.doc_id}" encoded again has cosine '
+            f"{cosines[lowest]:.4f} to its stored vector, below 0.999"
         )
     # An approximate kind may put near neighbours, whose codes are alike, before the document itself.
-    scores, found = index.search(stored, 1 if info.kind == "Flat" else min(100, index.ntotal))
-    own = np.einsum("nd,nd->n", stored, stored)
-    for row, score, hits, self_score in zip(rows, scores[:, 0], found, own, strict=True):
+    scores, rows = index.search(stored, 1 if opened.info.kind == "Flat" else min(100, index.ntotal))
+    own_scores = np.einsum("nd,nd->n", stored, stored)
+    for (_, row), score, hits, own_score in zip(sample, scores[:, 0], rows, own_scores, strict=True):
         # With unnormalised vectors a longer one may rightly score above the document itself.
-        if row not in hits and score < self_score * (1 - 1e-5):
-            raise UserError(f'{index_dir}: document "{doc_ids[row]}" is not found by its own vector')
-    recall = None
-    reference = _exact_rows(index_dir, info, index, doc_ids, copies)
-    if reference is not None and queries:
-        exact_rows, name = reference
-        vectors = scale(encoder.encode_queries(queries), encoder.config)
-        set_search_parameters(index, hits=max(DEPTHS))
-        hits = [
-            [doc_id for _, doc_id in best_documents(rows, scores, doc_ids, copies, max(DEPTHS))]
-            for rows, scores in nearest_rows(index, vectors, max(DEPTHS))
-        ]
-        recall = Recall(*recalls(hits, vectors, exact_rows()), len(queries), name)
-    return Verification(num_documents, len(documents), float(cosines.min()), recall, info.kind)
+        if row not in hits and score < own_score * (1 - 1e-5):
+            raise UserError(f'{opened.folder}: document "{opened.doc_ids[row]}" is not found by its own vector')
+    return float(cosines.min())
 
 
-def _exact_rows(
-    index_dir: Path, info: IndexInfo, index: faiss.Index, doc_ids: Sequence[str], copies: Mapping[int, Sequence[str]]
-) -> tuple[Rows, str] | None:
+def _recall(opened: _OpenIndex, encoder: Encoder, queries: Sequence[str]) -> Recall | None:
+    """Return which share of exact search's hits a search finds; None where there is nothing to measure it against."""
+    reference = _exact_rows(opened)
+    if reference is None:
+        return None
+    exact_rows, name = reference
+    vectors = scale(encoder.encode_queries(queries), encoder.config)
+    set_search_parameters(opened.index, hits=max(DEPTHS))
+    hits = [
+        [doc_id for _, doc_id in best_documents(rows, scores, opened.doc_ids, opened.copies, max(DEPTHS))]
+        for rows, scores in nearest_rows(opened.index, vectors, max(DEPTHS))
+    ]
+    return Recall(*recalls(hits, vectors, exact_rows()), len(queries), name)
+
+
+def _exact_rows(opened: _OpenIndex) -> tuple[Rows, str] | None:
     """Return the vectors that an exact search compares, and what they are: those that were kept, else those stored.
 
     None for a kind that compares all it stores: there is nothing to measure it against.
     """
-    if info.kind != "Flat" and store_of(index_dir).is_kept():
-        return rows_of_kept(index_dir, info), "the embeddings that were kept"
-    if not ("HNSW" in info.kind or "IVF" in info.kind):
+    kind = opened.info.kind
+    if kind != "Flat" and store_of(opened.folder).is_kept():
+        return rows_of_kept(opened.folder, opened.info), "the embeddings that were kept"
+    if not ("HNSW" in kind or "IVF" in kind):
         return None
+    has_codes = "SQ" in kind or "PQ" in kind
+    return lambda: _stored_rows(opened), "the codes in it" if has_codes else "the vectors in it"
 
-    def stored() -> Iterator[tuple[np.ndarray, list[str]]]:
-        for start in range(0, index.ntotal, BLOCK):
-            rows = np.arange(start, min(start + BLOCK, index.ntotal))
-            names = [[doc_ids[row], *copies.get(row, ())] for row in rows.tolist()]
-            vectors = np.repeat(index.reconstruct_batch(rows), [len(of_row) for of_row in names], axis=0)
-            yield vectors, list(itertools.chain.from_iterable(names))
 
-    has_codes = "SQ" in info.kind or "PQ" in info.kind
-    return stored, "the codes in it" if has_codes else "the vectors in it"
+def _stored_rows(opened: _OpenIndex) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yield the vectors of an index, decoded, block by block; a vector stands once for each of its documents."""
+    for start in range(0, opened.index.ntotal, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, opened.index.ntotal))
+        names = [[opened.doc_ids[row], *opened.copies.get(row, ())] for row in rows.tolist()]
+        vectors = np.repeat(opened.index.reconstruct_batch(rows), [len(row_names) for row_names in names], axis=0)
+        yield vectors, list(itertools.chain.from_iterable(names))
 
 
 def recalls(
@@ -196,9 +232,9 @@ def recalls(
     shares = np.zeros((len(DEPTHS), len(queries)))
     for row, k in enumerate(DEPTHS):
         for query, doc_ids in enumerate(hits):
-            of_query = best[query, :k]
-            lowest = of_query[-1] - ROUNDING * np.abs(of_query).max()
-            shares[row, query] = sum(score_of[query][doc_id] >= lowest for doc_id in doc_ids[:k]) / len(of_query)
+            best_scores = best[query, :k]
+            lowest = best_scores[-1] - ROUNDING * np.abs(best_scores).max()
+            shares[row, query] = sum(score_of[query][doc_id] >= lowest for doc_id in doc_ids[:k]) / len(best_scores)
     return shares.mean(axis=1).tolist()
 
 
@@ -227,15 +263,14 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(lengths > 0, np.einsum("nd,nd->n", a, b) / np.where(lengths > 0, lengths, 1), same)
 
 
-def _checked_documents(
-    source: str | Path, info: IndexInfo, doc_ids: Sequence[str], copies: Mapping[int, Sequence[str]]
-) -> Iterator[tuple[Document, int]]:
+def _checked_documents(source: str | Path, opened: _OpenIndex) -> Iterator[tuple[Document, int]]:
     """Yield each document and the row of its vector; ids and texts must be those the index was built from."""
-    row_of_copy = {doc_id: row for row, of_row in copies.items() for doc_id in of_row}
+    info, doc_ids = opened.info, opened.doc_ids
+    row_of_copy = {doc_id: row for row, copy_ids in opened.copies.items() for doc_id in copy_ids}
     hasher, num_rows = CorpusHasher(), 0
     skip = (lambda _complaint: None) if info.num_skipped else None
-    read = read_corpus(source, fields=info.corpus_fields, id_field=info.corpus_id_field, on_bad_line=skip)
-    for position, document in enumerate(read):
+    documents = read_corpus(source, fields=info.corpus_fields, id_field=info.corpus_id_field, on_bad_line=skip)
+    for position, document in enumerate(documents):
         row = row_of_copy.get(document.doc_id, num_rows)
         if row == num_rows:
             if row >= len(doc_ids) or document.doc_id != doc_ids[row]:

@@ -42,8 +42,8 @@ def this_shard(num_shards: int | None, shard_id: int | None) -> Shard:
                 except ValueError:
                     shard = Shard(-1, 0)
                 if not 0 <= shard.number < shard.count:
-                    found = f"{number}={os.environ[number]} and {count}={os.environ[count]}"
-                    raise UserError(f"{found} name no shard; unset them, or give --num-shards and --shard-id")
+                    variables = f"{number}={os.environ[number]} and {count}={os.environ[count]}"
+                    raise UserError(f"{variables} name no shard; unset them, or give --num-shards and --shard-id")
                 if shard.count > 1:
                     logger.info("shard %d of %d, as %s and %s say", *shard, number, count)
                 return shard
@@ -102,7 +102,7 @@ def run_workers(
             ended = wait(list(at_work), timeout=1)
             for worker, connection in at_work.values():
                 # A worker whose error is longer than the pipe waits until it is taken, and ends then.
-                if (error := _told(connection)) is not None:
+                if (error := _error_of(connection)) is not None:
                     worker.join(GRACE)
                     raise error
             for sentinel in ended:
@@ -119,7 +119,7 @@ def run_workers(
             worker.kill()
 
 
-def _told(connection: Connection) -> Exception | None:
+def _error_of(connection: Connection) -> Exception | None:
     """Return what a worker has raised, if it has."""
     try:
         return connection.recv() if connection.poll() else None
@@ -130,8 +130,8 @@ def _told(connection: Connection) -> Exception | None:
 def _reason(exitcode: int, connection: Connection) -> Exception:
     """Return what a worker that has ended raised, or how it ended without a word."""
     how = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with status {exitcode}"
-    told = _told(connection)
-    return told or OSError(f"a worker {how}; the others were stopped, and the same command continues")
+    error = _error_of(connection)
+    return error or OSError(f"a worker {how}; the others were stopped, and the same command continues")
 
 
 class _NotATerminal(io.TextIOWrapper):

@@ -46,14 +46,14 @@ def java_home() -> str:
 def _java_version(home: Path) -> int:
     release = home / "release"
     if release.is_file():
-        found = re.search(r'JAVA_VERSION="(\d+)', release.read_text(errors="replace"))
-        return int(found.group(1)) if found else 0
+        match = re.search(r'JAVA_VERSION="(\d+)', release.read_text(errors="replace"))
+        return int(match.group(1)) if match else 0
     try:
         answer = subprocess.run([home / "bin" / "java", "-version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    found = re.search(r'version "(\d+)', answer.stderr)
-    return int(found.group(1)) if found else 0
+    match = re.search(r'version "(\d+)', answer.stderr)
+    return int(match.group(1)) if match else 0
 
 
 @cache

@@ -105,8 +105,8 @@ def search_topics(
 
 def _noting_own(hits: Iterable[ScoredDoc], own_scores: dict[str, float]) -> Iterator[ScoredDoc]:
     """Yield the hits, and note by query id the score of a document that has this id and is among the first hits."""
-    for query_id, of_query in itertools.groupby(hits, key=lambda hit: hit.query_id):
-        for rank, hit in enumerate(of_query, start=1):
+    for query_id, query_hits in itertools.groupby(hits, key=lambda hit: hit.query_id):
+        for rank, hit in enumerate(query_hits, start=1):
             if hit.doc_id == query_id and rank <= OWN_HITS:
                 own_scores[query_id] = hit.score
             yield hit

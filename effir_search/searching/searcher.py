@@ -103,7 +103,7 @@ class Searcher:
         _check_alike(self.folders, self.infos)
         self._indexes = [self._open(*pair) for pair in zip(self.folders, self.infos, strict=True)]
         if len(self.folders) > 1:
-            _check_disjoint([(index.folder, index.faiss.doc_ids()) for index in self._indexes])
+            _check_disjoint(self.folders, [index.faiss.doc_ids() for index in self._indexes])
         # A tokenizer and an HNSW keep in themselves what the search at hand is.
         self._turn = threading.Lock()
 
@@ -203,14 +203,14 @@ def _check_alike(folders: Sequence[Path], infos: Sequence[IndexInfo | None]) -> 
             )
 
 
-def _check_disjoint(doc_ids: Sequence[tuple[Path, Sequence[str]]]) -> None:
+def _check_disjoint(folders: Sequence[Path], doc_ids: Sequence[Sequence[str]]) -> None:
     """Raise ValueError if two indexes have a document of one id: a run could not tell the two apart."""
     home: dict[str, Path] = {}
-    for folder, of_index in doc_ids:
-        clash = next((doc_id for doc_id in of_index if doc_id in home), None)
+    for folder, index_ids in zip(folders, doc_ids, strict=True):
+        clash = next((doc_id for doc_id in index_ids if doc_id in home), None)
         if clash is not None:
             raise UserError(f'document "{clash}" is in {home[clash]} and in {folder}; ids must be unique among indexes')
-        home.update(dict.fromkeys(of_index, folder))
+        home.update(dict.fromkeys(index_ids, folder))
 
 
 def load_encoder(index_dir: Path, name: str | None = None, options: EncoderOptions = DEFAULT_OPTIONS) -> Encoder:
@@ -238,13 +238,13 @@ def _load(index_dir: Path, info: IndexInfo | None, name: str | None, options: En
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
     recorded = asdict(info.encoder)
-    asked_for = options.given().keys()
+    user_options = options.given().keys()
     accepted = {field.name for field in fields(EncoderOptions)}
     as_built = recorded | {"dtype": info.dtype, "stock_architecture": info.stock_architecture}
-    changes = {name: value for name, value in as_built.items() if name in accepted and name not in asked_for}
+    changes = {name: value for name, value in as_built.items() if name in accepted and name not in user_options}
     encoder = Encoder.from_pretrained(name or info.model, replace(options, **changes))
     # What a model's files say and no option does is the record's too: with normalize its similarity changed.
-    return encoder.with_config(**{key: recorded[key] for key in recorded.keys() - asked_for}).pack()
+    return encoder.with_config(**{key: recorded[key] for key in recorded.keys() - user_options}).pack()
 
 
 def available_cores() -> int:
