@@ -174,11 +174,11 @@ def load(folder: Path, data: DataSettings, seed: int) -> PreparedData:
     return PreparedData(dataset, as_batch, [texts[number] for number in held_out])
 
 
-def sampled_texts(prepared: PreparedData, size: int, seed: int) -> list[PlainText]:
+def sampled_texts(prepared_data: PreparedData, size: int, seed: int) -> list[PlainText]:
     """Return a seeded sample of what is learned from; an example gives its query and its positive."""
     texts: list[PlainText] = []
-    for row in random.Random(seed).sample(range(len(prepared.dataset)), min(size, len(prepared.dataset))):
-        item = prepared.dataset[row]
+    for row in random.Random(seed).sample(range(len(prepared_data.dataset)), min(size, len(prepared_data.dataset))):
+        item = prepared_data.dataset[row]
         if isinstance(item, Example):
             texts += [PlainText(item.query, query=True), PlainText(item.positive, query=False)]
         else:

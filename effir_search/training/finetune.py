@@ -163,11 +163,11 @@ def finetune(
     job = _set_up(encoder, data, settings, losses, teacher_options)
     folder = output.with_name(f"{output.name}.training")
     with job_folder(folder, job.record, restart=restart, keep=(DATA,)) if main else nullcontext():
-        learned_from = _prepare(job, prepared or folder, teacher_options, restart=restart)
-        measure = _measure(job, learned_from)
-        outcome = _train(job, learned_from, measure, folder)
+        prepared_data = _prepare(job, prepared or folder, teacher_options, restart=restart)
+        measure = _measure(job, prepared_data)
+        outcome = _train(job, prepared_data, measure, folder)
         result = FinetuningResult(
-            len(learned_from.dataset),
+            len(prepared_data.dataset),
             outcome.steps,
             measure[0] if measure else None,
             outcome.before,
@@ -244,18 +244,18 @@ def _prepare(job: _Job, folder: Path, teacher_options: EncoderOptions, *, restar
         choices = {"files": job.files, "restart": restart, "teacher_options": teacher_options}
         prepare(folder, job.data, seed, teacher_options.device, **choices)
     process.wait_for_everyone()
-    learned_from = load(folder, job.data, seed)
-    job.objective.check(learned_from.dataset, job.settings.batch_size)
+    prepared_data = load(folder, job.data, seed)
+    job.objective.check(prepared_data.dataset, job.settings.batch_size)
     if job.data.train and not (job.data.teacher or job.data.reranker) and process.is_main_process:
-        _warn_of_cosines(learned_from.dataset, job.objective.settings)
-    return learned_from
+        _warn_of_cosines(prepared_data.dataset, job.objective.settings)
+    return prepared_data
 
 
-def _measure(job: _Job, learned_from: PreparedData) -> Measure | None:
+def _measure(job: _Job, prepared_data: PreparedData) -> Measure | None:
     """Return what is measured while training: on ``dev``, or else likeness to the teacher on texts held out."""
     measure = job.dev_measure
-    if measure is None and len(learned_from.held_out) > 2:
-        measure = likeness(learned_from.held_out, job.teacher)
+    if measure is None and len(prepared_data.held_out) > 2:
+        measure = likeness(prepared_data.held_out, job.teacher)
     if job.settings.patience and measure is None:
         raise UserError("--patience needs something that is measured: give --dev")
     return measure
@@ -322,14 +322,14 @@ def check_processes(settings: TrainingSettings, processes: int, device: str) -> 
         raise UserError(f"--batch-size {settings.batch_size} is no multiple of the {processes} processes")
 
 
-def _train(job: _Job, learned_from: PreparedData, measure: Measure | None, folder: Path) -> _Outcome:
+def _train(job: _Job, prepared_data: PreparedData, measure: Measure | None, folder: Path) -> _Outcome:
     """Train, from the last checkpoint on, and leave the best weights in the model.
 
     The outcome is in ``trained.json`` from then on, so that a job that was stopped while it saved trains no further.
     """
     file = folder / "trained.json"
     if not file.is_file():
-        outcome = _outcome(_trained_state(job, learned_from, measure, folder))
+        outcome = _outcome(_trained_state(job, prepared_data, measure, folder))
         process = PartialState()
         process.wait_for_everyone()
         if process.is_main_process:
@@ -353,9 +353,9 @@ def _train(job: _Job, learned_from: PreparedData, measure: Measure | None, folde
     return outcome
 
 
-def _trained_state(job: _Job, learned_from: PreparedData, measure: Measure | None, folder: Path) -> TrainerState:
+def _trained_state(job: _Job, prepared_data: PreparedData, measure: Measure | None, folder: Path) -> TrainerState:
     """Return transformers' state at the end of training, which goes on from the last whole checkpoint."""
-    settings, dataset = job.settings, learned_from.dataset
+    settings, dataset = job.settings, prepared_data.dataset
     batch_size = settings.batch_size * settings.accumulation
     steps = math.ceil(len(dataset) * settings.epochs / batch_size)
     steps = min(steps, settings.max_steps or steps)
@@ -369,7 +369,7 @@ def _trained_state(job: _Job, learned_from: PreparedData, measure: Measure | Non
         training_arguments(folder, settings, device, steps, begins=begins, watched=measure is not None),
         train_dataset=ShuffledSequence(dataset, steps * batch_size, settings.seed),
         eval_dataset=dataset,  # the trainer asks for one; what is measured is the measure
-        data_collator=learned_from.collate,
+        data_collator=prepared_data.collate,
         callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else [],
     )
     if checkpoint is not None:
