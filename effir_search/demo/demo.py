@@ -130,9 +130,9 @@ def _compressed(model: Path, folder: Path) -> str:
     corpus, output = str(folder / "corpus.jsonl"), folder / "small"
     if output.is_dir() and read_json(output / TRAINING_FILE)["files"].get(corpus) != file_sha256(Path(corpus)):
         shutil.rmtree(output)
-    told = "The same model compressed by EffiR on these texts, without labels:"
+    heading = "The same model compressed by EffiR on these texts, without labels:"
     if output.is_dir():
-        return f"{told}\n\n{format_benchmark(read_benchmark(output / BENCHMARK_FILE))}\n"
+        return f"{heading}\n\n{format_benchmark(read_benchmark(output / BENCHMARK_FILE))}\n"
     start = time.perf_counter()
     compression = as_compression(
         {
@@ -150,7 +150,7 @@ def _compressed(model: Path, folder: Path) -> str:
     other = stages.is_dir() and not same_settings(read_settings(stages), settings)
     measured = compress(compression, output, restart=other)
     minutes = (time.perf_counter() - start) / 60
-    return f"{told} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"
+    return f"{heading} {minutes:.0f} minutes -> {output}\n\n{format_benchmark(measured)}\n"
 
 
 def _table(folder: Path) -> str:
