@@ -1,5 +1,6 @@
 """EffiR from end to end: analyse, drop, narrow, fine-tune, evaluate.
 
 What comes in is a recipe; what goes out is a model folder of half the size, with what was measured beside it. Open
-``compress.py`` first; ``recipe.py`` reads and checks the TOML file, ``slim.py`` narrows MLPs by a retrieval loss.
+``stages.py`` first, the table of what is done; ``compress.py`` goes through it, ``recipe.py`` reads and checks the TOML
+file, ``slim.py`` narrows MLPs by a retrieval loss.
 """

@@ -130,18 +130,7 @@ def slim_encoder(
         OSError: The folder exists, or a file cannot be read or written.
     """
     refuse_existing(output, replaces=())
-    if data is None and settings.criterion not in WITHOUT_TEXTS:
-        raise UserError(
-            f"--criterion {settings.criterion} scores units on texts: give --train with examples, or --texts and "
-            "--teacher"
-        )
-    prunable_config(encoder_name, stock_architecture=options.stock_architecture)
-    encoder = load_prunable(encoder_name, options)
-    if settings.criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
-        raise UserError(
-            "--criterion taylor: the teacher is the encoder itself, so the loss is at its minimum and tells no unit "
-            "from another; give labels, another teacher or another criterion"
-        )
+    encoder = _loaded(encoder_name, data, settings.criterion, options)
     before, widths_before, saved_dtype = facts(encoder.model), _widths(encoder), encoder.dtype
     check_cut(widths_before, settings)
     bf16 = computes_in_bf16(encoder.device) if settings.bf16 is None else settings.bf16
@@ -166,6 +155,22 @@ def slim_encoder(
             _save(encoder, saved_dtype, output)
         shutil.rmtree(folder)
     return SlimmingResult(widths_before, _widths(encoder), before, facts(encoder.model), cosine)
+
+
+def _loaded(encoder_name: str, data: DataSettings | None, criterion: str, options: EncoderOptions) -> Encoder:
+    """Return the encoder, whose units the criterion can tell apart by the data."""
+    if data is None and criterion not in WITHOUT_TEXTS:
+        raise UserError(
+            f"--criterion {criterion} scores units on texts: give --train with examples, or --texts and --teacher"
+        )
+    prunable_config(encoder_name, stock_architecture=options.stock_architecture)
+    encoder = load_prunable(encoder_name, options)
+    if criterion == "taylor" and data is not None and _is_its_own_teacher(encoder, data):
+        raise UserError(
+            "--criterion taylor: the teacher is the encoder itself, so the loss is at its minimum and tells no unit "
+            "from another; give labels, another teacher or another criterion"
+        )
+    return encoder
 
 
 class TextSource(NamedTuple):

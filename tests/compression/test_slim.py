@@ -108,7 +108,7 @@ def test_the_share_is_cut_exactly_and_the_saved_model_is_the_masked_one(tmp_path
 @pytest.mark.parametrize("criterion", ["activation", "taylor", "magnitude"])
 def test_a_unit_that_writes_nothing_is_cut_first(tmp_path, bert_folder, data, criterion):
     encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="saved")
-    encoder.model = prune(encoder.model)
+    encoder = encoder.with_model(prune(encoder.model))
     with torch.no_grad():
         mlp_output(encoder.model, 2).weight[:, 5] = 0
     encoder.save(tmp_path / "model")
@@ -162,7 +162,7 @@ def test_slimming_again_composes(tmp_path, bert_folder, data):
 
 def test_after_a_dropped_mlp_the_share_is_of_what_is_left(tmp_path, bert_folder):
     encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="saved")
-    encoder.model = prune(encoder.model, mlp=[1])
+    encoder = encoder.with_model(prune(encoder.model, mlp=[1]))
     encoder.save(tmp_path / "pruned")
     slimmed = slim(tmp_path / "pruned", tmp_path / "slim", 0.5, criterion="magnitude")
     assert slimmed.widths_after.keys() == slimmed.widths_before.keys() == {0, 2, 3}
@@ -188,7 +188,7 @@ def test_the_plan_says_what_led_to_it_without_folders_of_this_machine(tmp_path, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_keep_their_dtype_and_values(tmp_path, bert_folder, data, dtype):
     encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="saved")
-    encoder.model = prune(encoder.model.to(dtype))
+    encoder = encoder.with_model(prune(encoder.model.to(dtype)))
     encoder.save(tmp_path / "half")
     slimmed = slim(tmp_path / "half", tmp_path / "slim", 0.3, data["labels"], max_length=16)
     saved = Encoder.from_pretrained(tmp_path / "slim", device="cpu", dtype="saved")
@@ -368,7 +368,7 @@ def test_checkpointing_repeats_the_layers_of_a_model_in_eval_mode_and_changes_no
 
 def test_a_model_without_mlps_is_an_error(tmp_path, bert_folder):
     encoder = Encoder.from_pretrained(bert_folder, device="cpu", dtype="saved")
-    encoder.model = prune(encoder.model, mlp=range(4))
+    encoder = encoder.with_model(prune(encoder.model, mlp=range(4)))
     encoder.save(tmp_path / "pruned")
     with pytest.raises(ValueError, match="the model has no MLP left to narrow"):
         slim(tmp_path / "pruned", tmp_path / "slim", criterion="random")

@@ -66,7 +66,7 @@ def test_curves_are_the_sizes_and_drifts_of_really_pruned_models(report, llama_f
             part.layer_idx for part in analysis.order[row["criterion"]][row["kind"]][: int(row["number_dropped"])]
         ]
         encoder = Encoder.from_pretrained(llama_folder, dtype="fp32")
-        encoder.model = prune(encoder.model, **{row["kind"]: layers})
+        encoder = encoder.with_model(prune(encoder.model, **{row["kind"]: layers}))
         left = count(encoder.model).without_embeddings - final_norm
         assert float(row["share_left"]) == pytest.approx(left / whole, abs=1e-9)
         assert float(row["drift"]) == pytest.approx(drift(encoder, tokens, reference), abs=2e-6)
@@ -134,7 +134,7 @@ def test_texts_become_vectors_as_the_options_say_and_the_record_says_how(tmp_pat
 
 def test_a_report_on_a_model_without_mlps_names_parts_that_it_has(tmp_path, bert_folder, collection):
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
-    encoder.model = prune(encoder.model, mlp=range(4), attention=[0, 1])
+    encoder = encoder.with_model(prune(encoder.model, mlp=range(4), attention=[0, 1]))
     encoder.save(tmp_path / "no mlp")
     analysis = analyze(str(tmp_path / "no mlp"), tmp_path / "r", sources=[str(collection)], criteria=["cosine"])
     first = analysis.order["cosine"]["attention"][0].layer_idx
@@ -145,7 +145,7 @@ def test_a_report_on_a_model_without_mlps_names_parts_that_it_has(tmp_path, bert
 
 def test_a_pruned_model_s_report_says_what_is_gone(tmp_path, bert_folder, collection):
     encoder = Encoder.from_pretrained(bert_folder, dtype="fp32")
-    encoder.model = prune(encoder.model, mlp=[1], block=[2])
+    encoder = encoder.with_model(prune(encoder.model, mlp=[1], block=[2]))
     encoder.save(tmp_path / "pruned")
     analysis = analyze(str(tmp_path / "pruned"), tmp_path / "report", sources=[str(collection)], criteria=["cosine"])
     lines = [line.split() for line in format_analysis(analysis).splitlines()]

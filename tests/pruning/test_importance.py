@@ -136,7 +136,7 @@ def test_a_part_that_writes_nothing_has_importance_0_and_goes_first(family, kind
 @every_family
 def test_what_was_dropped_has_no_importance_and_is_in_no_order(family, folders):
     encoder = load(folders(family))
-    encoder.model = prune(encoder.model, mlp=[1], attention=[2], block=[3])
+    encoder = encoder.with_model(prune(encoder.model, mlp=[1], attention=[2], block=[3]))
     tokens = encoder.tokenize(TEXTS)
     scores = importance(encoder.model, [batch for _, batch in encoder.batches(tokens)])
     gone = {kind: [i for i in range(4) if scores[kind][i].isnan()] for kind in PART_KINDS}
@@ -192,7 +192,7 @@ def test_greedy_takes_the_best_next_part_with_those_before_really_gone(family, k
 @pytest.mark.parametrize("gone", [{}, {"mlp": [1], "attention": [2]}, {"block": [0], "mlp": [2]}])
 def test_passes_that_begin_at_the_first_part_left_out_give_what_whole_passes_give(family, gone, folders):
     encoder = Encoder.from_pretrained(folders(family), dtype="fp32", device="cpu", batch_tokens=16)
-    encoder.model = prune(prunable_model(family), **gone)  # kinds of attention are mixed, windows short
+    encoder = encoder.with_model(prune(prunable_model(family), **gone))  # kinds of attention are mixed, windows short
     tokens = encoder.tokenize([*TEXTS, "milk and honey"])
     assert len(list(encoder.batches(tokens))) > 1
     reference = encoder.encode_tokens(tokens).embeddings

@@ -35,7 +35,7 @@ def config_of(folder):
 
 def pruned_by_hand(folder, **parts):
     encoder = Encoder.from_pretrained(folder, dtype="fp32")
-    encoder.model = prune(encoder.model, **parts)
+    encoder = encoder.with_model(prune(encoder.model, **parts))
     return encoder.encode_documents(TEXTS)
 
 
