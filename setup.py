@@ -36,6 +36,8 @@ setup(
         "transformers>=5.17",
         "faiss-cpu>=1.13",
         "click>=8.2",
+        # The ranges of settings, which options and recipes are checked against.
+        "annotated-types>=0.7",
         "ir-measures>=0.4.3",
         "tqdm>=4.67",
         "numpy>=2",
