@@ -112,7 +112,6 @@ def option_of(
         name = f"{name}/--no-{name.removeprefix('--')}"
     elif hint is bool:
         attributes["is_flag"] = True
-        default_text = None
     else:
         attributes["type"] = _type(hint)
     if default is MISSING:

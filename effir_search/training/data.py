@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
-from effir_search.files.job import job_folder, read_settings
+from effir_search.files.job import job_folder, read_settings, same_settings
 from effir_search.files.lines import Lines
 from effir_search.files.reading import file_sha256
 from effir_search.model.checkpoint import resolve_model
@@ -104,9 +104,8 @@ def prepare(
     folder = folder / DATA
     existing = read_settings(folder)
     record = _prepared_record(data, seed, files, teacher_options)
-    if existing is not None and _without_flags_off(existing) == _without_flags_off(record):
-        record = existing
-    with job_folder(folder, record, restart=restart and existing != record):
+    changed = existing is None or not same_settings(record, existing)
+    with job_folder(folder, record, restart=restart and changed):
         file = folder / ("examples.jsonl" if data.train else "texts.jsonl")
         if file.is_file():
             return
@@ -154,14 +153,6 @@ def _reading(options: EncoderOptions) -> dict[str, object]:
         # All is said, as by ``teacher_reading``: that a flag is off, too.
         reading = {name: getattr(options, name) for name in TEXT_FIELDS} | reading
     return reading
-
-
-def _without_flags_off(record: dict[str, object]) -> dict[str, object]:
-    """Return a record of prepared data without the teacher's flags that are off, which some jobs name."""
-    reading = record.get("teacher_options")
-    if not isinstance(reading, dict):
-        return record
-    return record | {"teacher_options": {name: value for name, value in reading.items() if value is not False}}
 
 
 def load(folder: Path, data: DataSettings, seed: int) -> PreparedData:

@@ -615,7 +615,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_an_error(base, lora):
 
 def test_an_option_that_does_not_fit_is_an_error(copied):
     refused(copied, "--max-length 97: the model takes at most 96 tokens", options=EncoderOptions(max_length=97))
-    refused(copied, "pooling 'max' is unknown", pooling="max")
+    refused(copied, "pooling 'min' is unknown", options=EncoderOptions(pooling="min"))
 
 
 def test_an_output_that_exists_is_an_error_before_anything_is_read(tmp_path, copied):
