@@ -28,7 +28,7 @@ class Listed(click.ParamType):
     """Values of a list option: what stands between commas, each of the type ``of``."""
 
     def __init__(self, of: click.ParamType) -> None:
-        self.of, self.name = of, f"{of.name},..."
+        self.of, self.name = of, "|".join(of.choices) if isinstance(of, click.Choice) else f"{of.name},..."
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
         """Return the values."""

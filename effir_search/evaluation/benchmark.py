@@ -21,7 +21,8 @@ from effir_search.model.arithmetic import aligned, empty_model, facts, facts_row
 from effir_search.searching.search import load_topics
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSettings, TextSettings
-from effir_search.text.corpus import beir_file, documents_there
+from effir_search.text.corpus import documents_there
+from effir_search.text.folders import beir_file
 from effir_search.text.own_documents import check_own_documents
 from effir_search.text.trec import read_qrels, read_run, read_topics, write_run
 

@@ -9,15 +9,10 @@ from typing import NamedTuple
 
 from effir_search.errors import UserError
 from effir_search.files.reading import open_text
-from effir_search.text.corpus import (
-    Document,
-    beir_file,
-    check_unicode,
-    document_text,
-    documents_there,
-    json_object,
-    json_rows,
-)
+from effir_search.text.checks import check_unicode
+from effir_search.text.corpus import Document, document_text, documents_there
+from effir_search.text.folders import beir_file
+from effir_search.text.layouts import json_object, json_rows
 from effir_search.text.trec import FLOAT32_MAX, read_qrels, read_topics
 
 logger = logging.getLogger(__name__)

@@ -8,24 +8,19 @@ from typing import IO
 
 from effir_search.errors import UserError
 from effir_search.files.reading import decode, lines_of, open_text
-from effir_search.text.corpus import (
-    IR_DATASETS,
+from effir_search.text.checks import check_unicode
+from effir_search.text.corpus import IR_DATASETS, Document, document_text, read_corpus, text_and_title
+from effir_search.text.folders import beir_file, corpus_files
+from effir_search.text.layouts import (
     TEXT_FIELDS,
     TOPIC_TEXT_FIELDS,
-    Document,
-    beir_file,
-    check_unicode,
     columns_of,
-    corpus_files,
-    document_text,
     is_table,
     json_object,
     json_rows,
-    read_corpus,
     table_record,
     table_rows,
     table_text_and_title,
-    text_and_title,
 )
 from effir_search.text.trec import topic_rows, topics_of
 

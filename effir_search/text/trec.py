@@ -15,20 +15,18 @@ from ir_measures import Qrel, ScoredDoc
 from effir_search.errors import UserError
 from effir_search.files.reading import decode, lines_of, open_text, read_lines
 from effir_search.files.whole import whole_file
-from effir_search.text.corpus import (
-    IR_DATASETS,
+from effir_search.text.checks import check_id, check_unicode
+from effir_search.text.corpus import IR_DATASETS, read_ir_datasets
+from effir_search.text.layouts import (
     QUERY_ID_FIELDS,
     TABLE_ID_FIELDS,
     TOPIC_TEXT_FIELDS,
-    check_id,
-    check_unicode,
     columns_of,
     is_qrels_header,
     json_id,
     json_object,
     json_rows,
     qrels_places,
-    read_ir_datasets,
     table_rows,
 )
 

@@ -14,7 +14,8 @@ from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import evaluate, parse_measures
-from effir_search.text.corpus import Document, beir_file, read_corpus
+from effir_search.text.corpus import Document, read_corpus
+from effir_search.text.folders import beir_file
 from effir_search.text.own_documents import check_own_documents
 from effir_search.text.records import warn_of_missing
 from effir_search.text.trec import Query, read_qrels, read_topics

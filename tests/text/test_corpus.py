@@ -9,11 +9,11 @@ import pytest
 from ir_datasets.datasets.base import Dataset
 from ir_datasets.formats import BaseDocs, GenericDoc, TitleUrlTextDoc
 
+from effir_search.text.checks import check_id
 from effir_search.text.corpus import (
     CorpusFields,
     CorpusHasher,
     Document,
-    check_id,
     document_text,
     find_documents,
     read_corpus,
@@ -596,7 +596,7 @@ ARRAY = [
 @pytest.mark.parametrize("piece", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, piece, indent):
-    monkeypatch.setattr("effir_search.text.corpus._JsonText.PIECE", piece)
+    monkeypatch.setattr("effir_search.text.layouts._JsonText.PIECE", piece)
     (tmp_path / "docs.json").write_text(" \n" + json.dumps(ARRAY, indent=indent, ensure_ascii=False), encoding="utf-8")
     expected = [Document(record["_id"], record["text"], record.get("title", "")) for record in ARRAY]
     assert list(read_corpus(tmp_path / "docs.json")) == expected
