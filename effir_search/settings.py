@@ -2,8 +2,8 @@
 
 A job's settings are a frozen dataclass. Its fields are made into the options of the command (``cli.options``), into the
 check of a recipe (``compression.recipe``) and into the record that a job leaves, so that a setting is added here alone.
-A field's type says what it may be: ``Literal`` lists the choices, ``Annotated`` the range. Nothing heavy is imported. The
-file is long because it is one list, to be read a class at a time.
+A field's type says what it may be: ``Literal`` lists the choices, ``Annotated`` the range. Nothing heavy is imported.
+The file is long because it is one list, to be read a class at a time.
 """
 
 from dataclasses import dataclass, field, fields, replace

@@ -2,8 +2,8 @@
 
 This file needs torch and transformers only. It is copied beside the weights of every model that is saved, so that
 ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works where effir_search is not installed. What differs
-between families of models is said in one place, the table ``FAMILIES``. All of a pruned model is in this one file, long as
-it is, since it is copied alone.
+between families of models is said in one place, the table ``FAMILIES``. All of a pruned model is in this one file, long
+as it is, since it is copied alone.
 
 Source: EffiR (Lei, He, Li, Yates), arXiv 2512.20612, sections on depth and width.
 """
