@@ -95,7 +95,7 @@ def test_workers_die_with_their_parent(tmp_path, how):
     (tmp_path / "program.py").write_text(program)
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "program.py"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])},
         stderr=subprocess.DEVNULL,
     )
     pids = [pid_of(tmp_path / name) for name in "ab"]
