@@ -23,8 +23,8 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index, rebuild_index
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
+from effir_search.indexing.index_record import read_index
 from effir_search.indexing.nearest import nearest_rows
-from effir_search.indexing.record import read_index
 from effir_search.settings import IndexSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import read_topics

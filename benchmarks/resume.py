@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.indexing.record import DOCID_FILE, INDEX_FILE, store_of
+from effir_search.indexing.index_record import DOCID_FILE, INDEX_FILE, store_of
 from effir_search.indexing.store import number_of_parts
 from effir_search.text.corpus import document_text, read_corpus
 

@@ -246,7 +246,7 @@ class DataSettings(Settings):
     """What is learned from, and what is measured on meanwhile.
 
     Attributes:
-        train: Examples, see ``records.read_records``; or None, and
+        train: Examples, see ``training_records.read_records``; or None, and
         texts: texts to imitate a teacher on, as documents, each as ``texts.read_texts`` takes it,
         queries: and as queries, as ``texts.read_query_texts`` does.
         num_texts: At most so many of them; None = all.

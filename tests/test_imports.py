@@ -16,7 +16,7 @@ PACKAGE = Path(effir_search.__file__).parent
 
 # From the lowest to the highest: each imports only those before it. Those in brackets do not know each other.
 PACKAGES = (
-    *("errors", "messages", "settings", "files", "text", "model", "encoding", "indexing", "searching"),
+    *("errors", "log_messages", "settings", "files", "text", "model", "encoding", "indexing", "searching"),
     *("evaluation", ("pruning", "training"), "compression", "demo", "cli", "__main__"),
 )
 GROUPS = [(names,) if isinstance(names, str) else names for names in PACKAGES]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from effir_search.text.corpus import document_text, read_corpus
-from effir_search.text.records import read_records
 from effir_search.text.texts import read_query_texts, read_texts
+from effir_search.text.training_records import read_records
 from effir_search.text.trec import read_qrels, read_run, read_topics
 
 RECORDS = Path(__file__).parent / "records"

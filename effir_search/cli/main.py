@@ -12,7 +12,7 @@ from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import index, info, search, verify
 from effir_search.cli.training import finetune, mine
 from effir_search.errors import UserError
-from effir_search.messages import show_messages
+from effir_search.log_messages import show_messages
 
 # Packages of the extra "train".
 EXTRA = ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w")

@@ -41,7 +41,7 @@ from effir_search.training.data import (
     sampled_texts,
     teacher_reading,
 )
-from effir_search.training.unlabelled import PlainText, encode_texts
+from effir_search.training.plain_texts import PlainText, encode_texts
 
 # Criteria that run nothing and so need no texts.
 WITHOUT_TEXTS = ("magnitude", "random")

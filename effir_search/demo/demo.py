@@ -19,7 +19,7 @@ from effir_search.files.job import read_settings, same_settings
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file, whole_folder
 from effir_search.indexing.build import index_corpus
-from effir_search.indexing.record import read_index_info
+from effir_search.indexing.index_record import read_index_info
 from effir_search.model.save import TRAINING_FILE
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
 from effir_search.searching.search import format_hits, load_topics, search_text

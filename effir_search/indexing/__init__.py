@@ -2,6 +2,7 @@
 
 What comes in are documents and an encoder; what goes out is the folder of an index: ``index``, ``docid``,
 ``effir.json``. Open ``build.py`` first; ``encode.py`` fills the store of a job, ``store.py`` is that store on disk,
-``folder.py`` writes the folder of the index and ``record.py`` reads it, ``faiss_kinds.py`` knows the kinds of FAISS
-index, ``verify.py`` tells whether an index is what it says it is.
+``resume.py`` says what a continued job must have in common with it, ``folder.py`` writes the folder of the index,
+``index_record.py`` reads it, ``faiss_kinds.py`` knows the kinds of FAISS index, ``verify.py`` tells whether an index is
+what it says it is.
 """

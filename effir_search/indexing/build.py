@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
-from effir_search.indexing.encode import CorpusRead, encode_corpus, settings_of
+from effir_search.indexing.encode import CorpusRead, encode_corpus
 from effir_search.indexing.faiss_kinds import new_index, training_size
 from effir_search.indexing.folder import announce, check_output, rows_of_flat, rows_of_kept, rows_of_store, write_folder
-from effir_search.indexing.record import (
+from effir_search.indexing.index_record import (
     INDEX_FILE,
     INFO_FILE,
     IndexInfo,
@@ -22,7 +22,8 @@ from effir_search.indexing.record import (
     require_index,
     store_of,
 )
-from effir_search.indexing.store import WHOLE, Shard, Store, StoreSettings, documents_in, number_of_parts
+from effir_search.indexing.resume import StoreSettings, settings_of
+from effir_search.indexing.store import WHOLE, Shard, Store, documents_in, number_of_parts
 from effir_search.indexing.workers import run_workers
 from effir_search.model.checkpoint import dtype_name
 from effir_search.settings import EncoderOptions, IndexSettings

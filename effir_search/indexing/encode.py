@@ -1,15 +1,11 @@
 """A corpus into the parts of a store: what is read, tokenized ahead in a thread, and encoded."""
 
 import logging
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from effir_search.encoding.batching import Tokens
@@ -17,48 +13,11 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.copies import digests
 from effir_search.indexing.read_ahead import ahead
-from effir_search.indexing.store import (
-    PART_SIZE,
-    WHOLE,
-    Part,
-    Shard,
-    Store,
-    StoreSettings,
-    documents_in,
-    number_of_parts,
-)
-from effir_search.model.checkpoint import dtype_name
+from effir_search.indexing.resume import PART_SIZE
+from effir_search.indexing.store import WHOLE, Part, Shard, Store, documents_in, number_of_parts
 from effir_search.text.corpus import CorpusHasher, Document, document_text
 
 logger = logging.getLogger(__name__)
-
-ARITHMETIC = ("torch", "transformers", "tokenizers")
-
-
-def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
-    """Return what the vectors of a job with this encoder depend on."""
-    return StoreSettings(
-        model_sha256=encoder.weights_sha256,
-        encoder=asdict(encoder.config),
-        dtype=dtype_name(encoder.dtype),
-        device=encoder.device.type,
-        threads=torch.get_num_threads(),
-        batch_tokens=encoder.batch_tokens,
-        dimension=encoder.dimension,
-        part_size=PART_SIZE,
-        corpus_sha256=corpus_sha256,
-        versions={package: version(package) for package in ARITHMETIC},
-        processor=processor_name(encoder.device),
-    )
-
-
-def processor_name(device: torch.device) -> str:
-    """Return the model of a GPU or CPU; of a CPU also what torch computes with, since virtual machines hide models."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    able = torch.cpu.get_capabilities()
-    sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
-    return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
 
 
 def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Iterator[list[Document]]:

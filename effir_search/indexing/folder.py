@@ -30,7 +30,15 @@ from effir_search.indexing.faiss_kinds import (
     training_size,
     well_trained_size,
 )
-from effir_search.indexing.record import DOCID_FILE, INDEX_FILE, INFO_FILE, IndexInfo, check_files, read_index, store_of
+from effir_search.indexing.index_record import (
+    DOCID_FILE,
+    INDEX_FILE,
+    INFO_FILE,
+    IndexInfo,
+    check_files,
+    read_index,
+    store_of,
+)
 from effir_search.indexing.store import WHOLE, Shard, Store
 from effir_search.settings import IndexSettings
 

@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from glob import escape
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -35,49 +35,17 @@ from effir_search.files.job import differing, try_lock
 from effir_search.files.reading import read_json
 from effir_search.files.whole import write_whole
 from effir_search.indexing.copies import DIGEST, first_of_equal
+from effir_search.indexing.resume import PART_SIZE, StoreSettings
 from effir_search.text.corpus import Document
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, MANIFEST_LOCK, KEPT = "manifest.json", "manifest.lock", "kept"
+
 # The files of a store, and the hidden ones that are written first or that a file system makes.
 OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids|tokens)")
+
 REMEDY = "--repair encodes such parts again, --restart all"
-# Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
-PART_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """What the vectors of a store depend on, to the bit: a job that differs in one of these cannot continue it.
-
-    The processor is the exception: on another one the last bits differ, which makes the vectors no worse.
-
-    Attributes:
-        model_sha256: See ``model.checkpoint.weights_sha256``.
-        encoder: The fields of the ``EncoderConfig``.
-        dtype: Of the transformer's arithmetic, as torch names it.
-        device: "cpu" or "cuda".
-        threads: Of torch.
-        batch_tokens: See ``Encoder``.
-        dimension: Components of a vector.
-        part_size: Documents of a part; the last may have fewer.
-        corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
-        versions: Of the packages that do the arithmetic.
-        processor: Of the job that began the store, see ``processor_name``.
-    """
-
-    model_sha256: str
-    encoder: dict[str, object]
-    dtype: str
-    device: str
-    threads: int
-    batch_tokens: int
-    dimension: int
-    part_size: int
-    corpus_sha256: str | None
-    versions: dict[str, str]
-    processor: str
 
 
 class Part(NamedTuple):

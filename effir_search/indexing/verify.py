@@ -14,8 +14,7 @@ from effir_search.errors import UserError
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.folder import Rows, rows_of_kept
-from effir_search.indexing.nearest import BLOCK, ROUNDING, nearest_rows
-from effir_search.indexing.record import (
+from effir_search.indexing.index_record import (
     INFO_FILE,
     IndexInfo,
     check_encoder,
@@ -25,6 +24,7 @@ from effir_search.indexing.record import (
     require_index,
     store_of,
 )
+from effir_search.indexing.nearest import BLOCK, ROUNDING, nearest_rows
 from effir_search.text.corpus import CorpusHasher, Document, document_text, read_corpus
 from effir_search.text.texts import sampled
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from effir_search.errors import UserError
 from effir_search.indexing.store import WHOLE, Shard
-from effir_search.messages import show_messages
+from effir_search.log_messages import show_messages
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from effir_search.encoding.config import EncoderConfig, own_config
 from effir_search.encoding.devices import DTYPES
 from effir_search.errors import UserError
 from effir_search.indexing.copies import read_copies
-from effir_search.indexing.record import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
+from effir_search.indexing.index_record import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.indexing.store import Store
 from effir_search.model.arithmetic import LENGTH, empty_model, flops, format_facts, planned
 from effir_search.model.arithmetic import facts as sizes_of

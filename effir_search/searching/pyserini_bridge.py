@@ -20,8 +20,8 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
+from effir_search.indexing.index_record import IndexInfo, check_encoder, read_index, read_index_info
 from effir_search.indexing.nearest import nearest_rows
-from effir_search.indexing.record import IndexInfo, check_encoder, read_index, read_index_info
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
 

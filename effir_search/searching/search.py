@@ -11,7 +11,7 @@ from ir_measures import Qrel, ScoredDoc
 from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
-from effir_search.indexing.record import IndexInfo, absolute_name
+from effir_search.indexing.index_record import IndexInfo, absolute_name
 from effir_search.searching.pyserini_bridge import builtin_topics
 from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
 from effir_search.settings import EncoderOptions, SearchSettings, TopicField

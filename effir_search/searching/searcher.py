@@ -16,7 +16,7 @@ from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.faiss_kinds import largest_cosine, short_list_advice
-from effir_search.indexing.record import IndexInfo, read_index_info, require_index
+from effir_search.indexing.index_record import IndexInfo, read_index_info, require_index
 from effir_search.searching.pyserini_bridge import open_searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.trec import FLOAT32_MAX, Query, strictly_decreasing

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from effir_search.errors import UserError
 from effir_search.files.lines import Lines
 from effir_search.files.whole import whole_file
-from effir_search.text.records import read_records
+from effir_search.text.training_records import read_records
 
 Pair = tuple[str, str]
 Scorer = Callable[[Sequence[Pair]], list[float]]

@@ -17,7 +17,7 @@ from effir_search.settings import EncoderOptions, MiningSettings
 from effir_search.text.corpus import Document, document_text, documents_there
 from effir_search.text.examples import Scorer, checked_scores, document_key
 from effir_search.text.own_documents import comparable
-from effir_search.text.records import find_queries, warn_of_missing
+from effir_search.text.training_records import find_queries, warn_of_missing
 from effir_search.text.trec import read_qrels, read_run, strictly_decreasing
 from effir_search.training.teachers import load_teacher
 

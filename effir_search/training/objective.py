@@ -21,7 +21,7 @@ from effir_search.training.losses import (
     score_matrix_loss,
     token_loss,
 )
-from effir_search.training.unlabelled import PlainText, encode_texts
+from effir_search.training.plain_texts import PlainText, encode_texts
 
 # Takes a batch and the number of the prompt's tokens; returns tensors with a row for each text.
 Forward = Callable[[dict[str, Tensor], int], tuple[Tensor, ...]]

@@ -9,7 +9,7 @@ from conftest import WORDS, write_jsonl
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index, index_corpus, rebuild_index
 from effir_search.indexing.copies import best_documents, first_of_equal, read_copies, vector_digests
-from effir_search.indexing.record import read_index_info
+from effir_search.indexing.index_record import read_index_info
 from effir_search.indexing.store import Store
 from effir_search.indexing.verify import verify_index
 from effir_search.searching.info import describe

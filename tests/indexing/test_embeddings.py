@@ -17,10 +17,11 @@ from conftest import peak_memory, write_jsonl
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import Source, build_index, index_corpus, rebuild_index
 from effir_search.indexing.copies import digests
-from effir_search.indexing.encode import documents_sha256, encode_corpus, in_parts, processor_name, settings_of
+from effir_search.indexing.encode import documents_sha256, encode_corpus, in_parts
+from effir_search.indexing.index_record import read_index, read_index_info, store_of
 from effir_search.indexing.read_ahead import ahead
-from effir_search.indexing.record import read_index, read_index_info, store_of
-from effir_search.indexing.store import KEPT, PART_SIZE, Part, Shard, Store
+from effir_search.indexing.resume import PART_SIZE, processor_name, settings_of
+from effir_search.indexing.store import KEPT, Part, Shard, Store
 from effir_search.searching.info import describe
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions, IndexSettings, PlanSettings

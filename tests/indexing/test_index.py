@@ -14,8 +14,8 @@ from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.files.reading import file_sha256
 from effir_search.indexing.build import Source, build_index, index_corpus
-from effir_search.indexing.record import read_index, read_index_info
-from effir_search.indexing.store import PART_SIZE
+from effir_search.indexing.index_record import read_index, read_index_info
+from effir_search.indexing.resume import PART_SIZE
 from effir_search.indexing.verify import cosine, verify_index
 from effir_search.searching.search import search_text
 from effir_search.settings import EncoderOptions, IndexSettings

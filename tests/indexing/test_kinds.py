@@ -17,7 +17,7 @@ from effir_search.indexing.faiss_kinds import (
     training_size,
     well_trained_size,
 )
-from effir_search.indexing.record import read_index, read_index_info
+from effir_search.indexing.index_record import read_index, read_index_info
 from effir_search.indexing.verify import describe_verified, recalls, verify_index
 from effir_search.searching.search import search
 from effir_search.searching.searcher import load_encoder

@@ -11,7 +11,7 @@ from test_embeddings import NUM_DOCUMENTS, corpus, files_of, kill_after, run, wh
 
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
-from effir_search.indexing.record import store_of
+from effir_search.indexing.index_record import store_of
 from effir_search.indexing.store import Shard
 from effir_search.indexing.workers import run_workers, this_shard, worker_devices
 from effir_search.settings import EncoderOptions, IndexSettings

@@ -19,7 +19,7 @@ from effir_search.text.examples import (
     prepare_examples,
     with_scores,
 )
-from effir_search.text.records import Record, read_records
+from effir_search.text.training_records import Record, read_records
 
 SOUP = Record("hot soup", ["tomato soup", "soup with onion"], ["sweet tea", "jam"], None)
 SCORED = SOUP._replace(scores=[3.0, 2.5, -1.0, 0.0])

@@ -38,10 +38,10 @@ from effir_search.text.examples import Examples
 from effir_search.training.data import ShuffledSequence, teacher_reading
 from effir_search.training.dev import likeness, ndcg, read_dev_split
 from effir_search.training.finetune import check_processes, finetune
+from effir_search.training.plain_texts import PlainText
 from effir_search.training.teachers import bi_encoder_scores, cross_encoder_scores, load_cross_encoder
 from effir_search.training.trainable import make_plain, make_trainable
 from effir_search.training.trainer import last_whole_checkpoint
-from effir_search.training.unlabelled import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 RECORDS = [

@@ -10,7 +10,7 @@ from test_teachers import save_cross_encoder
 
 from effir_search.cli import cli
 from effir_search.settings import EncoderOptions, MiningSettings
-from effir_search.text.records import read_records
+from effir_search.text.training_records import read_records
 from effir_search.training.mine import MiningResult, describe_mined, highest_negative, mine
 from effir_search.training.teachers import load_teacher
 

@@ -17,7 +17,7 @@ from effir_search.settings import LossSettings
 from effir_search.text.examples import Example, document_key
 from effir_search.training.dev import likeness
 from effir_search.training.objective import ImitationObjective, RetrievalObjective, check_examples
-from effir_search.training.unlabelled import PlainText
+from effir_search.training.plain_texts import PlainText
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
