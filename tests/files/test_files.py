@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_search.cli.options import one_line
+from effir_search.cli.main import describe_error
 from effir_search.files.reading import decode, read_lines
 from effir_search.files.whole import refuse_existing, whole_file, whole_folder
 
@@ -140,7 +140,7 @@ def test_a_file_cannot_stand_where_a_folder_is_and_the_error_names_that_folder(t
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as caught, whole_file(tmp_path / "folder") as file:
         file.write("text")
-    assert one_line(caught.value).startswith(f"{tmp_path / 'folder'}: ")
+    assert describe_error(caught.value).startswith(f"{tmp_path / 'folder'}: ")
     assert names(tmp_path) == ["folder"]
 
 
@@ -215,7 +215,7 @@ def test_a_path_below_a_file_cannot_be_written_and_is_named(tmp_path, write):
     (tmp_path / "file").write_text("text")
     with pytest.raises(OSError) as caught, write(tmp_path / "file" / "output"):
         pytest.fail("the block was entered")
-    assert one_line(caught.value).startswith(f"{tmp_path / 'file' / 'output'}: cannot be written: ")
+    assert describe_error(caught.value).startswith(f"{tmp_path / 'file' / 'output'}: cannot be written: ")
     assert names(tmp_path) == ["file"]
 
 
