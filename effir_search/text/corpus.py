@@ -9,7 +9,7 @@ from typing import NamedTuple
 from effir_search.errors import UserError
 from effir_search.files.reading import open_text
 from effir_search.text.checks import check_id, check_unicode
-from effir_search.text.folders import _warn_of_unread, corpus_files
+from effir_search.text.folders import corpus_files, warn_of_unread
 from effir_search.text.layouts import (
     ID_FIELDS,
     TABLE_ID_FIELDS,
@@ -115,7 +115,7 @@ def scan_corpus(
         ValueError: A bad line and no ``skip_bad``, or no document at all.
         OSError: A file cannot be read.
     """
-    _warn_of_unread(source)
+    warn_of_unread(source)
     bad_lines: list[str] = []
     on_bad_line = bad_lines.append if skip_bad else None
     hasher = CorpusHasher()

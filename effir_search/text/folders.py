@@ -1,6 +1,7 @@
 """Which files of a folder hold documents: BEIR's, those of a folder of files, none of queries or qrels."""
 
 import logging
+import re
 from pathlib import Path
 
 from effir_search.errors import UserError
@@ -14,6 +15,9 @@ SUFFIXES = (".jsonl", ".json", ".tsv", ".csv")
 UNREAD = (".parquet", ".arrow", ".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst", ".lz4")
 
 CORPUS_FILES = ("corpus.jsonl", "corpus.jsonl.gz")
+
+# Words in the names of files that hold topics or qrels, as in msmarco-docdev-queries.tsv.
+NO_CORPUS = re.compile(r"(?<![a-z])(query|queries|topics?|qrels?)(?![a-z])")
 
 
 def beir_file(folder: Path, name: str) -> Path:
@@ -74,12 +78,19 @@ def _is_corpus_name(file: Path) -> bool:
 
 def _is_topics_or_qrels(file: Path, folder: Path) -> bool:
     parts = [folder.resolve().name, *file.relative_to(folder).parts[:-1]]
-    return "qrels" in parts or file.name.split(".")[0] in ("queries", "qrels")
+    return "qrels" in parts or NO_CORPUS.search(file.name.lower()) is not None
 
 
-def _warn_of_unread(source: str | Path) -> None:
+def warn_of_unread(source: str | Path) -> None:
+    """Warn of what a folder's corpus does not have: data of other formats, and what is topics or qrels by its name."""
     path = Path(source)
     if path.is_dir() and not any((path / name).is_file() for name in CORPUS_FILES):
         unread = [file for file in _visible_files(path) if file.name.lower().endswith(UNREAD)]
         if unread:
             logger.warning("%s: %d files are not read, such as %s", path, len(unread), unread[0].name)
+        left_out = [file for file in _visible_files(path) if _is_corpus_name(file) and _is_topics_or_qrels(file, path)]
+        if left_out:
+            logger.warning(
+                "%s: %d files are topics or qrels by their names, such as %s, and are no documents; rename what is one",
+                *(path, len(left_out), left_out[0].name),
+            )

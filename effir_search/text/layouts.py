@@ -25,6 +25,16 @@ TABLE_ID_FIELDS = (*ID_FIELDS, *QUERY_ID_FIELDS[2:6])
 # Columns of a table without a header, by their number; four are MS MARCO's documents.
 COLUMNS = {2: ("id", "text"), 3: ("id", "title", "text"), 4: ("id", "url", "title", "text")}
 
+# What a column of a table may be called besides its field's name, without what is no letter.
+SPELLINGS = {
+    **{re.sub("[^a-z]", "", name): name for name in (*TABLE_ID_FIELDS, *TEXT_FIELDS, *TOPIC_TEXT_FIELDS)},
+    **dict.fromkeys(("id", "corpusid", "documentid", "doc"), "id"),
+    **dict.fromkeys(("topic", "topicno", "number", "num"), "topic_id"),
+    "content": "contents",
+}
+# Names that no row of texts has in all its columns: such a row is a header.
+COLUMN_NAMES = {*TABLE_ID_FIELDS, *TEXT_FIELDS, *TOPIC_TEXT_FIELDS, "title", "description", "narrative", "url"}
+
 # Names in a header of qrels, without what is no letter.
 QREL_NAMES = {
     "query_id": {"qid", "queryid", "query", "topic", "topicid", "topicno", "topicnum"},
@@ -54,14 +64,16 @@ def table_rows(
     for number, (where, row) in enumerate(rows):
         if number == 0:
             columns = row if is_csv else row.decode("utf-8", "replace").split("\t")
-            names = [name.strip().lower() for name in columns]
+            names = [_column_name(name) for name in columns]
             if any(name in text_fields for name in names) and (
                 any(name in TABLE_ID_FIELDS for name in names) or not (need_id or set(names) - {*text_fields, "title"})
             ):
                 header = names
                 continue
-            if is_qrels_header(names):
+            if is_qrels_header(columns):
                 raise UserError(f"{where}: these are qrels, which hold no texts")
+            if len(names) > 1 and COLUMN_NAMES.issuperset(names) and not {"title"}.issuperset(names):
+                raise UserError(f"{where}: a header that names no text, one of {', '.join(text_fields)}")
             if is_csv:
                 known = f"an id ({', '.join(TABLE_ID_FIELDS)}) and a text ({', '.join(text_fields)})"
                 found = ",".join(columns)[:60]
@@ -81,6 +93,12 @@ def _csv_rows(file: IO[bytes], path: Path) -> Iterator[tuple[str, list[str]]]:
             line_number = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{line_number}: not CSV: {error}") from error
+
+
+def _column_name(name: str) -> str:
+    """Return the field that a column of a header is, or its name in lower case."""
+    name = name.strip().strip('"').lower()
+    return name if name in COLUMN_NAMES else SPELLINGS.get(_letters(name), name)
 
 
 def columns_of(row: bytes | list[str], where: str) -> list[str]:
@@ -178,6 +196,8 @@ class _JsonText:
                     raise UserError(f"{self._path}:{line}: not JSON: {error.msg}") from error
             except RecursionError as error:
                 raise UserError(f"{self._path}:{self.line}: JSON nested too deeply") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise UserError(f"{self._path}:{self.line}: not JSON: {error}") from error
 
     def _go_to(self, end: int) -> None:
         self.line += self._piece.count("\n", self._at, end)
@@ -241,10 +261,11 @@ def table_text_and_title(record: Mapping[str, str]) -> tuple[str, str]:
 
 def json_id(record: dict, names: Sequence[str], where: str) -> str:
     """Return the first of the id fields as a string; whole numbers are taken as they are written."""
-    for name in names:
-        if name in record:
-            value = record[name]
-            if isinstance(value, bool) or not isinstance(value, str | int):
-                raise UserError(f'{where}: the id in "{name}" is not a string but {type(value).__name__}')
-            return str(value)
+    present = [name for name in names if name in record]
+    if present:
+        name = next((name for name in present if record[name] is not None), present[0])
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UserError(f'{where}: the id in "{name}" is not a string but {type(value).__name__}')
+        return str(value)
     raise UserError(f"{where}: no id field ({', '.join(names)}; found: {', '.join(record) or 'nothing'})")

@@ -46,7 +46,7 @@ _INLINE = ("a", "b", "br", "em", "i", "p", "span", "strong", "sub", "sup", "u")
 _ATTRIBUTE = r"""\s+([\w:-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s<>"']+)"""
 _MARKUP = re.compile(
     rf"""<!--.*?-->|<!\[CDATA\[(?P<raw>.*?)\]\]>|<\?.*?\?>|<!DOCTYPE(?P<inside>[^>]*)>
-    |<(?P<close>/?)(?P<name>[a-z][\w:.-]*)(?P<attributes>(?:{_ATTRIBUTE})*)\s*/?>""",
+    |<(?P<close>/?)(?P<name>[a-z][\w:-]*)(?P<attributes>(?:{_ATTRIBUTE})*)\s*/?>""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
 _ENTITY = re.compile(r"&(?:#[0-9]+|#x[0-9a-f]+|[a-z][a-z0-9]*);", re.IGNORECASE)

@@ -668,3 +668,44 @@ def test_another_format_is_named_where_json_is_needed(tmp_path, line, what):
 def test_four_columns_without_a_url_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"c\.tsv:2: 4 columns, expected 2 or 3"):
         list(read_corpus(write(tmp_path / "c.tsv", "D1\thttps://example.org\tCat\tIt eats.", "D2\tno URL\tDog\tIt.")))
+
+
+@pytest.mark.parametrize(
+    "name", ["queries_test.jsonl", "test-queries.jsonl", "Topics.jsonl", "docdev-queries.tsv", "dev.qrels.tsv"]
+)
+def test_topics_and_qrels_of_a_folder_are_known_by_a_word_of_their_names_and_told(tmp_path, name, caplog):
+    (tmp_path / "docs.jsonl").write_text('{"_id": "d", "text": "cat"}\n')
+    (tmp_path / name).write_text("1\tcat\n" if name.endswith(".tsv") else '{"_id": "q", "text": "dog"}\n')
+    assert [document.doc_id for document in read_corpus(tmp_path)] == ["d"]
+    assert scan_corpus(tmp_path).num_documents == 1
+    assert f"1 files are topics or qrels by their names, such as {name}" in caplog.text
+
+
+def test_a_word_that_only_holds_such_a_word_is_no_reason_to_leave_a_file_out(tmp_path):
+    (tmp_path / "subtopicsofmath.jsonl").write_text('{"_id": "d", "text": "cat"}\n')
+    assert [document.doc_id for document in read_corpus(tmp_path)] == ["d"]
+
+
+@pytest.mark.parametrize(
+    "header", ["corpus-id\ttext", "Doc-ID\tText", "docid\tcontent", '"id"\t"text"', "#id\tcontents"]
+)
+def test_a_header_of_any_spelling_is_no_document(tmp_path, header):
+    (tmp_path / "c.tsv").write_text(f"{header}\nd1\tcat\n")
+    assert list(read_corpus(tmp_path / "c.tsv")) == [Document("d1", "cat")]
+
+
+def test_a_header_that_names_no_text_is_an_error_and_no_document(tmp_path):
+    (tmp_path / "c.tsv").write_text("id\ttitle\tdescription\n1\tcat\ta cat\n")
+    with pytest.raises(ValueError, match="c.tsv:1: a header that names no text, one of contents, text"):
+        list(read_corpus(tmp_path / "c.tsv"))
+
+
+def test_a_number_of_thousands_of_digits_is_one_line_also_in_an_array(tmp_path):
+    (tmp_path / "c.json").write_text('[{"_id": ' + "1" * 5000 + ', "text": "x"}]')
+    with pytest.raises(ValueError, match="c.json:1: not JSON: Exceeds the limit"):
+        list(read_corpus(tmp_path / "c.json"))
+
+
+def test_an_id_that_is_null_is_passed_over_for_the_next_field(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"_id": null, "id": "x", "text": "cat"}\n')
+    assert list(read_corpus(tmp_path / "c.jsonl")) == [Document("x", "cat")]

@@ -601,3 +601,15 @@ def test_topics_without_a_text_are_read_as_they_are(tmp_path):
     assert read_topics(jsonl) == [Query("1", " "), Query("2", "cat")]
     trec = write(tmp_path / "topics", "<top>", "<num> 1", "<title>", "</top>")
     assert read_topics(trec) == [Query("1", "")]
+
+
+@pytest.mark.parametrize(
+    "header", ["QueryID\tQuery", "topic\tquery", "#qid\tquery", "id\tquery text", "number\tquestion"]
+)
+def test_a_header_of_topics_of_any_spelling_is_no_topic(tmp_path, header):
+    assert read_topics(write(tmp_path / "topics", header, "1\tcat")) == [Query("1", "cat")]
+
+
+def test_a_word_with_a_dot_between_angle_brackets_is_no_tag(tmp_path):
+    path = write(tmp_path / "topics", "<top><num> 1 <title>use of <stdio.h> in C </top>")
+    assert read_topics(path) == [Query("1", "use of <stdio.h> in C")]
