@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import re
 import zlib
 from collections.abc import Iterator
@@ -136,9 +135,6 @@ def decode(line: bytes, where: str) -> str:
         raise UserError(f"{where}: invalid UTF-8 at byte {error.start} of the line") from error
 
 
-logger = logging.getLogger(__name__)
-
-
 def parse_json_object(line: str, where: str) -> dict:
     """Return the JSON object on a line; ``where`` opens the error if there is none."""
     try:
@@ -171,9 +167,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object but {type(content).__name__}")
     return content
-
-
-logger = logging.getLogger(__name__)
 
 
 def _other_format(line: str) -> str:

@@ -1,6 +1,5 @@
 """What a stopped job and the one that continues it must have in common, to the bit."""
 
-import logging
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -74,6 +73,3 @@ def processor_name(device: torch.device) -> str:
     able = torch.cpu.get_capabilities()
     sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
     return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
-
-
-logger = logging.getLogger(__name__)

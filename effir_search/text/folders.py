@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from effir_search.errors import UserError
-from effir_search.text.layouts import _plain_name
+from effir_search.text.layouts import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 def _is_corpus_name(file: Path) -> bool:
     """Whether a file is one of a corpus by its name; MS MARCO's are called ``msmarco_passage_00.gz``."""
-    name = _plain_name(file)
+    name = plain_name(file)
     return name.endswith(SUFFIXES) or (name != file.name.lower() and "." not in name)
 
 

@@ -45,7 +45,7 @@ QREL_NAMES = {
 
 def is_table(path: Path) -> bool:
     """Whether a file is TSV or CSV by its name."""
-    return _plain_name(path).endswith((".tsv", ".csv"))
+    return plain_name(path).endswith((".tsv", ".csv"))
 
 
 def table_rows(
@@ -58,7 +58,7 @@ def table_rows(
     Raises:
         ValueError: Quotes of a CSV file that do not match, or no header in it; qrels; damage.
     """
-    is_csv = _plain_name(path).endswith(".csv")
+    is_csv = plain_name(path).endswith(".csv")
     rows = _csv_rows(file, path) if is_csv else ((f"{path}:{n}", line) for n, line in lines_of(file, path))
     header: list[str] | None = None
     for number, (where, row) in enumerate(rows):
@@ -237,7 +237,8 @@ def _json_array(file: IO[bytes], path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}:{text.line}: there is more behind the end of the JSON array")
 
 
-def _plain_name(path: Path) -> str:
+def plain_name(path: Path) -> str:
+    """Return a file's name in lower case, without .gz."""
     return path.name.lower().removesuffix(".gz")
 
 
