@@ -88,6 +88,12 @@ def warn_of_unread(source: str | Path) -> None:
         unread = [file for file in _visible_files(path) if file.name.lower().endswith(UNREAD)]
         if unread:
             logger.warning("%s: %d files are not read, such as %s", path, len(unread), unread[0].name)
+        links = [place for place in path.rglob("*") if place.is_symlink() and place.is_dir()]
+        if links:
+            logger.warning(
+                "%s: %d links to folders are not followed, such as %s; copy what is in them",
+                *(path, len(links), links[0].name),
+            )
         left_out = [file for file in _visible_files(path) if _is_corpus_name(file) and _is_topics_or_qrels(file, path)]
         if left_out:
             logger.warning(

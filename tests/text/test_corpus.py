@@ -709,3 +709,13 @@ def test_a_number_of_thousands_of_digits_is_one_line_also_in_an_array(tmp_path):
 def test_an_id_that_is_null_is_passed_over_for_the_next_field(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"_id": null, "id": "x", "text": "cat"}\n')
     assert list(read_corpus(tmp_path / "c.jsonl")) == [Document("x", "cat")]
+
+
+def test_a_link_to_a_folder_is_not_followed_and_that_is_told(tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.jsonl").write_text('{"_id": "x", "text": "dog"}\n')
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text('{"_id": "a", "text": "cat"}\n')
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert scan_corpus(tmp_path / "corpus").num_documents == 1
+    assert "1 links to folders are not followed, such as linked" in caplog.text
