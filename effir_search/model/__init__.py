@@ -2,7 +2,7 @@
 
 What comes in is a folder, a hub name or a GGUF file; what goes out is a transformer with its tokenizer, or a folder.
 Open ``modeling_effir.py`` first: a pruned model as transformers knows it. ``checkpoint.py`` loads, ``save.py`` saves,
-``layers.py`` finds the parts of a model in every family, ``surgery.py`` takes them out.
+``families.py`` says where families of models keep their parts, ``layers.py`` finds these in a model, ``surgery.py`` takes them out.
 
 Importing this package makes such models known to ``AutoConfig`` and ``AutoModel``, and so to sentence-transformers,
 peft and everything else that loads by these.
@@ -14,6 +14,6 @@ from effir_search.model.modeling_effir import EffirConfig, EffirModel
 
 AutoConfig.register(EffirConfig.model_type, EffirConfig, exist_ok=True)
 AutoModel.register(EffirConfig, EffirModel, exist_ok=True)
-# Saving then copies modeling_effir.py beside the weights.
+# Saving then copies modeling_effir.py and families.py beside the weights.
 EffirConfig.register_for_auto_class()
 EffirModel.register_for_auto_class("AutoModel")

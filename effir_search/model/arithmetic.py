@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from effir_search.errors import UserError
+from effir_search.model.families import family_of
 from effir_search.model.layers import NOTHING_LEFT, PartKind, layers_of, parts_of
-from effir_search.model.modeling_effir import EffirConfig, EffirModel, family_of, has_part
+from effir_search.model.modeling_effir import EffirConfig, EffirModel, has_part
 
 # Tokens of the text whose FLOPs are told where nobody says how long it is.
 LENGTH = 256

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effir_search.errors import UserError
-from effir_search.model.modeling_effir import EffirModel, Family, SubLayer, class_without, family_of, has_part
+from effir_search.model.families import Family, SubLayer, family_of
+from effir_search.model.modeling_effir import EffirModel, class_without, has_part
 
 PartKind = Literal["attention", "mlp", "block"]
 PART_KINDS: tuple[PartKind, ...] = ("attention", "mlp", "block")

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from effir_search.errors import UserError
 from effir_search.files.reading import read_json
 from effir_search.model.checkpoint import check_config, check_stock, model_configs, read_config_file, weight_files
-from effir_search.model.modeling_effir import family_of
+from effir_search.model.families import family_of
 from effir_search.settings import pooling_modes
 
 logger = logging.getLogger(__name__)

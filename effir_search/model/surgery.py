@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effir_search.errors import UserError
+from effir_search.model.families import family_of
 from effir_search.model.layers import NOTHING_LEFT, layers_of, mlp_output
-from effir_search.model.modeling_effir import EffirConfig, EffirModel, drop_parts, family_of, has_part, narrow_mlp
+from effir_search.model.modeling_effir import EffirConfig, EffirModel, drop_parts, has_part, narrow_mlp
 
 
 def prune(

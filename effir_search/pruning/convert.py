@@ -34,7 +34,8 @@ from effir_search.model.checkpoint import (
     resolve_model,
     weight_files,
 )
-from effir_search.model.modeling_effir import FAMILIES, EffirConfig, EffirModel
+from effir_search.model.families import FAMILIES
+from effir_search.model.modeling_effir import EffirConfig, EffirModel
 from effir_search.model.sentence_files import SentenceFiles, read_sentence_files
 from effir_search.settings import EncoderOptions
 

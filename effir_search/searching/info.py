@@ -25,7 +25,8 @@ from effir_search.model.checkpoint import (
     weight_files,
     weights_sha256,
 )
-from effir_search.model.modeling_effir import FAMILIES, EffirConfig
+from effir_search.model.families import FAMILIES
+from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.settings import PlanSettings, WeightDtype
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from effir_search.model.checkpoint import load_transformer
+from effir_search.model.families import FAMILIES, family_of
 from effir_search.model.layers import PART_KINDS, layers_of, left_out, lora_targets, mlp_output, mlp_widths, parts_of
-from effir_search.model.modeling_effir import FAMILIES, EffirConfig, EffirModel, family_of
+from effir_search.model.modeling_effir import EffirConfig, EffirModel
 from effir_search.model.surgery import kept_units, prune
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)

@@ -6,8 +6,8 @@ from conftest import PRUNABLE, prunable_model, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModel
 
+from effir_search.model.families import family_of
 from effir_search.model.layers import mlp_output
-from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
 from effir_search.pruning import gates as gates_module
 from effir_search.pruning.gates import PAPER_UNITS, GatesFile, gated, learn_gates, open_of_paper, open_units

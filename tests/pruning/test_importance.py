@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from effir_search.encoding.batching import Tokens
 from effir_search.encoding.encoder import Encoder
+from effir_search.model.families import family_of
 from effir_search.model.layers import PART_KINDS, layers_of, left_out, parts_of
-from effir_search.model.modeling_effir import family_of
 from effir_search.model.surgery import prune
 from effir_search.pruning.importance import (
     CRITERIA,
