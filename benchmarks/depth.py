@@ -24,7 +24,7 @@ from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.model.layers import PART_KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import sample_texts
-from effir_search.pruning.importance import CRITERIA
+from effir_search.pruning.dropping_order import CRITERIA
 from effir_search.text.corpus import document_text, read_corpus
 from effir_search.text.trec import read_qrels, read_topics
 

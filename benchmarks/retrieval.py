@@ -15,7 +15,7 @@ import click
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import index_corpus
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
-from effir_search.searching.search import load_topics, search
+from effir_search.searching.search_topics import load_topics, search
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import read_corpus

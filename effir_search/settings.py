@@ -402,7 +402,7 @@ class DepthSettings(Settings):
         drop_mlp: MLPs; None = half of them, as in EffiR.
         drop_attention: Attentions.
         drop_block: Whole layers.
-        criterion: What tells which: a key of ``importance.CRITERIA``.
+        criterion: What tells which: a key of ``dropping_order.CRITERIA``.
         num_texts: Texts that importance is measured on, of those that are learned from.
     """
 
@@ -418,7 +418,7 @@ class ScoringSettings(Settings):
     """How the units of MLPs are scored.
 
     Attributes:
-        criterion: A key of ``units.UNIT_CRITERIA``.
+        criterion: A key of ``unit_scores.UNIT_CRITERIA``.
         steps: Batches: of "gates" the steps of training, of other criteria at most one pass over the data.
         batch_size: Examples or texts of a batch.
         learning_rate: Of the gates.
@@ -512,10 +512,4 @@ class CompressionSettings(Settings):
 # The sections of a recipe, and what each holds.
 SECTIONS: dict[str, type[Settings]] = {
     f.name: f.type for f in fields(CompressionSettings) if isinstance(f.type, type) and issubclass(f.type, Settings)
-}
-# The defaults of the dataclasses are the paper's. These are for learning without labels, from the model itself.
-WITHOUT_LABELS: dict[str, dict[str, object]] = {
-    "prune": {"criterion": "greedy"},
-    "slim": {"criterion": "taylor", "steps": 30},
-    "finetune": {"max_steps": 2000, "epochs": 20.0},
 }

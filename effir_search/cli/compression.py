@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from effir_search.cli.options import OWN_LENGTH, PATH, Command, option_of, options_of
-from effir_search.settings import SECTIONS, WITHOUT_LABELS, CompressionSettings, EncoderOptions
+from effir_search.compression.defaults import WITHOUT_LABELS
+from effir_search.settings import SECTIONS, CompressionSettings, EncoderOptions
 
 # Where in a recipe the options of ``compress`` belong: section and field; those without a section stand before all.
 IN_RECIPE = {
@@ -105,7 +106,8 @@ def compress(
     settings are changed after a stop, --restart keeps the stages that do not depend on them.
     """
     from effir_search.compression.compress import compress, describe_compression, describe_plan
-    from effir_search.compression.recipe import as_compression, merged, read_recipe
+    from effir_search.compression.defaults import merged
+    from effir_search.compression.recipe import as_compression, read_recipe
 
     recipe = merged(read_recipe(recipe_file) if recipe_file else {}, recipe_of(options))
     compression = as_compression(recipe, where=str(recipe_file or "the recipe"))

@@ -90,7 +90,7 @@ def search(
     **options: object,
 ) -> None:
     """Search an index: topics into a TREC run, or one query shown."""
-    from effir_search.searching.search import format_hits, search_text, search_topics
+    from effir_search.searching.search_topics import format_hits, search_text, search_topics
 
     settings, how = taken(SearchSettings, options), encoder_options(options)
     shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how}

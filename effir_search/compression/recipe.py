@@ -10,15 +10,14 @@ from pathlib import Path
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
+from effir_search.compression.defaults import defaults_without_labels, merged
 from effir_search.errors import UserError
 from effir_search.files.reading import decode
-from effir_search.settings import SECTIONS, WITHOUT_LABELS, CompressionSettings, WidthSettings
+from effir_search.settings import SECTIONS, CompressionSettings
 
 RECIPE_FILE = "recipe.toml"
 # What sections share, and is given once for all of them.
 SHARED = "seed"
-# A model that nothing was dropped from is at no distance from itself, so its loss says nothing of its units.
-OF_WHOLE_MODELS = {"slim": {"criterion": "activation"}}
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -32,16 +31,6 @@ def read_recipe(path: Path) -> dict[str, object]:
         return tomllib.loads(decode(path.read_bytes(), str(path)))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: is no TOML: {error}") from error
-
-
-def merged(*recipes: Mapping[str, object]) -> dict[str, object]:
-    """Return settings with sections as dicts; the later ones win, field by field."""
-    settings: dict[str, object] = {}
-    for recipe in recipes:
-        for name, value in recipe.items():
-            earlier = settings.get(name)
-            settings[name] = earlier | value if isinstance(earlier, dict) and isinstance(value, dict) else value
-    return settings
 
 
 def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -> CompressionSettings:
@@ -73,25 +62,12 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
             f"there is nothing to learn from; give --train, or --texts (or --queries), or the same in [data] of {where}"
         )
     if not data.get("train") and has_texts:
-        recipe = merged(_defaults_without_labels(recipe), recipe)
+        recipe = merged(defaults_without_labels(recipe), recipe)
     recipe = merged({section: {SHARED: recipe.get(SHARED, 0)} for section in ("slim", "finetune")}, recipe)
     try:
         return TypeAdapter(CompressionSettings).validate_json(json.dumps(recipe, default=str), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_first_problem(error)}") from error
-
-
-def _defaults_without_labels(recipe: Mapping[str, object]) -> dict[str, object]:
-    """Return what a recipe without labels has where it says nothing: the teacher is the encoder itself."""
-    prune = recipe.get("prune", {})
-    drops = [prune.get(name) for name in ("drop_mlp", "drop_attention", "drop_block")]
-    imitates_itself = recipe.get("data", {}).get("teacher") in (None, recipe["encoder"])
-    is_whole = drops[0] == 0 and not any(drops) and imitates_itself
-    defaults = merged(WITHOUT_LABELS, {"data": {"teacher": recipe["encoder"]}}, OF_WHOLE_MODELS if is_whole else {})
-    if recipe.get("slim", {}).get("criterion") == "gates":
-        # Gates are learned for as many steps as with labels, not for those of a pass that measures.
-        return merged(defaults, {"slim": {"steps": WidthSettings.steps}})
-    return defaults
 
 
 def _first_problem(error: ValidationError) -> str:

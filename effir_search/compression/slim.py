@@ -22,9 +22,10 @@ from effir_search.model.checkpoint import lasting_name, resolve_model, weights_s
 from effir_search.model.layers import mlp_widths
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.model.surgery import prune
+from effir_search.pruning.choose_units import choose_units
 from effir_search.pruning.gates import GatesFile
 from effir_search.pruning.prune import load_prunable
-from effir_search.pruning.units import UNIT_CRITERIA, choose_units
+from effir_search.pruning.unit_scores import UNIT_CRITERIA
 from effir_search.settings import DataSettings, EncoderOptions, LossSettings, WidthSettings
 from effir_search.training.data import (
     DATA,
@@ -116,7 +117,7 @@ def slim_encoder(
         output: The new folder.
         data: What the loss is measured on; its ``dev`` is not used. The criteria in ``WITHOUT_TEXTS`` can do without:
             only the cosine is measured on it then.
-        settings: How units are scored, and how many are cut: a share above 0, see ``units.choose_units``.
+        settings: How units are scored, and how many are cut: a share above 0, see ``choose_units.choose_units``.
         losses: What the loss is.
         options: Of the encoder. ``max_length`` is the length that is read for this; the saved model keeps its own. It
             keeps what the options say of pooling, prompts, EOS and normalisation.

@@ -22,7 +22,7 @@ from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import read_index_info
 from effir_search.model.save import TRAINING_FILE
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
-from effir_search.searching.search import format_hits, load_topics, search_text
+from effir_search.searching.search_topics import format_hits, load_topics, search_text
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, IndexSettings, SearchSettings
 from effir_search.text.corpus import CorpusHasher, Document

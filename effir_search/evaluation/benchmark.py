@@ -18,7 +18,7 @@ from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
 from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
-from effir_search.searching.search import load_topics
+from effir_search.searching.search_topics import load_topics
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSettings, TextSettings
 from effir_search.text.corpus import documents_there

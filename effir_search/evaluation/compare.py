@@ -1,7 +1,8 @@
-"""Runs beside a baseline: means, differences, wins, ties and losses, two paired tests with Holm's correction."""
+"""Runs beside a baseline: means, differences, wins, ties and losses, paired tests with Holm's correction."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from effir_search.evaluation.measures import (
     parse_measures,
     warn_of_no_positive,
 )
-from effir_search.evaluation.significance import TIE, holm, randomisation_test, t_test
+from effir_search.evaluation.significance import TIE, PValue, tested
 from effir_search.text.trec import read_qrels
 
 
@@ -25,8 +26,7 @@ class Row(NamedTuple):
         mean: Over all queries that count, also for measures that ``effir evaluate`` sums, such as NumRet.
         difference: The run's mean less the baseline's.
         wins: Queries in which the run is better than the baseline by more than ``TIE``.
-        t_test_p: None where the test is undefined: a single query, or the same difference in all.
-        t_test_holm: The same, corrected by ``holm`` over all runs and measures.
+        tests: By the names of ``significance.TESTS``, corrected over all runs and measures; of the baseline none.
     """
 
     measure: Measure
@@ -36,10 +36,7 @@ class Row(NamedTuple):
     wins: int | None = None
     ties: int | None = None
     losses: int | None = None
-    t_test_p: float | None = None
-    t_test_holm: float | None = None
-    randomisation_p: float | None = None
-    randomisation_holm: float | None = None
+    tests: Mapping[str, PValue] = MappingProxyType({})
 
 
 class Comparison(NamedTuple):
@@ -125,13 +122,11 @@ def compare(evaluations: Mapping[str, Evaluation], *, resamples: int = 10_000, s
                     wins=int((difference > 0).sum()),
                     ties=int((difference == 0).sum()),
                     losses=int((difference < 0).sum()),
-                    t_test_p=t_test(difference),
-                    randomisation_p=randomisation_test(difference, resamples=resamples, seed=seed),
                 )
             )
-    for test in ("t_test", "randomisation"):
-        corrected = holm([getattr(row, f"{test}_p") for row in rows])
-        rows = [row._replace(**{f"{test}_holm": p}) for row, p in zip(rows, corrected, strict=True)]
+    compared = [differences[row.run][row.measure] for row in rows if row.run != baseline]
+    tests = iter(tested(compared, resamples=resamples, seed=seed))
+    rows = [row if row.run == baseline else row._replace(tests=next(tests)) for row in rows]
     return Comparison(baseline, query_ids, rows, differences, resamples, seed)
 
 

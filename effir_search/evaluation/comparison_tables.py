@@ -5,8 +5,7 @@ import io
 import json
 
 from effir_search.evaluation.compare import Comparison, Row
-
-MARKS = {"t_test_holm": "†", "randomisation_holm": "‡"}
+from effir_search.evaluation.significance import TESTS
 
 
 def format_comparison(comparison: Comparison, form: str, *, alpha: float = 0.05) -> str:
@@ -17,17 +16,19 @@ def format_comparison(comparison: Comparison, form: str, *, alpha: float = 0.05)
     return FORMATS[form](comparison, alpha)
 
 
-HEADER = ["measure", "run", "mean", "difference", "wins/ties/losses", "t-test p", "Holm", "randomisation p", "Holm"]
+HEADER = ["measure", "run", "mean", "difference", "wins/ties/losses"]
+HEADER += [title for test in TESTS.values() for title in (test.column, "Holm")]
 
 
 def _cells(row: Row, alpha: float) -> list[str]:
     """One line under ``HEADER``, the marks padded so that decimal points stand below each other; "-": undefined."""
-    marks = "".join(mark for test, mark in MARKS.items() if (p := getattr(row, test)) is not None and p < alpha)
-    cells = [str(row.measure), row.run, f"{row.mean:.4f}{marks:{len(MARKS)}}"]
+    corrected = {TESTS[name].mark: value.holm for name, value in row.tests.items()}
+    marks = "".join(mark for mark, p in corrected.items() if p is not None and p < alpha)
+    cells = [str(row.measure), row.run, f"{row.mean:.4f}{marks:{len(TESTS)}}"]
     if row.difference is None:
         return cells + [""] * (len(HEADER) - len(cells))
-    tests = [row.t_test_p, row.t_test_holm, row.randomisation_p, row.randomisation_holm]
-    return [*cells, f"{row.difference:+.4f}", f"{row.wins}/{row.ties}/{row.losses}", *map(_readable, tests)]
+    p_values = [p for value in row.tests.values() for p in value]
+    return [*cells, f"{row.difference:+.4f}", f"{row.wins}/{row.ties}/{row.losses}", *map(_readable, p_values)]
 
 
 def _readable(p: float | None) -> str:
@@ -40,7 +41,7 @@ def _notes(comparison: Comparison, alpha: float) -> list[str]:
     return [
         f"{len(comparison.query_ids)} queries; difference, wins, ties and losses against {comparison.baseline}.",
         f"Two-sided p; randomisation: {drawn} sign patterns, or all if fewer; Holm over {family} comparisons each.",
-        f"After Holm's correction p < {alpha:g}: † t-test, ‡ randomisation test.",
+        f"After Holm's correction p < {alpha:g}: {', '.join(f'{test.mark} {test.title}' for test in TESTS.values())}.",
     ]
 
 
@@ -56,7 +57,7 @@ def _as_text(comparison: Comparison, alpha: float) -> str:
 
 
 def _as_json(comparison: Comparison, _alpha: float) -> str:
-    rows = [row._asdict() | {"measure": str(row.measure)} for row in comparison.rows]
+    rows = [_fields(row) | {"measure": str(row.measure)} for row in comparison.rows]
     facts = {
         "baseline": comparison.baseline,
         "num_queries": len(comparison.query_ids),
@@ -67,11 +68,21 @@ def _as_json(comparison: Comparison, _alpha: float) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False)
 
 
+def _fields(row: Row) -> dict[str, object]:
+    """Return the fields of JSON and CSV: each test has its p and that after Holm's correction."""
+    fields = row._asdict()
+    del fields["tests"]
+    for name in TESTS:
+        value = row.tests.get(name)
+        fields |= {f"{name}_p": value and value.p, f"{name}_holm": value and value.holm}
+    return fields
+
+
 def _as_csv(comparison: Comparison, _alpha: float) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row._fields)
-    writer.writerows(comparison.rows)
+    writer.writerow(_fields(comparison.rows[0]))
+    writer.writerows(_fields(row).values() for row in comparison.rows)
     return text.getvalue().rstrip("\n")
 
 

@@ -1,6 +1,10 @@
-"""Is a difference between two runs more than chance? Two paired tests, and Holm's correction for their number."""
+"""Is a difference between two runs more than chance? Paired tests, and Holm's correction for their number.
 
-from collections.abc import Sequence
+A further test is one more entry of ``TESTS``: its p-values are then corrected and shown like those of the others.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -52,6 +56,56 @@ def randomisation_test(differences: np.ndarray, *, resamples: int = 10_000, seed
             rng=np.random.default_rng(seed),
         ).pvalue
     )
+
+
+class PairedTest(NamedTuple):
+    """A paired test and how comparisons show it.
+
+    Attributes:
+        title: What it is called.
+        column: Heads its p-values.
+        mark: Stands behind the means of runs that differ from the baseline by it.
+        p: Takes differences, ``(queries,)``, and by keyword ``resamples`` and ``seed``; returns the two-sided p, or
+            None where the test is undefined.
+    """
+
+    title: str
+    column: str
+    mark: str
+    p: Callable[..., float | None]
+
+
+def _t_test(differences: np.ndarray, **_drawing: int) -> float | None:
+    return t_test(differences)
+
+
+TESTS: dict[str, PairedTest] = {
+    "t_test": PairedTest("t-test", "t-test p", "†", _t_test),
+    "randomisation": PairedTest("randomisation test", "randomisation p", "‡", randomisation_test),
+}
+
+
+class PValue(NamedTuple):
+    """A test's p: alone, and corrected by ``holm`` over all comparisons; None where the test is undefined."""
+
+    p: float | None
+    holm: float | None
+
+
+def tested(differences: Sequence[np.ndarray], *, resamples: int, seed: int) -> list[dict[str, PValue]]:
+    """Return for each comparison the p of each of ``TESTS``, corrected for the number of comparisons.
+
+    Args:
+        differences: Of each comparison ``(queries,)``; ties are 0.
+        resamples: See ``randomisation_test``.
+        seed: Likewise.
+    """
+    results: list[dict[str, PValue]] = [{} for _ in differences]
+    for name, test in TESTS.items():
+        p_values = [test.p(values, resamples=resamples, seed=seed) for values in differences]
+        for result, p, corrected in zip(results, p_values, holm(p_values), strict=True):
+            result[name] = PValue(p, corrected)
+    return results
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

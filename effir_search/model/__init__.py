@@ -2,7 +2,8 @@
 
 What comes in is a folder, a hub name or a GGUF file; what goes out is a transformer with its tokenizer, or a folder.
 Open ``modeling_effir.py`` first: a pruned model as transformers knows it. ``checkpoint.py`` loads, ``save.py`` saves,
-``families.py`` says where families of models keep their parts, ``layers.py`` finds these in a model, ``surgery.py`` takes them out.
+``families.py`` says where models keep their attentions and MLPs, ``layers.py`` finds them, ``surgery.py`` takes them
+out.
 
 Importing this package makes such models known to ``AutoConfig`` and ``AutoModel``, and so to sentence-transformers,
 peft and everything else that loads by these.

@@ -26,9 +26,9 @@ tags:
 - effir
 ---
 """
-CODE = """`modeling_effir.py` and `families.py` beside the weights are the code of the model, which `trust_remote_code=True` lets run.
-`SentenceTransformer`, `AutoModel` and `AutoTokenizer` each need it. Where effir_search is installed, `import
-effir_search.model` does instead, and the folder is an encoder for its commands.
+CODE = """`modeling_effir.py` and `families.py` beside the weights are the code of the model, which
+`trust_remote_code=True` lets run. `SentenceTransformer`, `AutoModel` and `AutoTokenizer` each need it. Where
+effir_search is installed, `import effir_search.model` does instead, and the folder is an encoder for its commands.
 """
 
 

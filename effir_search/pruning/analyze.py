@@ -19,8 +19,9 @@ from effir_search.model.checkpoint import dtype_name, lasting_name
 from effir_search.model.layers import PART_KINDS, PartKind, parts_of
 from effir_search.model.sentence_files import prunable_config
 from effir_search.pruning.calibration import sample_texts
+from effir_search.pruning.drift import drifts
+from effir_search.pruning.dropping_order import CRITERIA, RankedPart, announce, num_passes
 from effir_search.pruning.figures import CURVES, FIGURES
-from effir_search.pruning.importance import CRITERIA, RankedPart, announce, drifts, num_passes
 from effir_search.settings import NUM_TEXTS, EncoderOptions
 
 # Points of a curve of drift, at most: each takes a forward pass, or the end of one.
@@ -85,7 +86,7 @@ def analyze(
         encoder_name: Model folder or hub name; a pruned model too.
         output: The new folder.
         sources: Texts to measure on, see ``calibration.sample_texts``.
-        criteria: Keys of ``importance.CRITERIA``.
+        criteria: Keys of ``dropping_order.CRITERIA``.
         curves: Also measure how far embeddings drift as more and more parts are dropped, in at most ``POINTS`` steps.
         greedy_numbers: How many parts of each kind the criterion greedy chooses; None = all, of a kind not named none.
         size: How many texts.

@@ -19,7 +19,8 @@ from effir_search.model.layers import PartKind
 from effir_search.model.sentence_files import prunable_config
 from effir_search.model.surgery import prune
 from effir_search.pruning.calibration import Calibration, sample_texts
-from effir_search.pruning.importance import CRITERIA, RankedPart, announce, drift, num_passes
+from effir_search.pruning.drift import drift
+from effir_search.pruning.dropping_order import CRITERIA, RankedPart, announce, num_passes
 from effir_search.settings import NUM_TEXTS, EncoderOptions
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def prune_encoder(
             attentions, and the importance of each kind is measured on what the one before has left, drifts against
             the embeddings of that.
         layers: Layers whose parts to drop, 0-based in the base model, for kinds that are not in ``numbers``.
-        criterion: A key of ``importance.CRITERIA``.
+        criterion: A key of ``dropping_order.CRITERIA``.
         sources: Texts to measure importance on, see ``calibration.sample_texts``; needed for ``numbers``.
         size: How many of them.
         seed: Of the sample.
@@ -142,7 +143,7 @@ class Measurement:
     Args:
         encoder: As it is before anything is dropped.
         calibration: The texts.
-        criterion: A key of ``importance.CRITERIA``.
+        criterion: A key of ``dropping_order.CRITERIA``.
         max_length: Tokens of a text that are read; None = as many as the encoder reads.
 
     Attributes:

@@ -16,7 +16,7 @@ from conftest import QRELS as QRELS_OF_COLLECTION
 from ir_measures import R
 
 from effir_search.cli import cli
-from effir_search.cli.main import describe_error
+from effir_search.cli.errors import describe_error
 from effir_search.errors import UserError
 
 QUERIES = '{"_id": "q1", "text": "what eats the cat?"}\n'

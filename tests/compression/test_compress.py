@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
 from effir_search.compression.compress import compress, job_settings, with_numbers
-from effir_search.compression.recipe import as_compression, merged, read_recipe
+from effir_search.compression.defaults import merged
+from effir_search.compression.recipe import as_compression, read_recipe
 from effir_search.compression.stages import STAGES, unchanged_names
 from effir_search.encoding.encoder import Encoder
-from effir_search.pruning.importance import greedily
+from effir_search.pruning.dropping_order import greedily
 from effir_search.pruning.prune import prune_encoder
 from effir_search.settings import EncoderOptions
 from effir_search.text.texts import read_texts

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from transformers import MistralConfig
 
-from effir_search.compression.recipe import WITHOUT_LABELS, as_compression, format_recipe, merged, read_recipe
+from effir_search.compression.defaults import WITHOUT_LABELS, merged
+from effir_search.compression.recipe import as_compression, format_recipe, read_recipe
 from effir_search.model.arithmetic import count, empty_model, planned
-from effir_search.pruning.importance import CRITERIA
-from effir_search.pruning.units import UNIT_CRITERIA
+from effir_search.pruning.dropping_order import CRITERIA
+from effir_search.pruning.unit_scores import UNIT_CRITERIA
 from effir_search.settings import CompressionSettings, DataSettings
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"

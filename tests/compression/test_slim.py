@@ -19,8 +19,9 @@ from effir_search.compression.slim import WITHOUT_TEXTS, Batches, slim_encoder
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.layers import mlp_output
 from effir_search.model.surgery import kept_units, prune
+from effir_search.pruning.choose_units import choose_units
 from effir_search.pruning.gates import gated, learn_gates
-from effir_search.pruning.units import UNIT_CRITERIA, choose_units
+from effir_search.pruning.unit_scores import UNIT_CRITERIA
 from effir_search.settings import DataSettings, EncoderOptions, LossSettings, WidthSettings
 from effir_search.text.texts import read_texts, sampled
 from effir_search.training.data import PreparedData, checkpoint_activations

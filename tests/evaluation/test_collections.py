@@ -11,9 +11,9 @@ from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.verify import verify_index
 from effir_search.pruning.calibration import sample_texts
-from effir_search.pruning.importance import by_embedding
+from effir_search.pruning.dropping_order import by_embedding
 from effir_search.searching.pyserini_bridge import build_bm25, search_bm25
-from effir_search.searching.search import load_topics, search
+from effir_search.searching.search_topics import load_topics, search
 from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import read_qrels

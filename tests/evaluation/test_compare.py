@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import stats
 
 from effir_search.cli import cli
-from effir_search.evaluation.compare import Row, compare, compare_runs
+from effir_search.evaluation.compare import compare, compare_runs
 from effir_search.evaluation.comparison_figure import draw_figure
 from effir_search.evaluation.comparison_tables import FORMATS, format_comparison
 from effir_search.evaluation.measures import Evaluation, evaluate_queries
@@ -98,7 +98,8 @@ def test_means_differences_wins_ties_and_losses_are_those_worked_out_by_hand():
 
 
 def test_the_baseline_has_a_mean_and_nothing_else():
-    assert set(compare(evaluations()).rows[0][3:]) == {None}
+    *figures, tests = compare(evaluations()).rows[0][3:]
+    assert set(figures) == {None} and not tests
 
 
 def test_differences_are_there_for_each_query():
@@ -162,7 +163,7 @@ def test_p_of_one_degree_of_freedom_is_that_of_cauchys_distribution():
 def test_the_comparison_has_scipys_paired_t_test():
     values = np.random.default_rng(1).random((2, 40))
     row = compare(from_values(a=values[0], b=values[1])).rows[1]
-    assert row.t_test_p == pytest.approx(stats.ttest_rel(values[1], values[0]).pvalue)
+    assert row.tests["t_test"].p == pytest.approx(stats.ttest_rel(values[1], values[0]).pvalue)
 
 
 @pytest.mark.parametrize("differences", [[0.0], [0.4], [0.25, 0.25, 0.25], [0.1 + 0.2, 0.3]])
@@ -270,8 +271,8 @@ def test_the_correction_goes_over_all_runs_and_measures_of_a_test():
     rows = compare(evaluations(measures=[RR @ 10, R @ 1])).rows
     tested = [row for row in rows if row.difference is not None]
     assert len(tested) == 4
-    assert [row.t_test_holm for row in tested] == holm([row.t_test_p for row in tested])
-    assert [row.randomisation_holm for row in tested] == holm([row.randomisation_p for row in tested])
+    assert [row.tests["t_test"].holm for row in tested] == holm([row.tests["t_test"].p for row in tested])
+    assert [row.tests["randomisation"].holm for row in tested] == holm([row.tests["randomisation"].p for row in tested])
 
 
 # Laws
@@ -289,8 +290,8 @@ def test_the_other_way_round_differences_are_negated_and_p_stays():
     other = compare(from_values(b=second, a=first)).rows[1]
     assert one.difference == pytest.approx(-other.difference)
     assert (one.wins, one.ties, one.losses) == (other.losses, other.ties, other.wins)
-    assert one.t_test_p == pytest.approx(other.t_test_p)
-    assert one.randomisation_p == other.randomisation_p
+    assert one.tests["t_test"].p == pytest.approx(other.tests["t_test"].p)
+    assert one.tests["randomisation"].p == other.tests["randomisation"].p
 
 
 def test_the_order_of_the_queries_does_not_matter():
@@ -298,16 +299,17 @@ def test_the_order_of_the_queries_does_not_matter():
     order = np.random.default_rng(7).permutation(len(first))
     one = compare(from_values(a=first, b=second)).rows[1]
     other = compare(from_values(a=first[order], b=second[order])).rows[1]
-    assert one[2:] == pytest.approx(other[2:])
-    assert one.randomisation_p == other.randomisation_p
+    assert one[2:-1] == pytest.approx(other[2:-1])
+    assert one.tests["t_test"] == pytest.approx(other.tests["t_test"])
+    assert one.tests["randomisation"].p == other.tests["randomisation"].p
 
 
 def test_another_run_changes_the_correction_alone():
     alone = rows_of(compare({run: evaluations()[run] for run in ("base", "better")}))["better", "RR@10"]
     beside = rows_of(compare(evaluations()))["better", "RR@10"]
-    same = {"t_test_holm": None, "randomisation_holm": None}
-    assert alone._replace(**same) == beside._replace(**same)
-    assert alone.t_test_holm <= beside.t_test_holm
+    assert alone._replace(tests={}) == beside._replace(tests={})
+    assert [value.p for value in alone.tests.values()] == [value.p for value in beside.tests.values()]
+    assert alone.tests["t_test"].holm <= beside.tests["t_test"].holm
 
 
 @pytest.mark.parametrize("size", [2, 5, 60])
@@ -316,14 +318,14 @@ def test_runs_that_are_alike_have_p_1_and_no_warning(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = compare(from_values(a=values, b=values)).rows[1]
-    assert row[3:] == (0, 0, size, 0, 1, 1, 1, 1)
+    assert row[3:] == (0, 0, size, 0, {"t_test": (1, 1), "randomisation": (1, 1)})
 
 
 def test_of_a_single_query_only_the_randomisation_test_has_p():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         comparison = compare(from_values(a=[0.25], b=[0.75]))
-    assert comparison.rows[1][2:] == (0.75, 0.5, 1, 0, 0, None, None, 1, 1)
+    assert comparison.rows[1][2:] == (0.75, 0.5, 1, 0, 0, {"t_test": (None, None), "randomisation": (1, 1)})
     assert format_comparison(comparison, "text").splitlines()[2].split()[-4:] == ["-", "-", "1.0000", "1.0000"]
     assert r"& -- & -- & 1.0000 & 1.0000 \\" in format_comparison(comparison, "latex")
 
@@ -347,7 +349,7 @@ def test_runs_whose_files_have_the_same_name_are_called_by_their_paths(folder):
 
 def test_copies_of_a_run_may_be_compared(folder):
     copy = write_run(folder / "copy.trec", RANKS["base"])
-    assert compared(folder, copy).rows[1][3:] == (0, 0, 5, 0, 1, 1, 1, 1)
+    assert compared(folder, copy).rows[1][3:] == (0, 0, 5, 0, {"t_test": (1, 1), "randomisation": (1, 1)})
 
 
 def test_a_file_that_is_given_twice_is_an_error_that_names_it(folder):
@@ -490,16 +492,22 @@ def test_markdown_has_the_cells_of_the_text(strong):
 def test_csv_parses_back_to_the_rows(strong):
     found = list(csv.DictReader(io.StringIO(format_comparison(strong, "csv"))))
     for line, row in zip(found, strong.rows, strict=True):
-        assert list(line) == list(Row._fields)
+        assert ",".join(line) == (
+            "measure,run,mean,difference,wins,ties,losses,t_test_p,t_test_holm,randomisation_p,randomisation_holm"
+        )
         assert (line.pop("measure"), line.pop("run")) == (str(row.measure), row.run)
-        assert [float(cell) if cell else None for cell in line.values()] == list(row[2:])
+        p_values = [p for value in row.tests.values() for p in value] or [None] * 4
+        assert [float(cell) if cell else None for cell in line.values()] == [*row[2:-1], *p_values]
 
 
 def test_json_parses_back_to_the_rows(strong):
     found = json.loads(format_comparison(strong, "json"))
     rows = found.pop("rows")
     assert found == {"baseline": "base", "num_queries": 20, "resamples": 10_000, "seed": 0}
-    assert rows == [row._asdict() | {"measure": str(row.measure)} for row in strong.rows]
+    for found_row, row in zip(rows, strong.rows, strict=True):
+        p_values = [found_row.pop(f"{test}_{p}") for test in ("t_test", "randomisation") for p in ("p", "holm")]
+        assert p_values == ([p for value in row.tests.values() for p in value] or [None] * 4)
+        assert tuple(found_row.values()) == (str(row.measure), *row[1:-1])
 
 
 def test_latex_is_a_tabular_of_booktabs(strong):

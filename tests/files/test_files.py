@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_search.cli.main import describe_error
+from effir_search.cli.errors import describe_error
 from effir_search.files.reading import decode, read_lines
 from effir_search.files.whole import refuse_existing, whole_file, whole_folder
 

@@ -14,7 +14,7 @@ from effir_search.indexing.store import Store
 from effir_search.indexing.verify import verify_index
 from effir_search.searching.info import describe
 from effir_search.searching.pyserini_bridge import faiss_searcher, pyserini_faiss, query_encoder
-from effir_search.searching.search import search
+from effir_search.searching.search_topics import search
 from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import Query

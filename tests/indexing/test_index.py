@@ -17,7 +17,7 @@ from effir_search.indexing.build import Source, build_index, index_corpus
 from effir_search.indexing.index_record import read_index, read_index_info
 from effir_search.indexing.resume import PART_SIZE
 from effir_search.indexing.verify import cosine, verify_index
-from effir_search.searching.search import search_text
+from effir_search.searching.search_topics import search_text
 from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document, read_corpus, scan_corpus
 

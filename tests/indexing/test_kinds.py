@@ -19,7 +19,7 @@ from effir_search.indexing.faiss_kinds import (
 )
 from effir_search.indexing.index_record import read_index, read_index_info
 from effir_search.indexing.verify import describe_verified, recalls, verify_index
-from effir_search.searching.search import search
+from effir_search.searching.search_topics import search
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document

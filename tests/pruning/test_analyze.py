@@ -14,8 +14,9 @@ from effir_search.model.layers import PART_KINDS
 from effir_search.model.surgery import prune
 from effir_search.pruning.analyze import analyze, format_analysis
 from effir_search.pruning.calibration import sample_texts
+from effir_search.pruning.drift import drift
+from effir_search.pruning.dropping_order import CRITERIA
 from effir_search.pruning.figures import curves_figure
-from effir_search.pruning.importance import CRITERIA, drift
 from effir_search.settings import Criterion, EncoderOptions, choices
 
 FILES = ["README.md", "analysis.json", "curves.csv", "curves.png", "importance.csv", "importance.png", "order.png"]

@@ -13,17 +13,9 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.model.families import family_of
 from effir_search.model.layers import PART_KINDS, layers_of, left_out, parts_of
 from effir_search.model.surgery import prune
-from effir_search.pruning.importance import (
-    CRITERIA,
-    announce,
-    by_cosine,
-    by_embedding,
-    drift,
-    drifts,
-    greedily,
-    importance,
-    num_passes,
-)
+from effir_search.pruning.drift import drift, drifts
+from effir_search.pruning.dropping_order import CRITERIA, announce, by_cosine, by_embedding, greedily, num_passes
+from effir_search.pruning.importance import importance
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 pre_norm_families = pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from effir_search.files.reading import file_sha256
 from effir_search.model.surgery import prune
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.calibration import sample_texts
-from effir_search.pruning.importance import CRITERIA
+from effir_search.pruning.dropping_order import CRITERIA
 from effir_search.pruning.prune import prune_encoder
 from effir_search.settings import EncoderOptions
 

@@ -9,15 +9,9 @@ from torch.nn import functional as F
 
 from effir_search.model.layers import layers_of, mlp_output, mlp_widths
 from effir_search.model.surgery import prune
+from effir_search.pruning.choose_units import choose_units
 from effir_search.pruning.gates import gated
-from effir_search.pruning.units import (
-    UNIT_CRITERIA,
-    by_activation,
-    by_chance,
-    by_magnitude,
-    by_taylor,
-    choose_units,
-)
+from effir_search.pruning.unit_scores import UNIT_CRITERIA, by_activation, by_chance, by_magnitude, by_taylor
 
 every_family = pytest.mark.parametrize("family", PRUNABLE)
 

@@ -14,7 +14,7 @@ from effir_search.encoding.config import EncoderConfig
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import Source, build_index
 from effir_search.indexing.verify import verify_index
-from effir_search.searching.search import format_hits, load_topics, search, search_text, search_topics
+from effir_search.searching.search_topics import format_hits, load_topics, search, search_text, search_topics
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions, IndexSettings, SearchSettings
 from effir_search.text.corpus import Document, read_corpus

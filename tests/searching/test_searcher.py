@@ -7,7 +7,7 @@ from conftest import TOPICS
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index
-from effir_search.searching.search import search
+from effir_search.searching.search_topics import search
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.corpus import Document

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, TOPICS, write_jsonl
 
-from effir_search.cli.main import describe_error
+from effir_search.cli.errors import describe_error
 from effir_search.text.examples import (
     Example,
     Examples,

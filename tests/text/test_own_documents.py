@@ -11,11 +11,12 @@ from ir_measures import nDCG
 
 from effir_search.cli import cli
 from effir_search.compression.compress import compress
-from effir_search.compression.recipe import as_compression, merged
+from effir_search.compression.defaults import merged
+from effir_search.compression.recipe import as_compression
 from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.benchmark import check_topics
 from effir_search.indexing.build import index_corpus
-from effir_search.searching.search import search_topics
+from effir_search.searching.search_topics import search_topics
 from effir_search.settings import DataSettings, EncoderOptions, SearchSettings
 from effir_search.text.corpus import Document
 from effir_search.text.own_documents import has_text
