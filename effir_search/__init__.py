@@ -23,6 +23,7 @@ MOVED = {
     "effir_search.evaluate": "effir_search.evaluation.measures",
     "effir_search.index": "effir_search.indexing.build",
     "effir_search.search": "effir_search.searching.search_topics",
+    "effir_search.searching.search": "effir_search.searching.search_topics",
     "effir_search.trec": "effir_search.text.trec",
 }
 
