@@ -148,7 +148,8 @@ def test_importing_the_package_and_its_commands_loads_nothing_heavy(module):
 
 @pytest.mark.parametrize(("old", "name"), [
     ("corpus", "read_corpus"), ("encoder", "Encoder"), ("evaluate", "evaluate"), ("evaluate", "parse_measures"),
-    ("index", "build_index"), ("search", "search"), ("searching.search", "search"), ("trec", "read_qrels"), ("trec", "read_topics"),
+    ("index", "build_index"), ("search", "search"), ("searching.search", "search"), ("trec", "read_qrels"),
+    ("trec", "read_topics"),
 ])  # fmt: skip
 def test_what_was_imported_from_where_it_stood_is_still_there_with_a_warning(old, name):
     sys.modules.pop(f"effir_search.{old}", None)

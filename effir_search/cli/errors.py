@@ -46,8 +46,8 @@ def is_for_users(error: Exception) -> bool:
 def describe_error(error: Exception) -> str:
     """Return what is shown of an error."""
     if not is_for_users(error):
-        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return one_line(told, before="this is a bug: ", after="; effir --debug ... shows where, please report that")
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return one_line(message, before="this is a bug: ", after="; effir --debug ... shows where, please report that")
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed; pip install '.[train]' in a clone of effir_search, or make install"
     if isinstance(error, MemoryError):

@@ -55,8 +55,8 @@ def _piece(name: str) -> dict:
 def warn_of_lost_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn of a tokenizer whose files ask for an EOS token that transformers 5 does not add."""
     path = Path(tokenizer.name_or_path) / "tokenizer_config.json"
-    wanted = path.is_file() and read_json(path).get("add_eos_token")
-    if wanted and tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+    adds_eos = path.is_file() and read_json(path).get("add_eos_token")
+    if adds_eos and tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         logger.warning(
             "%s asks for add_eos_token, which transformers 5 ignores, and tokenizer.json adds no EOS: "
             "if the model was trained with one, give --append-eos",

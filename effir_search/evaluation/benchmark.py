@@ -21,7 +21,7 @@ from effir_search.model.arithmetic import aligned, empty_model, facts, facts_row
 from effir_search.searching.search_topics import load_topics
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSettings, TextSettings
-from effir_search.text.corpus import documents_there
+from effir_search.text.corpus import existing_documents
 from effir_search.text.folders import beir_file
 from effir_search.text.own_documents import check_own_documents
 from effir_search.text.trec import read_qrels, read_run, read_topics, write_run
@@ -191,7 +191,7 @@ def check_topics(collection: Path, corpus: str, topics: str, qrels: str, *, remo
     queries = [query for query in read_topics(topics) if query.query_id in judged]
     if lacking := len(judged) - len(queries):
         logger.warning("%s: %d of %d judged queries are no topics and count 0", collection, lacking, len(judged))
-    documents = documents_there(corpus, [query.query_id for query in queries])
+    documents = existing_documents(corpus, [query.query_id for query in queries])
     option = "--remove-query (remove_query in [evaluate] of a recipe)"
     check_own_documents(str(collection), queries, documents, remove_query=remove_query, option=option)
 

@@ -12,7 +12,7 @@ from effir_search.encoding.batching import Tokens
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.copies import digests
-from effir_search.indexing.read_ahead import ahead
+from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE
 from effir_search.indexing.store import WHOLE, Part, Shard, Store, documents_in, number_of_parts
 from effir_search.text.corpus import CorpusHasher, Document, document_text
@@ -82,7 +82,7 @@ def encode_corpus(
     if num_reused:
         logger.info("continuing: %d documents are encoded already", num_reused)
     total = num_documents if numbers is None else documents_in(numbers, num_documents)
-    steps = ahead(_prepare(documents, encoder, store, finished, numbers))
+    steps = read_ahead(_prepare(documents, encoder, store, finished, numbers))
     with tqdm(
         total=total, initial=num_reused, desc="Encoding", unit=" documents", disable=None, smoothing=0.1
     ) as progress:

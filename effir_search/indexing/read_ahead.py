@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def ahead(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
     """Yield the items of an iterable that a thread runs up to ``size`` items ahead.
 
     What the iterable raises is raised here, in its place. When this iterator is closed, it waits for the thread, which

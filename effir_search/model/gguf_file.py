@@ -162,10 +162,10 @@ def _config(source: Path, place: Path, reader: "GGUFReader") -> PretrainedConfig
 
 def _scale_rope(source: Path, config: PretrainedConfig, reader: "GGUFReader") -> None:
     """Set the scaling of RoPE that leads to the factors in the file, of which transformers takes no notice."""
-    given = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
-    if given is None:
+    rope_factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
+    if rope_factors is None:
         return
-    factors = torch.tensor(given).float()
+    factors = torch.tensor(rope_factors).float()
     plain = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 2 * len(factors), 2) / (2 * len(factors)))
     config.rope_parameters |= LLAMA3 | {"rope_type": "llama3", "factor": float(factors.max())}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -21,7 +21,7 @@ PART_KINDS: tuple[PartKind, ...] = ("attention", "mlp", "block")
 NOTHING_LEFT = "no attention and no MLP would be left, only embeddings; drop fewer"
 
 
-class Part(NamedTuple):
+class PlacedPart(NamedTuple):
     """An attention, an MLP or a block where it stands: what a hook needs to see its input x and its output.
 
     Attributes:
@@ -44,7 +44,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(_layers_path(model))
 
 
-def parts_of(model: PreTrainedModel, kind: PartKind) -> dict[int, Part]:
+def parts_of(model: PreTrainedModel, kind: PartKind) -> dict[int, PlacedPart]:
     """Return the parts of one kind that a model still has, by layer. A block is there while anything of it is.
 
     Raises:
@@ -55,17 +55,17 @@ def parts_of(model: PreTrainedModel, kind: PartKind) -> dict[int, Part]:
     for layer_idx, layer in enumerate(layers_of(model)):
         if kind == "block":
             if has_part(layer, "attention") or has_part(layer, "mlp"):
-                parts[layer_idx] = Part(layer, layer, adds=False)
+                parts[layer_idx] = PlacedPart(layer, layer, adds=False)
         elif has_part(layer, kind):
             part = _sub_layer(family, kind)
             modules = layer.get_submodule(part.reads), layer.get_submodule(part.writes)
-            parts[layer_idx] = Part(*modules, adds=not family.post_norm)
+            parts[layer_idx] = PlacedPart(*modules, adds=not family.post_norm)
     return parts
 
 
 @contextmanager
 def watched(
-    parts: Iterable[tuple[PartKind, int, Part]], report: Callable[[PartKind, int, Tensor, Tensor], None]
+    parts: Iterable[tuple[PartKind, int, PlacedPart]], report: Callable[[PartKind, int, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Inside the block, call ``report(kind, layer_idx, x, y)`` for every one of these parts that runs.
 

@@ -106,13 +106,13 @@ def _masks_of_base(config: EffirConfig) -> dict[int, np.ndarray | None]:
 
 def _units_of_base(config: EffirConfig, units: Mapping[int, Tensor]) -> dict[str, str]:
     """Return what a plan says of the units that stay, see ``EffirConfig``, given the masks over those there are now."""
-    told = {}
+    kept_units = {}
     for layer_idx, before in _masks_of_base(config).items():
         if layer_idx in units and before is not None:
             after = before.copy()
             after[before] = units[layer_idx].numpy()
-            told[str(layer_idx)] = np.packbits(after).tobytes().hex()
-    return told
+            kept_units[str(layer_idx)] = np.packbits(after).tobytes().hex()
+    return kept_units
 
 
 def _check(model: PreTrainedModel, *, mlp: list[int], attention: list[int], block: list[int], units: dict) -> None:

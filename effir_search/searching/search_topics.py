@@ -20,7 +20,7 @@ from effir_search.text.corpus import (
     IR_DATASETS,
     CorpusFields,
     Document,
-    documents_there,
+    existing_documents,
     find_documents,
 )
 from effir_search.text.own_documents import has_text, warn_of_own_documents
@@ -135,7 +135,7 @@ def _own_documents(infos: Sequence[IndexInfo | None], doc_ids: Mapping[str, floa
         return documents
     try:
         for info in infos:
-            documents |= documents_there(info.corpus, doc_ids.keys(), fields=_fields_of(info))
+            documents |= existing_documents(info.corpus, doc_ids.keys(), fields=_fields_of(info))
     except (OSError, ValueError) as error:
         logger.debug("the corpus of the index cannot be read any more: %s", error)
     return documents

@@ -157,17 +157,17 @@ def find_documents(sources: Mapping[str | Path, CorpusFields], doc_ids: Iterable
     Raises:
         ValueError: An id that no source holds.
     """
-    wanted = set(doc_ids)
+    wanted_ids = set(doc_ids)
     found: dict[str, Document] = {}
     for source, fields in sources.items():
-        found |= documents_there(source, wanted - found.keys(), fields=fields)
-    if missing := sorted(wanted - found.keys()):
+        found |= existing_documents(source, wanted_ids - found.keys(), fields=fields)
+    if missing := sorted(wanted_ids - found.keys()):
         names = ", ".join(map(str, sources))
-        raise UserError(f'{names}: no document "{missing[0]}" ({len(missing)} of {len(wanted)} hits are not there)')
+        raise UserError(f'{names}: no document "{missing[0]}" ({len(missing)} of {len(wanted_ids)} hits are not there)')
     return found
 
 
-def documents_there(
+def existing_documents(
     source: str | Path, doc_ids: Collection[str], *, fields: CorpusFields = DEFAULT_FIELDS
 ) -> dict[str, Document]:
     """Return the documents of these ids, as far as the corpus has them, reading no further than the last.
@@ -182,15 +182,15 @@ def documents_there(
     Raises:
         OSError: A file cannot be read.
     """
-    wanted = set(doc_ids)
+    wanted_ids = set(doc_ids)
     found: dict[str, Document] = {}
-    if not wanted:
+    if not wanted_ids:
         return found
     read = read_corpus(source, fields=fields.texts, id_field=fields.id, on_bad_line=lambda _complaint: None)
     for document in read:
-        if document.doc_id in wanted:
+        if document.doc_id in wanted_ids:
             found[document.doc_id] = document
-            if len(found) == len(wanted):
+            if len(found) == len(wanted_ids):
                 break
     return found
 

@@ -48,13 +48,13 @@ def corpus_files(path: Path) -> list[Path]:
     for name in CORPUS_FILES:
         if (path / name).is_file():
             return [path / name]
-    there = _visible_files(path)
-    if nested := [file.parent for file in there if file.name in CORPUS_FILES]:
+    visible_files = _visible_files(path)
+    if nested := [file.parent for file in visible_files if file.name in CORPUS_FILES]:
         raise UserError(
             f"{path}: holds {len(nested)} BEIR folders, each with a corpus of its own; "
             f"give one of them, as in --corpus {nested[0]}"
         )
-    named = [file for file in there if _is_corpus_name(file)]
+    named = [file for file in visible_files if _is_corpus_name(file)]
     files = [file for file in named if not _is_topics_or_qrels(file, path)]
     if not files:
         others = ", plain or .gz" + (", but for queries and qrels" if named else "")

@@ -205,9 +205,9 @@ class _JsonText:
 
     def _read_more(self) -> bool:
         """Read as much again as is left, so that a long value is not begun anew too often; False at the end."""
-        left = self._piece[self._at :]
-        more = self._text.read(max(self.PIECE, len(left)))
-        self._piece, self._at = left + more, 0
+        rest = self._piece[self._at :]
+        more = self._text.read(max(self.PIECE, len(rest)))
+        self._piece, self._at = rest + more, 0
         return bool(more)
 
 

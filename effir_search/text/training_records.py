@@ -10,7 +10,7 @@ from typing import NamedTuple
 from effir_search.errors import UserError
 from effir_search.files.reading import open_text
 from effir_search.text.checks import check_unicode
-from effir_search.text.corpus import Document, document_text, documents_there
+from effir_search.text.corpus import Document, document_text, existing_documents
 from effir_search.text.folders import beir_file
 from effir_search.text.layouts import json_object, json_rows
 from effir_search.text.trec import FLOAT32_MAX, read_qrels, read_topics
@@ -110,7 +110,7 @@ def find_texts(corpus: str | Path, doc_ids: Collection[str]) -> dict[str, str]:
     Raises:
         OSError: A file cannot be read.
     """
-    return {doc_id: document_text(document) for doc_id, document in documents_there(corpus, doc_ids).items()}
+    return {doc_id: document_text(document) for doc_id, document in existing_documents(corpus, doc_ids).items()}
 
 
 def find_queries(topics: str | Path, query_ids: Collection[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from effir_search.errors import UserError
 from effir_search.files.whole import whole_file
 from effir_search.settings import EncoderOptions, MiningSettings
-from effir_search.text.corpus import Document, document_text, documents_there
+from effir_search.text.corpus import Document, document_text, existing_documents
 from effir_search.text.examples import Scorer, checked_scores, document_key
 from effir_search.text.own_documents import comparable
 from effir_search.text.training_records import find_queries, warn_of_missing
@@ -240,7 +240,7 @@ def _read_document_texts(
     """Return the texts of these queries' positives, as far as the corpus has them, and candidates, which it must."""
     positive_ids = set(itertools.chain.from_iterable(positives[query_id] for query_id in query_ids))
     candidate_ids = set(itertools.chain.from_iterable(candidates[query_id] for query_id in query_ids))
-    documents = documents_there(corpus, positive_ids | candidate_ids)
+    documents = existing_documents(corpus, positive_ids | candidate_ids)
     if query_ids:
         if missing := sorted(candidate_ids - documents.keys()):
             raise UserError(

@@ -19,7 +19,7 @@ from effir_search.indexing.build import Source, build_index, index_corpus, rebui
 from effir_search.indexing.copies import digests
 from effir_search.indexing.encode import documents_sha256, encode_corpus, in_parts
 from effir_search.indexing.index_record import read_index, read_index_info, store_of
-from effir_search.indexing.read_ahead import ahead
+from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE, processor_name, settings_of
 from effir_search.indexing.store import KEPT, Part, Shard, Store
 from effir_search.searching.info import describe
@@ -497,7 +497,7 @@ def test_a_job_that_fails_does_not_go_on_reading_other_shards_documents(tmp_path
 
 
 def test_items_come_in_order_from_a_thread_ahead():
-    assert list(ahead(iter(range(100)), size=3)) == list(range(100))
+    assert list(read_ahead(iter(range(100)), size=3)) == list(range(100))
 
 
 def test_an_error_in_the_thread_is_raised_in_its_place():
@@ -507,14 +507,14 @@ def test_an_error_in_the_thread_is_raised_in_its_place():
 
     taken = []
     with pytest.raises(KeyError, match="two"):
-        for item in ahead(items()):
+        for item in read_ahead(items()):
             taken.append(item)
     assert taken == [1]
 
 
 def test_the_thread_ends_when_nobody_takes_the_items():
     before = threading.active_count()
-    for item in ahead(iter(range(10**9))):
+    for item in read_ahead(iter(range(10**9))):
         if item == 5:
             break
     del item
@@ -526,7 +526,7 @@ def test_the_thread_ends_when_nobody_takes_the_items():
 
 def test_the_thread_stays_within_its_size():
     taken, given = 0, []
-    for _ in ahead((given.append(number) or number for number in range(50)), size=2):
+    for _ in read_ahead((given.append(number) or number for number in range(50)), size=2):
         taken += 1
         time.sleep(0.002)
         # Two wait, one is being put, one is being made.
