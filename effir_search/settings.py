@@ -29,6 +29,7 @@ Criterion = Literal["cosine", "embedding", "greedy"]
 UnitCriterion = Literal["gates", "activation", "taylor", "magnitude", "random"]
 Schedule = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb"]
+Distilled = Literal["candidates", "batch"]
 TopicField = Literal["title", "description", "narrative"]
 NegativeSample = Literal["random", "top"]
 ReportFormat = Literal["text", "json", "csv", "markdown"]
@@ -306,7 +307,10 @@ class LossSettings(Settings):
     Attributes:
         temperature: What similarities are divided by; None = 0.02 for cosines, 1 for dot products.
         teacher_temperature: What a teacher's scores are divided by; None = 1, but for a bi-encoder as its student's.
+        contrastive_weight: Of InfoNCE with --train; 0 = the teacher's scores are all that is learned.
         distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
+        distill_over: Documents of that divergence: each query's own candidates, whose scores are prepared; or all
+            documents of the batch, on whatever device, which a bi-encoder then scores beside the training.
         score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
         token_weight: Of 1 - cosine of the states of each token, beside that of embeddings; None = 1 for a teacher that
             reads the same tokens into states of the same size, such as the model before pruning, if both pool their
@@ -321,7 +325,11 @@ class LossSettings(Settings):
     teacher_temperature: AboveZero | None = setting(
         None, help="Of the teacher's scores.", default_text="1; with --teacher: --temperature"
     )
+    contrastive_weight: Weight = setting(1.0, only="With --train", help="of InfoNCE.")
     distillation_weight: Weight = setting(1.0, help="Of KL beside InfoNCE.")
+    distill_over: Distilled = setting(
+        "candidates", help="Documents of KL: a query's own, or, with --train and --teacher, all of the batch."
+    )
     score_weight: Weight = setting(10.0, only="With --texts", help="of score matrices beside embeddings.")
     token_weight: Weight | None = setting(
         None,
@@ -335,6 +343,12 @@ class LossSettings(Settings):
     cached: bool = setting(
         False, option="--grad-cache", help="The memory of one forward pass, whatever the batch size."
     )
+
+    def __post_init__(self) -> None:
+        if not self.contrastive_weight and not self.distillation_weight:
+            raise UserError(
+                "--contrastive-weight 0 and --distillation-weight 0 leave nothing to learn; give one of them above 0"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,16 @@ from effir_search.model.layers import mlp_widths, parts_of
 from effir_search.model.save import TRAINING_FILE, copy_model
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
 from effir_search.settings import CompressionSettings, EncoderOptions
-from effir_search.training.data import DATA, PreparedData, dev_hashes, hashes, load, prepare, sampled_texts
+from effir_search.training.data import (
+    DATA,
+    PreparedData,
+    check_losses,
+    dev_hashes,
+    hashes,
+    load,
+    prepare,
+    sampled_texts,
+)
 from effir_search.training.finetune import check_processes, check_training, resolved_training
 from effir_search.training.objective import check_examples
 
@@ -92,7 +101,9 @@ def compress(
 def _prepare(job: Job, files: dict[str, str], *, restart: bool) -> None:
     """Prepare what is learned from, and take the sample that is measured on."""
     recipe = job.recipe
+    scored = recipe.loss.distill_over == "candidates"
     teaching = {"files": files, "restart": restart, "teacher_options": job.options(recipe.data.teacher)}
+    teaching["scored"] = scored
     prepare(job.folder, recipe.data, recipe.seed, job.machine.device, **teaching)
     loaded = load(job.folder, recipe.data, recipe.seed)
     _check_examples(recipe, loaded)
@@ -146,6 +157,7 @@ def _check(compression: CompressionSettings, device: str) -> None:
     """Raise now what would otherwise end the job after hours."""
     data, slim = compression.data, compression.slim
     check_training(compression.finetune, data, device)
+    check_losses(compression.loss, data)
     drops = _drops(compression)
     dropped = empty_model(planned(_config(compression), **drops))
     resolved_training(compression.finetune, data, dropped, chosen_device(device))

@@ -33,13 +33,13 @@ from effir_search.training.data import (
     ShuffledSequence,
     checkpoint_activations,
     hashes,
-    imitated,
     keep_activations,
     load,
     objective_of,
     prepare,
     resolved_losses,
     sampled_texts,
+    teacher_beside,
     teacher_reading,
 )
 from effir_search.training.plain_texts import PlainText, encode_texts
@@ -149,7 +149,8 @@ def slim_encoder(
         with job_folder(folder, {}, restart=restart, keep=(DATA,)):
             files = hashes(data)
             place = prepared or folder
-            teaching = {"files": files, "restart": restart, "teacher_options": teacher_options}
+            scored = losses.distill_over == "candidates"
+            teaching = {"files": files, "restart": restart, "teacher_options": teacher_options, "scored": scored}
             prepare(place, data, settings.seed, options.device, **teaching)
             source = TextSource(data, load(place, data, settings.seed), files, teacher_options, folder)
             cosine = _cut(encoder, source, settings, losses)
@@ -215,7 +216,7 @@ def _scores(
     encoder: Encoder, source: TextSource, settings: WidthSettings, losses: LossSettings
 ) -> tuple[dict[int, Tensor], dict[str, object]]:
     """Return the scores of all units by layer, and the settings that they depend on."""
-    teacher = imitated(source.data, encoder, source.teacher_options)
+    teacher = teacher_beside(source.data, losses, encoder, source.teacher_options)
     losses = resolved_losses(losses, source.data, encoder, teacher)
     objective = objective_of(encoder, losses, teacher, bf16=bool(settings.bf16), alone=True)
     if settings.criterion in OF_LOSS:

@@ -163,7 +163,8 @@ def _trained(training: dict) -> str:
         "Teacher": _names(data["teacher"], data["reranker"]),
         "Tokens of a text read": training["encoder"]["max_length"],
     }
-    unused = {"score_weight", "token_weight"} if data["train"] else {"distillation_weight", "teacher_temperature"}
+    of_labels = {"contrastive_weight", "distillation_weight", "distill_over", "teacher_temperature"}
+    unused = {"score_weight", "token_weight"} if data["train"] else of_labels
     unused |= set() if recipe["lora_rank"] else {"lora_rank", "lora_alpha", "lora_dropout"}
     settings = {name: value for name, value in (recipe | training["losses"]).items() if name not in unused}
     rows |= {name.replace("_", " "): value for name, value in settings.items()}

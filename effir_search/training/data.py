@@ -17,6 +17,7 @@ from effir_search.files.job import job_folder, read_settings, same_settings
 from effir_search.files.lines import Lines
 from effir_search.files.reading import file_sha256
 from effir_search.model.checkpoint import resolve_model
+from effir_search.model.decoder_kernels import use_decoder_kernels
 from effir_search.model.layers import layers_of
 from effir_search.model.packed import use_short_attention
 from effir_search.model.sentence_files import read_sentence_files
@@ -85,6 +86,7 @@ def prepare(
     files: dict[str, str],
     restart: bool = False,
     teacher_options: EncoderOptions = DEFAULT_OPTIONS,
+    scored: bool = True,
 ) -> None:
     """Write what is learned from into the folder ``data`` of a job's folder; what a stopped job has written is kept.
 
@@ -96,12 +98,18 @@ def prepare(
         files: The data's ``hashes``.
         restart: Discard what an earlier job prepared with other settings, instead of raising.
         teacher_options: How that teacher is loaded, but for ``device`` and ``batch_tokens``, which is the default.
+        scored: Whether examples get the scores of the teacher, if there is one. Without them the data are the same
+            whatever the teacher.
 
     Raises:
         ValueError: Bad data, a model that cannot be a teacher, or data of other settings in the folder.
         OSError: A file cannot be read or written.
     """
     folder = folder / DATA
+    if data.train and not scored:
+        of_teacher = set(map(str, _files(data.teacher)))
+        files = {name: digest for name, digest in files.items() if name not in of_teacher}
+        data = replace(data, teacher=None)
     existing = read_settings(folder)
     record = _prepared_record(data, seed, files, teacher_options)
     changed = existing is None or not same_settings(record, existing)
@@ -202,22 +210,46 @@ def teacher_reading(data: DataSettings, encoder: Encoder, options: EncoderOption
     )
 
 
-def imitated(data: DataSettings, encoder: Encoder, options: EncoderOptions) -> Encoder | None:
-    """Return the teacher that is imitated, which reads no more of a text than the encoder does; None with labels.
+def teacher_beside(
+    data: DataSettings, losses: LossSettings, encoder: Encoder, options: EncoderOptions
+) -> Encoder | None:
+    """Return the teacher that runs beside the training, which reads no more of a text than the encoder does.
+
+    It is imitated on texts, or scores every document of a batch of examples; None where scores are prepared, or none.
 
     Args:
         data: What is learned from.
+        losses: What is minimised.
         encoder: What learns; the teacher's batches are as large.
         options: How the teacher is loaded.
 
     Raises:
-        ValueError: The folder is no model.
+        ValueError: The folder is no model, or the losses do not fit the data.
         OSError: It cannot be read.
     """
-    if data.train:
+    check_losses(losses, data)
+    if data.train and losses.distill_over == "candidates":
         return None
     teacher = Encoder.from_pretrained(data.teacher, options, batch_tokens=encoder.batch_tokens)
     return teacher.with_config(max_length=min(teacher.config.max_length, encoder.config.max_length)).pack()
+
+
+def check_losses(losses: LossSettings, data: DataSettings) -> None:
+    """Raise ValueError for losses that this data cannot give."""
+    if losses.distill_over == "batch":
+        if not data.train:
+            raise UserError("--distill-over batch goes with --train; on --texts the whole score matrix is imitated")
+        if data.reranker:
+            raise UserError(
+                "--distill-over batch needs a bi-encoder, --teacher: a reranker reads each query with each document, "
+                "which are too many pairs in a batch; leave --distill-over out, or give --teacher"
+            )
+        if not data.teacher:
+            raise UserError("--distill-over batch needs a teacher that scores the batch: give --teacher, a bi-encoder")
+        if not losses.distillation_weight:
+            raise UserError("--distill-over batch with --distillation-weight 0 learns nothing from the teacher")
+    if not data.train and losses.contrastive_weight != 1:
+        raise UserError(f"--contrastive-weight {losses.contrastive_weight:g} goes with --train")
 
 
 def resolved_losses(
@@ -229,7 +261,7 @@ def resolved_losses(
         losses: The settings.
         data: What is learned from.
         encoder: What learns.
-        teacher: See ``imitated``.
+        teacher: See ``teacher_beside``.
 
     Raises:
         ValueError: The states of tokens are to be matched with those of a teacher that makes others.
@@ -237,7 +269,7 @@ def resolved_losses(
     temperature = losses.temperature or (0.02 if encoder.config.similarity == "cosine" else 1.0)
     teacher_temperature = losses.teacher_temperature or (temperature if data.teacher else 1.0)
     token_weight = losses.token_weight
-    if teacher is None:
+    if data.train:
         if token_weight:
             raise UserError(f"--token-weight {token_weight:g} goes with --texts and a teacher that is imitated")
         token_weight = 0.0
@@ -252,19 +284,20 @@ def resolved_losses(
 def objective_of(
     encoder: Encoder, losses: LossSettings, teacher: Encoder | None, *, bf16: bool, alone: bool = False
 ) -> Objective:
-    """Return the loss of an encoder that imitates a teacher, or with None learns from labels.
+    """Return the loss of an encoder that learns from examples, or from texts and a teacher that it imitates.
 
     Args:
         encoder: What learns.
         losses: See ``resolved_losses``.
-        teacher: See ``imitated``.
+        teacher: See ``teacher_beside``.
         bf16: Whether it will run in bfloat16.
         alone: See ``Objective``.
     """
     if bf16 and encoder.device.type == "cpu":
         use_short_attention(encoder.model)
-    if teacher is None:
-        return RetrievalObjective(encoder, losses, alone=alone)
+        use_decoder_kernels(encoder.model)
+    if teacher is None or losses.distill_over == "batch":
+        return RetrievalObjective(encoder, losses, teacher, alone=alone)
     return ImitationObjective(encoder, losses, teacher, alone=alone)
 
 

@@ -35,11 +35,11 @@ from effir_search.training.data import (
     ShuffledSequence,
     dev_hashes,
     hashes,
-    imitated,
     load,
     objective_of,
     prepare,
     resolved_losses,
+    teacher_beside,
     teacher_reading,
 )
 from effir_search.training.dev import Measure, likeness, ndcg, read_dev_split
@@ -86,7 +86,7 @@ class _Job(NamedTuple):
 
     Attributes:
         objective: The loss of the encoder that is trained.
-        teacher: What is imitated; None with labels.
+        teacher: What runs beside; see ``teacher_beside``.
         dev_measure: What the encoder is measured by on ``dev``; None without.
         data: What is learned from.
         files: The hashes of its files.
@@ -207,7 +207,7 @@ def _set_up(
         OSError: A file cannot be read.
     """
     process = PartialState()
-    teacher = imitated(data, encoder, teacher_options)
+    teacher = teacher_beside(data, losses, encoder, teacher_options)
     settings = resolved_training(settings, data, encoder.model, encoder.device)
     losses = resolved_losses(losses, data, encoder, teacher)
     files = hashes(data)
@@ -241,7 +241,8 @@ def _prepare(job: _Job, folder: Path, teacher_options: EncoderOptions, *, restar
     """Return what is learned from, which the main process prepares in this folder while the others wait."""
     process, seed = PartialState(), job.settings.seed
     if process.is_main_process:
-        choices = {"files": job.files, "restart": restart, "teacher_options": teacher_options}
+        scored = job.objective.settings.distill_over == "candidates"
+        choices = {"files": job.files, "restart": restart, "teacher_options": teacher_options, "scored": scored}
         prepare(folder, job.data, seed, teacher_options.device, **choices)
     process.wait_for_everyone()
     prepared_data = load(folder, job.data, seed)

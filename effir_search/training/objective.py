@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder, embed, vectors
 from effir_search.errors import UserError
 from effir_search.settings import LossSettings
@@ -86,7 +87,23 @@ class Objective(nn.Module):
 
 
 class RetrievalObjective(Objective):
-    """InfoNCE over positives and negatives of the batch, and KL from a teacher's scores where examples have them."""
+    """InfoNCE over positives and negatives of the batch, and KL from a teacher's scores.
+
+    The scores are those of a query's own candidates, where examples have them; or, with a teacher that runs beside,
+    its similarities of every query and every document of the batch, the query's positives among them.
+
+    Args:
+        encoder: The student.
+        settings: See ``LossSettings``.
+        teacher: A bi-encoder for ``distill_over`` "batch"; None = the examples' scores.
+        alone: See ``Objective``.
+    """
+
+    def __init__(
+        self, encoder: Encoder, settings: LossSettings, teacher: Encoder | None = None, *, alone: bool = False
+    ) -> None:
+        super().__init__(encoder, settings, alone=alone)
+        self.teacher = teacher
 
     def check(self, dataset: Sequence[Example], batch_size: int) -> None:
         """Raise ValueError if nothing can be learned from batches of this size; see ``check_examples``."""
@@ -103,12 +120,28 @@ class RetrievalObjective(Objective):
         column = {text: number for number, text in enumerate(texts)}
         queries = self.embed_texts([example.query for example in examples], config.query_prompt)
         documents = self.embed_texts(texts, config.document_prompt)
+        teacher = self._teacher_vectors([example.query for example in examples], texts)
         # Similarities are float32 whatever the encoder computes in: a temperature of 0.02 makes much of small errors.
         with torch.autocast(self.encoder.device.type, enabled=False):
-            return self._loss(examples, queries, documents, column)
+            return self._loss(examples, queries, documents, column, teacher)
+
+    def _teacher_vectors(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Return the teacher's vectors of both, whose inner products are its scores; None without one."""
+        if self.teacher is None:
+            return None
+        device, config = self.encoder.device, self.teacher.config
+        with torch.autocast(device.type, enabled=False):
+            both = self.teacher.encode_queries(queries), self.teacher.encode_documents(documents)
+        query_vectors, document_vectors = (torch.from_numpy(scale(vectors, config)).to(device) for vectors in both)
+        return query_vectors, document_vectors
 
     def _loss(
-        self, examples: Sequence[Example], queries: Tensor, documents: Tensor, column: dict[str, int]
+        self,
+        examples: Sequence[Example],
+        queries: Tensor,
+        documents: Tensor,
+        column: dict[str, int],
+        teacher: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:
         """Return the loss of embeddings; ``column`` tells which row of ``documents`` a text is."""
         device, texts = documents.device, list(column)
@@ -118,8 +151,15 @@ class RetrievalObjective(Objective):
         start = sum(sizes[: _rank()]) if len(sizes) > 1 else 0
         positives = torch.tensor([column[example.positive] for example in examples], device=device) + start
         known = [torch.tensor(_own_keys(example), device=device) for example in examples]
-        left_out = torch.stack([torch.isin(all_keys, query_keys) for query_keys in known]) | _repeated(all_keys)
-        own, candidates, teacher_scores = _own_candidates(examples, column, device)
+        repeated = _repeated(all_keys)
+        left_out = torch.stack([torch.isin(all_keys, query_keys) for query_keys in known]) | repeated
+        if teacher is None:
+            own, candidates, teacher_scores = _own_candidates(examples, column, device)
+            own = own + start
+        else:
+            teacher_scores = teacher[0] @ _gathered(teacher[1], sizes).T  # (queries, documents)
+            own = torch.arange(len(all_keys), device=device).expand_as(teacher_scores)
+            candidates = (~repeated).expand_as(teacher_scores)
 
         terms: dict[str, list[Tensor]] = {"contrastive": [], "distillation": []}
         settings = self.settings
@@ -131,7 +171,7 @@ class RetrievalObjective(Objective):
             if teacher_scores is not None:
                 terms["distillation"].append(
                     distillation_loss(
-                        scores.gather(1, own + start),
+                        scores.gather(1, own),
                         teacher_scores,
                         temperature=settings.temperature,
                         teacher_temperature=settings.teacher_temperature,
@@ -139,7 +179,8 @@ class RetrievalObjective(Objective):
                     )
                 )
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        loss = means["contrastive"] + settings.distillation_weight * means.get("distillation", 0)
+        loss = settings.contrastive_weight * means["contrastive"]
+        loss = loss + settings.distillation_weight * means.get("distillation", 0)
         return {"loss": loss, **means}
 
 
@@ -271,17 +312,25 @@ def check_examples(examples: Sequence[Example], batch_size: int, settings: LossS
     Raises:
         ValueError: No query can meet a document that is none of its positives, and none has scores to learn.
     """
+    over_batch = settings.distill_over == "batch"
     positives: set[int] = set()
     # Once more from the first one, whose query may not know the positive of a later one.
     for example in itertools.chain(examples, examples):
         own = _own_keys(example)
         others = {document_key(text) for text in example.negatives} - {document_key(example.positive)}
-        if others.difference(own) or (others and example.scores is not None and settings.distillation_weight):
+        if others and settings.distillation_weight and (over_batch or example.scores is not None):
             return
         if batch_size > 1:
             positives.add(document_key(example.positive))
-            if positives.difference(own):
-                return
+        if over_batch and len(positives) > 1:
+            return
+        if settings.contrastive_weight and (others | positives).difference(own):
+            return
+    if not settings.contrastive_weight and not over_batch:
+        raise UserError(
+            "--contrastive-weight 0: no example has a teacher's scores of hard negatives, which are all that could be "
+            "learned; give --teacher and negatives, or --distill-over batch"
+        )
     alone = min(batch_size, len(examples)) == 1
     what = "a batch of 1 example" if alone else f"{len(examples)} examples that share their positives"
     raise UserError(
