@@ -35,7 +35,7 @@ from effir_search.training.data import (
     sampled_texts,
 )
 from effir_search.training.finetune import check_processes, check_training, resolved_training
-from effir_search.training.objective import check_examples
+from effir_search.training.in_batch_negatives import check_examples
 
 BENCHMARK_FILE = "benchmark.json"
 

@@ -23,8 +23,10 @@ from effir_search.model.packed import use_short_attention
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.settings import DataSettings, EncoderOptions, LossSettings, TextSettings
 from effir_search.text.examples import Example, Examples, prepare_examples, with_scores
-from effir_search.training.objective import ImitationObjective, Objective, RetrievalObjective, read_differently
+from effir_search.training.imitation_objective import ImitationObjective, read_differently
+from effir_search.training.objective import Objective
 from effir_search.training.plain_texts import PlainText, PlainTexts, as_batch, prepare_texts
+from effir_search.training.retrieval_objective import RetrievalObjective
 from effir_search.training.teachers import load_teacher
 
 # Where in a job's folder prepared data is: another recipe leaves it as it is.

@@ -19,7 +19,7 @@ from effir_search.text.folders import beir_file
 from effir_search.text.own_documents import check_own_documents
 from effir_search.text.training_records import warn_of_missing
 from effir_search.text.trec import Query, read_qrels, read_topics
-from effir_search.training.objective import compares_directions
+from effir_search.training.imitation_objective import compares_directions
 from effir_search.training.plain_texts import PlainText, encode_texts
 
 logger = logging.getLogger(__name__)

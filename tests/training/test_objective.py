@@ -16,8 +16,10 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.settings import LossSettings
 from effir_search.text.examples import Example, document_key
 from effir_search.training.dev import likeness
-from effir_search.training.objective import ImitationObjective, RetrievalObjective, check_examples
+from effir_search.training.imitation_objective import ImitationObjective
+from effir_search.training.in_batch_negatives import check_examples
 from effir_search.training.plain_texts import PlainText
+from effir_search.training.retrieval_objective import RetrievalObjective
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
