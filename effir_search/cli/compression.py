@@ -5,41 +5,10 @@ from pathlib import Path
 import click
 
 from effir_search.cli.options import OWN_LENGTH, PATH, Command, option_of, options_of
-from effir_search.compression.defaults import WITHOUT_LABELS
+from effir_search.compression.defaults_without_labels import WITHOUT_LABELS
+from effir_search.compression.recipe_options import IN_RECIPE, parameter_of, recipe_of
 from effir_search.settings import SECTIONS, CompressionSettings, EncoderOptions
 
-# Where in a recipe the options of ``compress`` belong: section and field; those without a section stand before all.
-IN_RECIPE = {
-    "--encoder": ("", "encoder"),
-    "--output": ("", "output"),
-    "--drop-mlp": ("prune", "drop_mlp"),
-    "--drop-attention": ("prune", "drop_attention"),
-    "--drop-block": ("prune", "drop_block"),
-    "--criterion": ("prune", "criterion"),
-    "--narrow": ("slim", "narrow"),
-    "--unit-criterion": ("slim", "criterion"),
-    "--train": ("data", "train"),
-    "--corpus": ("data", "corpus"),
-    "--topics": ("data", "topics"),
-    "--split": ("data", "split"),
-    "--negatives": ("data", "negatives"),
-    "--texts": ("data", "texts"),
-    "--queries": ("data", "queries"),
-    "--num-texts": ("data", "num_texts"),
-    "--teacher": ("data", "teacher"),
-    "--reranker": ("data", "reranker"),
-    "--stock-architecture": ("", "stock_architecture"),
-    "--max-length": ("", "max_length"),
-    "--lora-rank": ("finetune", "lora_rank"),
-    "--learning-rate": ("finetune", "learning_rate"),
-    "--batch-size": ("finetune", "batch_size"),
-    "--max-steps": ("finetune", "max_steps"),
-    "--dev": ("data", "dev"),
-    "--dev-remove-query": ("data", "dev_remove_query"),
-    "--evaluate": ("evaluate", "collections"),
-    "--remove-query": ("evaluate", "remove_query"),
-    "--seed": ("", "seed"),
-}
 # Help that tells the options of one section from those of another.
 HELP = {
     "--criterion": "What tells which parts to drop.",
@@ -55,7 +24,7 @@ def recipe_options(command: Command) -> Command:
     for name, (section, field) in reversed(IN_RECIPE.items()):
         kind = SECTIONS[section] if section else CompressionSettings
         texts = {"help": HELP.get(name), "default_text": _default_text(kind, section, field)}
-        parameter = _parameter(section, field)
+        parameter = parameter_of(section, field)
         command = option_of(kind, field, name=name, parameter=parameter, unset=True, **texts)(command)
     return command
 
@@ -66,19 +35,6 @@ def _default_text(kind: type, section: str, field: str) -> str | None:
         return None
     with_labels = kind.__dataclass_fields__[field].metadata["default_text"] or getattr(kind, field)
     return f"{with_labels}; no labels: {WITHOUT_LABELS[section][field]}"
-
-
-def _parameter(section: str, field: str) -> str:
-    return f"{section}_{field}".strip("_")
-
-
-def recipe_of(options: dict[str, object]) -> dict[str, object]:
-    """Return what the options of ``IN_RECIPE`` ask for, as a recipe has it: sections as dicts."""
-    recipe: dict[str, object] = {}
-    for section, field in IN_RECIPE.values():
-        if (value := options[_parameter(section, field)]) not in (None, ()):
-            (recipe.setdefault(section, {}) if section else recipe)[field] = value
-    return recipe
 
 
 @click.command()
@@ -106,7 +62,7 @@ def compress(
     settings are changed after a stop, --restart keeps the stages that do not depend on them.
     """
     from effir_search.compression.compress import compress, describe_compression, describe_plan
-    from effir_search.compression.defaults import merged
+    from effir_search.compression.defaults_without_labels import merged
     from effir_search.compression.recipe import as_compression, read_recipe
 
     recipe = merged(read_recipe(recipe_file) if recipe_file else {}, recipe_of(options))

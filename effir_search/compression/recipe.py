@@ -10,7 +10,7 @@ from pathlib import Path
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from effir_search.compression.defaults import defaults_without_labels, merged
+from effir_search.compression.defaults_without_labels import defaults_without_labels, merged
 from effir_search.errors import UserError
 from effir_search.files.reading import decode
 from effir_search.settings import SECTIONS, CompressionSettings

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
 from effir_search.compression.compress import compress, job_settings, with_numbers
-from effir_search.compression.defaults import merged
+from effir_search.compression.defaults_without_labels import merged
 from effir_search.compression.recipe import as_compression, read_recipe
 from effir_search.compression.stages import STAGES, unchanged_names
 from effir_search.encoding.encoder import Encoder

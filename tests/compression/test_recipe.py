@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from transformers import MistralConfig
 
-from effir_search.compression.defaults import WITHOUT_LABELS, merged
+from effir_search.compression.defaults_without_labels import WITHOUT_LABELS, merged
 from effir_search.compression.recipe import as_compression, format_recipe, read_recipe
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.pruning.dropping_order import CRITERIA

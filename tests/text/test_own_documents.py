@@ -11,7 +11,7 @@ from ir_measures import nDCG
 
 from effir_search.cli import cli
 from effir_search.compression.compress import compress
-from effir_search.compression.defaults import merged
+from effir_search.compression.defaults_without_labels import merged
 from effir_search.compression.recipe import as_compression
 from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.benchmark import check_topics
