@@ -440,6 +440,35 @@ def test_a_job_that_was_stopped_while_it_saved_trains_no_further(tmp_path, prune
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path / "tuned").items())
 
 
+def test_a_teacher_that_scores_the_batch_is_learned_from_and_recorded(tmp_path, bert_folder, llama_folder, examples):
+    out = tmp_path / "tuned"
+    command_line = (
+        f"finetune --encoder {llama_folder} --train {examples} --teacher {bert_folder} --output {out} --full "
+    )
+    command_line += "--distill-over batch --contrastive-weight 0 --batch-size 4 --epochs 8 --learning-rate 3e-3 "
+    command_line += (
+        "--pooling last --append-eos --normalize --temperature 0.1 --device cpu --no-bf16 --keep-checkpoints"
+    )
+    result = CliRunner().invoke(command, command_line.split())
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "training.json").read_text())
+    losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert (record["losses"]["distill_over"], record["losses"]["teacher_temperature"]) == ("batch", 0.1)
+    assert "| distill over | batch |" in (out / "README.md").read_text()
+    prepared = (tmp_path / "tuned.training" / "data" / "examples.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["scores"] == RECORDS[0]["scores"] for line in prepared)  # the file's own
+    # After a stop: from the checkpoint in the middle, to the same weights.
+    first = weights(out)
+    shutil.rmtree(out)
+    (tmp_path / "tuned.training" / "trained.json").unlink()
+    steps = record["result"]["steps"]
+    shutil.rmtree(tmp_path / "tuned.training" / f"checkpoint-{steps}")
+    result = CliRunner().invoke(command, command_line.split())
+    assert result.exit_code == 0 and record["result"]["steps"] == steps, result.output
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(out).items())
+
+
 def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_folder, pruned, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
     run = partial(finetune, str(pruned), tmp_path / "tuned", **QUICK, keep_checkpoints=True)

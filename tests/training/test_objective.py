@@ -2,6 +2,7 @@ import copy
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from effir_search.training.imitation_objective import ImitationObjective
 from effir_search.training.in_batch_negatives import check_examples
 from effir_search.training.plain_texts import PlainText
 from effir_search.training.retrieval_objective import RetrievalObjective
+from effir_search.training.teachers import bi_encoder_scores
 
 TEXTS = [text for _, text in DOCUMENTS.values() if text]
 QUERIES = ["what eats the cat ?", "hot soup", "sweet tea", "warm kitchen"]
 SETTINGS = LossSettings(temperature=0.1, teacher_temperature=1.0)
+OVER_BATCH = replace(SETTINGS, distill_over="batch", contrastive_weight=0.0)
 WITH_TOKENS = LossSettings(temperature=0.1, token_weight=1.0)
 
 
@@ -176,9 +179,96 @@ def test_an_example_without_scores_adds_nothing_to_the_divergence(bert_folder):
     assert both == pytest.approx(objective([EXAMPLES[0]])["distillation"].item() / 2, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bi-encoder of another architecture, whose similarity is a dot product."""
+    return save_model(tmp_path_factory.mktemp("teacher"), "roberta")
+
+
+def documents_of(examples: list[Example]) -> list[str]:
+    return list(dict.fromkeys(text for e in examples for text in (e.positive, *e.negatives)))
+
+
+def test_the_teachers_scores_of_every_document_of_the_batch_are_learned_from(bert_folder, teacher_folder):
+    encoder, teacher = load(bert_folder), load(teacher_folder)
+    settings = replace(OVER_BATCH, teacher_temperature=3.0, distillation_weight=2.0)
+    terms = RetrievalObjective(encoder, settings, teacher)(EXAMPLES)
+    texts, queries = documents_of(EXAMPLES), [e.query for e in EXAMPLES]
+    assert len(texts) == 8
+    expected = 0.0
+    for number in range(len(queries)):  # query by query, its positives and what it knows among the documents
+        student, its_teacher = (
+            np.exp(np.float64(model.encode_documents(texts) @ model.encode_queries(queries)[number] / temperature))
+            for model, temperature in ((encoder, 0.1), (teacher, 3.0))
+        )
+        student, its_teacher = student / student.sum(), its_teacher / its_teacher.sum()
+        expected += (its_teacher * np.log(its_teacher / student)).sum() / len(queries)
+    assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(2 * expected, rel=1e-4)  # nothing of InfoNCE
+
+
+def test_over_the_batch_is_over_the_candidates_where_every_document_is_one(bert_folder, teacher_folder):
+    encoder, teacher = load(bert_folder), load(teacher_folder)
+    texts = documents_of(EXAMPLES)
+    every = [e._replace(negatives=[text for text in texts if text != e.positive]) for e in EXAMPLES]
+    scored = [
+        e._replace(scores=bi_encoder_scores(teacher, [(e.query, text) for text in (e.positive, *e.negatives)]))
+        for e in every
+    ]
+    prepared = RetrievalObjective(encoder, replace(OVER_BATCH, distill_over="candidates"))(scored)
+    beside = RetrievalObjective(encoder, OVER_BATCH, teacher)(every)
+    assert beside["distillation"].item() == pytest.approx(prepared["distillation"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dimensions", [(), (32, 32)])
+def test_a_teacher_that_is_the_student_has_nothing_to_tell(bert_folder, dimensions):
+    encoder = load(bert_folder)
+    settings = replace(OVER_BATCH, teacher_temperature=0.1, dimensions=dimensions)
+    objective = RetrievalObjective(encoder, settings, load(bert_folder))
+    loss = objective(EXAMPLES)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert all(gradient.abs().max() < 1e-5 for gradient in gradients(objective).values())
+
+
+def test_without_a_weight_infonce_leaves_no_gradient(bert_folder):
+    found = []
+    for weight in (0.0, 1.0):
+        objective = RetrievalObjective(load(bert_folder), replace(SETTINGS, contrastive_weight=weight))
+        terms = objective(EXAMPLES)
+        expected = weight * terms["contrastive"].item() + terms["distillation"].item()
+        assert terms["loss"].item() == pytest.approx(expected, rel=1e-6)
+        terms["loss"].backward()
+        found.append(gradients(objective))
+    assert any(not torch.allclose(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(PAIR, 2), ([example(0, 0, (1,))], 1), ([KNOWN], 1), (SHARED, 2)])
+def test_documents_that_a_teacher_can_rank_are_something_to_learn(bert_folder, teacher_folder, examples, batch_size):
+    objective = RetrievalObjective(load(bert_folder), OVER_BATCH, load(teacher_folder))
+    objective.check(examples, batch_size)
+    objective(examples)["loss"].backward()
+    assert any(gradient.any() for gradient in gradients(objective).values())
+
+
+def test_a_single_document_is_nothing_that_a_teacher_could_rank():
+    for examples, batch_size in ((PAIR, 1), (PAIR[:1] * 5, 4)):
+        with pytest.raises(ValueError, match="without hard negatives: no query meets a document"):
+            check_examples(examples, batch_size, OVER_BATCH)
+
+
+def test_without_infonce_and_scores_there_is_nothing_to_learn():
+    settings = replace(SETTINGS, contrastive_weight=0.0)
+    check_examples([example(0, 0, (1,), scores=True)], 1, settings)
+    with pytest.raises(ValueError, match="--contrastive-weight 0: no example has a teacher's scores"):
+        check_examples([example(0, 0, (1,)), example(1, 6, (3,))], 2, settings)
+
+
+@pytest.mark.parametrize("over", ["candidates", "batch"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_cached_gradient_is_the_gradient(bert_folder, dropout):
+def test_the_cached_gradient_is_the_gradient(bert_folder, teacher_folder, dropout, over):
     found = {}
+    teacher = load(teacher_folder) if over == "batch" else None
     for cached in (False, True):
         encoder = load(bert_folder, batch_tokens=24)
         for module in encoder.model.modules():
@@ -186,7 +276,7 @@ def test_the_cached_gradient_is_the_gradient(bert_folder, dropout):
                 module.p = dropout
         encoder.model.train()
         torch.manual_seed(1)
-        objective = RetrievalObjective(encoder, LossSettings(temperature=0.1, teacher_temperature=1.0, cached=cached))
+        objective = RetrievalObjective(encoder, replace(SETTINGS, cached=cached, distill_over=over), teacher)
         loss = objective(EXAMPLES)["loss"]
         loss.backward()
         found[cached] = loss.detach(), gradients(objective)
@@ -347,7 +437,11 @@ def in_a_process(rank: int, folder: str, teacher: str, store: str, results: str)
     # As many texts on each device make the mean of the devices the mean of all; here 5 and 3 are weighted so.
     imitated = imitation(texts, [False] * len(texts))["loss"] * len(texts) / 4
     imitated.backward()
-    torch.save([loss.detach(), gradients(objective), imitated.detach(), gradients(imitation)], f"{results}-{rank}")
+    over_batch = RetrievalObjective(load(folder), OVER_BATCH, load(teacher))
+    distilled = over_batch(EXAMPLES[2 * rank : 2 * rank + 2])["loss"]
+    distilled.backward()
+    found = [(loss, objective), (imitated, imitation), (distilled, over_batch)]
+    torch.save([(value.detach(), gradients(owner)) for value, owner in found], f"{results}-{rank}")
     dist.destroy_process_group()
 
 
@@ -355,14 +449,15 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path, bert_folder):
     teacher = str(save_model(tmp_path / "teacher", "roberta"))
     mp.spawn(in_a_process, (str(bert_folder), teacher, str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
     found = [torch.load(tmp_path / f"result-{rank}") for rank in (0, 1)]
-    retrieval, imitation = (
+    retrieval, imitation, over_batch = (
         RetrievalObjective(load(bert_folder), SETTINGS),
         ImitationObjective(load(bert_folder), WITH_TOKENS, load(teacher)),
+        RetrievalObjective(load(bert_folder), OVER_BATCH, load(teacher)),  # document 1 is of both processes
     )
-    losses = retrieval(EXAMPLES)["loss"], imitation(TEXTS[:8], [False] * 8)["loss"]
-    for objective, loss, place in ((retrieval, losses[0], 0), (imitation, losses[1], 2)):
+    losses = retrieval(EXAMPLES)["loss"], imitation(TEXTS[:8], [False] * 8)["loss"], over_batch(EXAMPLES)["loss"]
+    for objective, loss, first, second in zip((retrieval, imitation, over_batch), losses, *found, strict=True):
         loss.backward()
-        torch.testing.assert_close((found[0][place] + found[1][place]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close((first[0] + second[0]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
         for name, gradient in gradients(objective).items():
-            mean = (found[0][place + 1][name] + found[1][place + 1][name]) / 2
+            mean = (first[1][name] + second[1][name]) / 2
             torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-5, msg=name)
