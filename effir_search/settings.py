@@ -27,6 +27,8 @@ Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
 UnitCriterion = Literal["gates", "activation", "taylor", "magnitude", "random"]
+PartKind = Literal["attention", "mlp", "block"]
+StudyTable = Literal["kinds", "shape", "parts", "units", "native"]
 Schedule = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb"]
 Distilled = Literal["candidates", "batch"]
@@ -521,6 +523,53 @@ class CompressionSettings(Settings):
     finetune: TrainingSettings = TrainingSettings()
     loss: LossSettings = LossSettings()
     evaluate: EvaluationSettings = EvaluationSettings()
+
+
+@dataclass(frozen=True)
+class StudySettings(Settings):
+    """Which models a study compares, beside the recipe that says how each of them is made.
+
+    Attributes:
+        collections: BEIR folders, each with ``:SPLIT`` at its end if its qrels are others than ``test``.
+        remove_query: Leave out the document whose id is the query's, in all of these.
+        tables: Which comparisons are made.
+        kinds: Kinds of parts that are dropped.
+        numbers: How many of each kind; empty, as ``shares`` too = a quarter, half and three quarters of the layers.
+        shares: The same as shares of the parameters outside the embeddings, each by the nearest number of parts.
+        criteria: What tells which parts go.
+        unit_criteria: What tells which units go.
+        seeds: Of what is drawn and learned; a row's figure is the mean over them.
+        random_seeds: Seeds of the unit criterion "random", at least.
+        untrained_only: Train nothing.
+        dtypes: Arithmetic that speed is measured in; shapes of equal speed are found in the first one.
+        speed_texts: Texts of a round of measuring speed.
+    """
+
+    collections: tuple[str, ...] = setting(help="BEIR folder to measure on, or FOLDER:SPLIT.")
+    remove_query: bool = setting(False, help="In all of these, drop the document whose id is the query's.")
+    tables: tuple[StudyTable, ...] = setting(choices(StudyTable), help="Which comparisons to make.")
+    kinds: tuple[PartKind, ...] = setting(("mlp", "attention", "block"), help="Kinds of parts to drop.")
+    numbers: tuple[Count, ...] = setting(
+        (), help="How many parts of each kind to drop.", default_text="a quarter, half, three quarters of the layers"
+    )
+    shares: tuple[Annotated[float, Gt(0), Lt(1)], ...] = setting(
+        (), help="Share of the parameters to drop with each kind."
+    )
+    criteria: tuple[Criterion, ...] = setting(choices(Criterion), help="What tells which parts to drop.")
+    unit_criteria: tuple[UnitCriterion, ...] = setting(choices(UnitCriterion), help="What tells which units to cut.")
+    seeds: tuple[CountFrom0, ...] = setting((0,), help="Of what is drawn and learned.")
+    random_seeds: Count = setting(3, help="Seeds of the unit criterion random, at least.")
+    untrained_only: bool = setting(False, help="Train nothing.")
+    dtypes: tuple[WeightDtype, ...] = setting(("fp32", "bf16"), help="Arithmetic to measure speed in.")
+    speed_texts: Count = setting(NUM_TEXTS, help="Texts to measure speed on.")
+
+    def __post_init__(self) -> None:
+        for name in ("collections", "tables", "kinds", "criteria", "unit_criteria", "seeds", "dtypes"):
+            values = getattr(self, name)
+            if not values:
+                raise UserError(f"{name}: at least one is needed")
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}: {', '.join(map(str, values))} names one of them twice")
 
 
 # The sections of a recipe, and what each holds.

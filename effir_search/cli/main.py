@@ -11,6 +11,7 @@ from effir_search.cli.errors import OneLineErrors
 from effir_search.cli.evaluation import compare, evaluate
 from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import index, info, search, verify
+from effir_search.cli.study import study
 from effir_search.cli.training import finetune, mine
 from effir_search.log_messages import show_messages
 
@@ -25,6 +26,7 @@ COMMANDS = (
     slim,
     finetune,
     compress,
+    study,
     convert,
     info,
     verify,

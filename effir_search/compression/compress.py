@@ -72,7 +72,7 @@ def compress(
     """
     refuse_existing(output, replaces=())
     compression = with_numbers(compression)
-    _check(compression, device)
+    check_compression(compression, device)
     # accelerate fixes the number of processes at the first call; the others wait while the main one runs its stages.
     process = PartialState(cpu=chosen_device(device).type == "cpu", timeout=timedelta(days=7))
     check_processes(compression.finetune, process.num_processes, device)
@@ -86,7 +86,7 @@ def compress(
     measured = None
     with job_folder(folder, settings, restart=restart, keep=keep) if main else nullcontext():
         if main:
-            _prepare(job, files, restart=restart)
+            prepare_job(job, files, restart=restart)
         for stage in STAGES:
             if stage.by_all_processes:
                 process.wait_for_everyone()
@@ -98,8 +98,14 @@ def compress(
     return measured
 
 
-def _prepare(job: Job, files: dict[str, str], *, restart: bool) -> None:
-    """Prepare what is learned from, and take the sample that is measured on."""
+def prepare_job(job: Job, files: dict[str, str], *, restart: bool) -> None:
+    """Prepare what is learned from, and take the sample that is measured on; what is in the job's folder is used again.
+
+    Args:
+        job: Its folder gets both.
+        files: The ``hashes`` of the recipe's data.
+        restart: Discard what was prepared with other settings, instead of raising.
+    """
     recipe = job.recipe
     scored = recipe.loss.distill_over == "candidates"
     teaching = {"files": files, "restart": restart, "teacher_options": job.options(recipe.data.teacher)}
@@ -115,7 +121,9 @@ def stages_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.stages")
 
 
-def job_settings(compression: CompressionSettings, files: dict[str, str]) -> dict[str, object]:
+def job_settings(
+    compression: CompressionSettings, files: dict[str, str], *, encoder_sha256: str | None = None
+) -> dict[str, object]:
     """Return all that a job's stages depend on, in JSON types; what is evaluated at the end is not part of that.
 
     What changes a stage's memory and not its result is that of fine-tuning alone.
@@ -123,14 +131,20 @@ def job_settings(compression: CompressionSettings, files: dict[str, str]) -> dic
     Args:
         compression: The recipe, ``with_numbers``.
         files: The ``hashes`` of its data.
+        encoder_sha256: See ``encoder_hash``, where it is known.
     """
-    model = read_sentence_files(resolve_model(compression.encoder))
     settings = asdict(compression) | {"files": files}
-    settings["encoder_sha256"] = weights_sha256(model.folder, model.weight_folders)
+    settings["encoder_sha256"] = encoder_sha256 or encoder_hash(compression.encoder)
     del settings["output"], settings["evaluate"], settings["slim"]["gradient_checkpointing"]
     dev = {name: settings["data"].pop(name) for name in list(settings["data"]) if name.startswith("dev")}
     settings["finetune"] |= {"cached": settings["loss"].pop("cached"), **dev, "dev_files": dev_hashes(compression.data)}
     return json.loads(json.dumps(settings))
+
+
+def encoder_hash(encoder: str) -> str:
+    """Return the SHA-256 of an encoder's weights."""
+    model = read_sentence_files(resolve_model(encoder))
+    return weights_sha256(model.folder, model.weight_folders)
 
 
 def unchanged_stages(settings: dict[str, object], folder: Path) -> list[str]:
@@ -153,7 +167,7 @@ def with_numbers(compression: CompressionSettings) -> CompressionSettings:
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
-def _check(compression: CompressionSettings, device: str) -> None:
+def check_compression(compression: CompressionSettings, device: str) -> None:
     """Raise now what would otherwise end the job after hours."""
     data, slim = compression.data, compression.slim
     check_training(compression.finetune, data, device)

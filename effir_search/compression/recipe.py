@@ -45,12 +45,12 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
     Raises:
         ValueError: An unknown name, a value of another type, or sections that contradict one another.
     """
-    _check_names(recipe, CompressionSettings, where)
+    check_names(recipe, CompressionSettings, where)
     for section, kind in SECTIONS.items():
         value = recipe.get(section, {})
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: {section} must be a section, [{section}]")
-        _check_names(value, kind, f"{where}: [{section}]")
+        check_names(value, kind, f"{where}: [{section}]")
     if "encoder" not in recipe:
         raise UserError(
             f"which encoder is compressed? give --encoder, or encoder in {where}, a model folder or hub name"
@@ -67,10 +67,10 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
     try:
         return TypeAdapter(CompressionSettings).validate_json(json.dumps(recipe, default=str), strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from error
+        raise UserError(f"{where}: {first_problem(error)}") from error
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Return where in a recipe the first problem is, what it is and what stands there."""
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"]))
@@ -80,7 +80,8 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {message}" + ("" if place in SECTIONS else f", found {problem['input']!r}")
 
 
-def _check_names(settings: Mapping[str, object], kind: type, where: str) -> None:
+def check_names(settings: Mapping[str, object], kind: type, where: str) -> None:
+    """Raise ValueError if settings have a name that the dataclass has not; ``where`` opens the error."""
     names = [field.name for field in fields(kind) if kind is CompressionSettings or field.name != SHARED]
     for name in settings:
         if name not in names:

@@ -109,7 +109,7 @@ def numbers_to_drop(recipe: CompressionSettings) -> dict[PartKind, int]:
 
 
 def _analyze(job: Job, folder: Path) -> None:
-    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``_drop`` to use."""
+    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``drop`` to use."""
     recipe, numbers = job.recipe, numbers_to_drop(job.recipe)
     analyze(
         recipe.encoder,
@@ -127,7 +127,8 @@ def _dropping(recipe: CompressionSettings) -> str:
     return "dropping " + ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items()) if numbers else ""
 
 
-def _drop(job: Job, folder: Path) -> None:
+def drop(job: Job, folder: Path) -> None:
+    """Save the encoder without what the recipe drops, by the analysis in the job's folder where that has the order."""
     recipe = job.recipe
     result = prune_encoder(
         recipe.encoder,
@@ -147,8 +148,9 @@ def _narrowing(recipe: CompressionSettings) -> str:
     return f"narrowing the MLPs that are left by {recipe.slim.narrow:.0%}" if recipe.slim.narrow else ""
 
 
-def _narrow(job: Job, folder: Path) -> None:
-    recipe, model = job.recipe, job.model
+def narrow(job: Job, folder: Path, *, model: str | None = None) -> None:
+    """Save a model with narrower MLPs; None = the one that the last stage has left."""
+    recipe, model = job.recipe, model or job.model
     slim_encoder(
         model,
         folder,
@@ -161,8 +163,9 @@ def _narrow(job: Job, folder: Path) -> None:
     )
 
 
-def _fine_tune(job: Job, folder: Path) -> None:
-    recipe, model = job.recipe, job.model
+def fine_tune(job: Job, folder: Path, *, model: str | None = None) -> None:
+    """Fine-tune a model and save it; None = the one that the last stage has left."""
+    recipe, model = job.recipe, model or job.model
     finetune(
         model,
         folder,
@@ -192,8 +195,8 @@ def _evaluate(job: Job, folder: Path) -> Benchmark:
 ANALYSIS = Stage("1-analysis", ("prune",), lambda _: "where the model is redundant", _analyze, (CALIBRATION_FILE,))
 STAGES = (
     ANALYSIS,
-    Stage("2-dropped", ("prune",), _dropping, _drop),
-    Stage("3-slimmed", ("slim", "loss"), _narrowing, _narrow),
-    Stage("4-tuned", ("finetune", "loss"), lambda _: "fine-tuning", _fine_tune, by_all_processes=True),
+    Stage("2-dropped", ("prune",), _dropping, drop),
+    Stage("3-slimmed", ("slim", "loss"), _narrowing, narrow),
+    Stage("4-tuned", ("finetune", "loss"), lambda _: "fine-tuning", fine_tune, by_all_processes=True),
     Stage("5-evaluation", (), lambda _: "evaluation", _evaluate, repeats=True),
 )

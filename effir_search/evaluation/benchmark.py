@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
+from effir_search.evaluation.bootstrap import resample
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
@@ -24,11 +25,10 @@ from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSett
 from effir_search.text.corpus import existing_documents
 from effir_search.text.folders import beir_file
 from effir_search.text.own_documents import check_own_documents
-from effir_search.text.trec import read_qrels, read_run, read_topics, write_run
+from effir_search.text.trec import Qrel, read_qrels, read_run, read_topics, write_run
 
 logger = logging.getLogger(__name__)
 
-RESAMPLES = 10_000
 # Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn: so
 # many that those of a batch are of like lengths, as they are while a corpus is encoded.
 ROUNDS, TURN = 3, 256
@@ -98,7 +98,7 @@ def benchmark(
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
     sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
-    speeds, cosine = _encode_in_turns(encoders, texts)
+    speeds, cosine = encode_in_turns(encoders, texts)
     return Benchmark(
         sizes=(sizes[0], sizes[1]),
         tokens=length,
@@ -123,7 +123,7 @@ def _evaluate(
         runs = {role: folder / f"{collection.name}-{role}.trec" for role in models}
         for role, run in runs.items():
             if not run.is_file():
-                _search(corpus, topics, qrels, run, *models[role])
+                search_collection(corpus, topics, qrels, run, *models[role])
         per_query = ndcg_per_query(list(runs.values()), qrels, remove_query=settings.remove_query)
         ndcg_by_collection[collection.name] = per_query
         check_topics(collection, corpus, topics, qrels, remove_query=settings.remove_query)
@@ -166,8 +166,17 @@ def collection_files(collection: Path, split: str) -> list[Path]:
     return [beir_file(collection, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
 
 
-def _search(corpus: str, topics: str, qrels: str, run: Path, model: str, options: EncoderOptions) -> None:
-    """Index a collection, search its judged topics, write the run; the index goes."""
+def search_collection(corpus: str, topics: str, qrels: str, run: Path, model: str, options: EncoderOptions) -> None:
+    """Index a collection, search its judged topics, write the run; the index goes.
+
+    Args:
+        corpus: As ``read_corpus`` takes it.
+        topics: As ``read_topics`` takes it.
+        qrels: Judgments.
+        run: The file that is written; what is left of an index beside it is continued.
+        model: Folder or hub name.
+        options: How it is loaded.
+    """
     index_dir = run.with_suffix(".index")
     if not index_dir.is_dir():
         index_corpus(corpus, model, index_dir, options=options)
@@ -204,37 +213,35 @@ def ndcg_per_query(runs: Sequence[Path], qrels: str, *, remove_query: bool = Fal
         qrels: Judgments.
         remove_query: Leave out hits whose document has the query's id.
     """
-    judgments, (measure,) = read_qrels(qrels), parse_measures("nDCG@10")
-    evaluations = []
-    for run in runs:
-        hits = [hit for hit in read_run(run) if not (remove_query and hit.doc_id == hit.query_id)]
-        evaluations.append(evaluate_queries(hits, judgments, [measure], only_with_positives=True))
-    return np.array([[values[measure] for values in evaluation.per_query.values()] for evaluation in evaluations])
+    judgments = read_qrels(qrels)
+    return np.array([list(ndcg_of_queries(run, judgments, remove_query=remove_query).values()) for run in runs])
+
+
+def ndcg_of_queries(run: Path, judgments: Sequence[Qrel], *, remove_query: bool = False) -> dict[str, float]:
+    """Return a run's nDCG@10 by query, in the order of the judgments; see ``ndcg_per_query``."""
+    (measure,) = parse_measures("nDCG@10")
+    hits = [hit for hit in read_run(run) if not (remove_query and hit.doc_id == hit.query_id)]
+    evaluation = evaluate_queries(hits, judgments, [measure], only_with_positives=True)
+    return {query_id: values[measure] for query_id, values in evaluation.per_query.items()}
 
 
 def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.ndarray:
     """Return each model's mean over collections, ``(resamples + 1, models)``.
 
-    Row 0 is that of the queries as they are. For the others queries are drawn with replacement within each collection,
-    the same for every model: the paired bootstrap (Efron and Tibshirani, 1993).
+    Row 0 is that of the queries as they are, the others are those of ``bootstrap.resample``.
 
     Args:
         figures: By collection ``(models, queries)``.
         seed: Of the draws.
     """
-    generator = np.random.default_rng(seed)
-    means = []
-    for values in figures.values():
-        rows = generator.integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
-        drawn = np.stack([model_values[rows].mean(axis=1) for model_values in values], axis=1)
-        means.append(np.vstack([values.mean(axis=1), drawn]))
-    return np.mean(means, axis=0)
+    return resample(figures, seed=seed).macro
 
 
-def _encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
+def encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
     """Return documents a second, ``(rounds, models)``, and the mean cosine of two models' embeddings.
 
-    Both encode in turns after every few texts, so that a slow moment of the machine meets both.
+    Both encode in turns after every few texts, so that a slow moment of the machine meets both. They can then be
+    neither trained nor saved.
     """
     for encoder in encoders:
         encoder.pack().encode_documents(texts[:TURN])  # warm up

@@ -6,7 +6,7 @@ base model, also after pruning.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from effir_search.errors import UserError
 from effir_search.model.families import Family, SubLayer, family_of
 from effir_search.model.modeling_effir import EffirModel, class_without, has_part
+from effir_search.settings import PartKind, choices
 
-PartKind = Literal["attention", "mlp", "block"]
-PART_KINDS: tuple[PartKind, ...] = ("attention", "mlp", "block")
+PART_KINDS: tuple[PartKind, ...] = choices(PartKind)
 # Said of a plan that drops every attention and every MLP.
 NOTHING_LEFT = "no attention and no MLP would be left, only embeddings; drop fewer"
 

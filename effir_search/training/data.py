@@ -115,10 +115,10 @@ def prepare(
     existing = read_settings(folder)
     record = _prepared_record(data, seed, files, teacher_options)
     changed = existing is None or not same_settings(record, existing)
+    file = folder / ("examples.jsonl" if data.train else "texts.jsonl")
+    if not changed and file.is_file():  # without the folder's lock, so that several jobs may share it
+        return
     with job_folder(folder, record, restart=restart and changed):
-        file = folder / ("examples.jsonl" if data.train else "texts.jsonl")
-        if file.is_file():
-            return
         if not data.train:
             prepare_texts(data.texts, data.queries, file, size=data.num_texts, seed=seed)
             return

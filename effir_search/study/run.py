@@ -1,0 +1,541 @@
+"""Makes and measures the models of a study: ``effir study``; what is there already is used again."""
+
+import fcntl
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from effir_search.compression.compress import check_compression, encoder_hash, job_settings, prepare_job
+from effir_search.compression.recipe import format_recipe
+from effir_search.compression.stages import ANALYSIS, CALIBRATION_FILE, Job, drop, fine_tune, narrow
+from effir_search.encoding.devices import chosen_device
+from effir_search.encoding.encoder import Encoder
+from effir_search.evaluation.benchmark import check_topics, collection_files, ndcg_of_queries, search_collection
+from effir_search.files.job import job_folder, read_settings, same_settings, try_lock
+from effir_search.files.reading import file_sha256, read_json
+from effir_search.files.whole import whole_file
+from effir_search.indexing.workers import run_workers
+from effir_search.model.arithmetic import empty_model, facts
+from effir_search.model.checkpoint import dtype_name
+from effir_search.model.save import TRAINING_FILE
+from effir_search.model.sentence_files import prunable_config
+from effir_search.pruning.analyze import analyze
+from effir_search.settings import EncoderOptions, TrainingSettings
+from effir_search.study.plan import (
+    Cell,
+    Collection,
+    Plan,
+    Planner,
+    Row,
+    StudyRecipe,
+    Tables,
+    all_cells,
+    as_json,
+    collections_of,
+    greedy_numbers,
+    start_of,
+)
+from effir_search.study.speed import Shape, SpeedRecords, nearest_in_speed, shape_of
+from effir_search.text.corpus import document_text, read_corpus
+from effir_search.text.trec import read_qrels
+from effir_search.training.data import DATA, hashes
+from effir_search.training.finetune import resolved_training
+
+logger = logging.getLogger(__name__)
+
+RECORD, QUERIES, RECIPE = "record.json", "ndcg.json", "recipe.toml"
+CELLS, MODELS, SPEEDS = "cells", "models", "speeds"
+# Widths of one size for all layers that are tried are multiples of it, as of those that a packed model is filled up to.
+STEP = 16
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study at work.
+
+    Attributes:
+        recipe: What is compared.
+        folder: Where everything is.
+        machine: Device, batches and architecture of every model.
+        budget: How every model is trained, but for its seed.
+        files: The ``hashes`` of the data.
+        encoder_sha256: Of the whole model's weights.
+        collections: What models are measured on.
+        collection_hashes: By collection those of its files.
+        keep_models: Keep the weights of every model after it was measured.
+    """
+
+    recipe: StudyRecipe
+    folder: Path
+    machine: EncoderOptions
+    budget: TrainingSettings
+    files: dict[str, str]
+    encoder_sha256: str
+    collections: list[Collection]
+    collection_hashes: dict[str, list[str]]
+    keep_models: bool = False
+
+    def job(self, cell: Cell) -> Job:
+        """Return what the stages of a compression work on for a cell, in the folder of its seed."""
+        compression = self.recipe.compression(cell.plan, cell.seed)
+        compression = replace(compression, finetune=replace(self.budget, seed=cell.seed))
+        return Job(compression, self.seed_folder(cell.seed), self.machine)
+
+    def seed_folder(self, seed: int) -> Path:
+        """Return the folder of the data that are prepared with a seed."""
+        return self.folder / f"seed-{seed}"
+
+    @property
+    def first_seed(self) -> int:
+        """The seed of the sample that parts are chosen on, for all models."""
+        return self.recipe.settings.seeds[0]
+
+    @property
+    def calibration(self) -> Path:
+        """The texts that parts are chosen on, and speed is measured on."""
+        return self.seed_folder(self.first_seed) / CALIBRATION_FILE
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Return the folder of a cell."""
+        return self.folder / CELLS / cell.name
+
+
+class StudyResult(NamedTuple):
+    """What was made: the rows of the tables, and the speeds that were measured."""
+
+    tables: Tables
+    speeds: SpeedRecords
+
+
+def open_study(
+    recipe: StudyRecipe,
+    folder: Path,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    keep_models: bool = False,
+) -> Study:
+    """Return a study, checked; nothing is made yet.
+
+    Raises:
+        ValueError: Bad data, a model that cannot be pruned, a model of the study that cannot be made.
+        OSError: A file cannot be read.
+    """
+    base = recipe.base
+    config = prunable_config(base.encoder, stock_architecture=base.stock_architecture)
+    collections = collections_of(recipe.settings.collections)
+    study = Study(
+        recipe,
+        folder,
+        EncoderOptions(device=device, batch_tokens=batch_tokens, stock_architecture=base.stock_architecture),
+        resolved_training(base.finetune, base.data, empty_model(config), chosen_device(device)),
+        hashes(base.data),
+        encoder_hash(base.encoder),
+        collections,
+        {c.name: [file_sha256(file) for file in collection_files(c.folder, c.split)] for c in collections},
+        keep_models,
+    )
+    _check(study, all_cells(Planner(recipe, config).tables(), recipe))
+    return study
+
+
+def _check(study: Study, cells: Sequence[Cell]) -> None:
+    """Raise now what would otherwise end the study after hours."""
+    for plan in dict.fromkeys(cell.plan for cell in cells if not cell.plan.is_whole):
+        check_compression(study.job(Cell(plan, study.first_seed)).recipe, study.machine.device)
+
+
+def run_study(study: Study, *, devices: Sequence[str] = ()) -> StudyResult:
+    """Make and measure all models; after a stop, the same call goes on where it was.
+
+    Args:
+        study: See ``open_study``.
+        devices: A process for each, which share the models; empty = this process makes one after the other.
+
+    Raises:
+        ValueError: See ``finetune`` and the other stages.
+        OSError: A file cannot be read or written.
+    """
+    base = study.recipe.base
+    planner = Planner(study.recipe, prunable_config(base.encoder, stock_architecture=base.stock_architecture))
+    tables = planner.tables()
+    cells = all_cells(tables, study.recipe)
+    _prepare(study, cells)
+    for collection in study.collections:
+        files = map(str, collection_files(collection.folder, collection.split))
+        check_topics(collection.folder, *files, remove_query=study.recipe.settings.remove_query)
+    run_cells(study, cells, devices=devices)
+    speeds = _speed_records(study)
+    if "native" in tables:
+        tables["native"] += _native_rows(study, planner, speeds)
+        more = [cell for cell in all_cells(tables, study.recipe) if cell not in cells]
+        _check(study, more)
+        _prepare(study, cells + more)
+        run_cells(study, more, devices=devices)
+    _measure_speeds(study, tables, speeds)
+    return StudyResult(tables, speeds)
+
+
+def _prepare(study: Study, cells: Sequence[Cell]) -> None:
+    """Prepare the data of every seed, and analyse the whole model by all criteria that parts are chosen by."""
+    for seed in dict.fromkeys([study.first_seed, *(cell.seed for cell in cells)]):
+        whole = Cell(Plan(), seed)
+        job = study.job(whole)
+        settings = {"data": _data_settings(study, whole), "num_texts": job.recipe.prune.num_texts, "seed": seed}
+        if seed == study.first_seed:
+            settings["analysis"] = _analysis_settings(study, cells)
+        with job_folder(job.folder, settings, restart=_is_of_other(job.folder, settings), keep=(DATA,)):
+            prepare_job(job, study.files, restart=True)
+            if "analysis" in settings and not (job.folder / ANALYSIS.name).is_dir():
+                _analyze(job, **settings["analysis"])
+
+
+def _data_settings(study: Study, cell: Cell) -> dict[str, object]:
+    """Return what the data and the sample of them depend on."""
+    settings = _settings(study, cell)
+    return {name: settings[name] for name in ("data", "files", "encoder_sha256", "max_length", "text")}
+
+
+def _analysis_settings(study: Study, cells: Sequence[Cell]) -> dict[str, object]:
+    """Return what is analysed: by cosine all parts, and by what chooses parts."""
+    names = {"cosine", *(cell.plan.criterion for cell in cells if cell.plan.criterion)}
+    return {"criteria": sorted(names), "greedy_numbers": greedy_numbers(cells)}
+
+
+def _analyze(job: Job, criteria: Sequence[str], greedy_numbers: dict) -> None:
+    analyze(
+        job.recipe.encoder,
+        job.folder / ANALYSIS.name,
+        sources=[str(job.folder / CALIBRATION_FILE)],
+        criteria=criteria,
+        greedy_numbers=greedy_numbers,
+        size=job.recipe.prune.num_texts,
+        options=job.own_options(job.recipe.encoder),
+    )
+
+
+def _is_of_other(folder: Path, settings: dict[str, object]) -> bool:
+    """Return whether a folder is of other settings, so that what is in it has to be made again."""
+    recorded = read_settings(folder)
+    changed = recorded is not None and not same_settings(json.loads(json.dumps(settings)), recorded)
+    if changed:
+        logger.info("%s: settings have changed, so it is made again", folder)
+    return changed
+
+
+def _settings(study: Study, cell: Cell) -> dict[str, object]:
+    return job_settings(study.job(cell).recipe, study.files, encoder_sha256=study.encoder_sha256)
+
+
+def cell_settings(study: Study, cell: Cell) -> dict[str, object]:
+    """Return all that a cell's model depends on, in JSON types; what has no part in it is left out."""
+    settings = _settings(study, cell)
+    start, plan = start_of(cell, study.recipe), cell.plan
+    settings |= {"calibration_seed": study.first_seed, "seed": start.seed if plan.narrow else None}
+    if not plan.drops:
+        del settings["prune"]
+    if not plan.narrow:
+        del settings["slim"]
+    if not cell.trained:
+        del settings["finetune"]
+    if not cell.trained and not plan.narrow:
+        del settings["loss"]
+    return settings
+
+
+def run_cells(study: Study, cells: Sequence[Cell], *, devices: Sequence[str] = ()) -> None:
+    """Make and measure models, those that are there already left out.
+
+    Args:
+        study: What they belong to, prepared.
+        cells: The models.
+        devices: A process for each; empty = this process alone.
+    """
+    if not devices:
+        with _Progress(study, cells) as progress:
+            _work_through(study, cells, progress)
+        return
+    jobs = [(replace(study, machine=replace(study.machine, device=device)), cells) for device in devices]
+    with _Progress(study, cells) as progress:
+        run_workers(_work, jobs, watch=progress.look)
+
+
+def _work(job: tuple[Study, Sequence[Cell]]) -> None:
+    """What a process of its own does: it takes what no other one is at work at."""
+    _work_through(*job)
+
+
+def _work_through(study: Study, cells: Sequence[Cell], progress: "_Progress | None" = None) -> None:
+    starts = dict.fromkeys(start_of(cell, study.recipe) for cell in cells)
+    for start in starts:
+        with _alone(study.folder / MODELS / f"{start.name}.lock") as taken:
+            for cell in cells if taken else ():
+                if start_of(cell, study.recipe) == start:
+                    run_cell(study, cell)
+                    if progress:
+                        progress.look()
+            if taken and not study.keep_models:
+                shutil.rmtree(study.folder / MODELS / start.name, ignore_errors=True)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Give whether this process is the only one in the block for a lock file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w", encoding="utf-8") as file:
+        yield try_lock(file, fcntl.LOCK_EX)
+
+
+def run_cell(study: Study, cell: Cell) -> dict[str, object]:
+    """Return the record of a model, which is made and measured unless it is there.
+
+    The folder of a cell has ``record.json``, ``ndcg.json`` with each query's nDCG@10, a run for each collection, and
+    ``recipe.toml``; with ``keep_models`` the model, too. After a stop the same call goes on where it was.
+    """
+    folder = study.cell_folder(cell)
+    settings = cell_settings(study, cell)
+    if is_done(study, cell, settings):
+        return read_json(folder / RECORD)
+    with job_folder(folder, settings, restart=_is_of_other(folder, settings)):
+        begun = time.monotonic()
+        model = _model(study, cell, folder / "model")
+        made = time.monotonic()
+        job = study.job(cell)
+        _search(study, job, model, folder)
+        ended = time.monotonic()
+        record = as_json(cell) | {"settings": settings, "made_in": made - begun, "measured_in": ended - made}
+        record = _record(study, cell, model) | record
+        with whole_file(folder / RECORD) as file:
+            file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        if not study.keep_models:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+    return record
+
+
+def is_done(study: Study, cell: Cell, settings: dict[str, object] | None = None) -> bool:
+    """Return whether a cell has its record, of these settings and of all collections as they are."""
+    file = study.cell_folder(cell) / RECORD
+    if not file.is_file():
+        return False
+    record = read_json(file)
+    settings = cell_settings(study, cell) if settings is None else settings
+    known, asked = record["collections"], study.recipe.settings
+    return (
+        same_settings(settings, record["settings"])
+        and all(known.get(name) == value for name, value in study.collection_hashes.items())
+        and record["remove_query"] == asked.remove_query
+    )
+
+
+def _model(study: Study, cell: Cell, output: Path) -> str:
+    """Return the folder of a cell's model, or the name of the encoder; it is made unless it is there."""
+    if cell.trained and output.is_dir():
+        return str(output)
+    start = _start_model(study, start_of(cell, study.recipe))
+    if not cell.trained:
+        return start
+    fine_tune(study.job(cell), output, model=start)
+    return str(output)
+
+
+def _start_model(study: Study, start: Cell) -> str:
+    """Return the folder of a model that is not trained: the encoder, less what it loses."""
+    if start.plan.is_whole:
+        return study.recipe.base.encoder
+    folder = study.folder / MODELS / start.name
+    settings = cell_settings(study, start)
+    with job_folder(folder, settings, restart=_is_of_other(folder, settings)):
+        model, dropped, narrowed = None, folder / "dropped", folder / "narrowed"
+        if start.plan.drops:
+            if not dropped.is_dir():
+                # Parts are chosen on the same sample for all seeds.
+                drop(study.job(replace(start, seed=study.first_seed)), dropped)
+            model = str(dropped)
+        if start.plan.narrow:
+            if not narrowed.is_dir():
+                narrow(study.job(start), narrowed, model=model or study.recipe.base.encoder)
+            model = str(narrowed)
+    return model
+
+
+def _search(study: Study, job: Job, model: str, folder: Path) -> None:
+    """Make the runs that a cell lacks, or that are of other files."""
+    file = folder / "collections.json"
+    known = read_json(file) if file.is_file() else {}
+    for collection in study.collections:
+        run, hashes_now = folder / f"{collection.name}.trec", study.collection_hashes[collection.name]
+        if run.is_file() and known.get(collection.name) == hashes_now:
+            continue
+        run.unlink(missing_ok=True)
+        shutil.rmtree(run.with_suffix(".index"), ignore_errors=True)
+        files = map(str, collection_files(collection.folder, collection.split))
+        search_collection(*files, run, model, job.options(model))
+        known[collection.name] = hashes_now
+        with whole_file(file) as out:
+            out.write(json.dumps(known, indent=1) + "\n")
+
+
+def _record(study: Study, cell: Cell, model: str) -> dict[str, object]:
+    """Return what is known of a cell's model, and write each query's figure and the recipe beside it."""
+    job, folder = study.job(cell), study.cell_folder(cell)
+    encoder = Encoder.from_pretrained(model, job.options(model))
+    remove_query = study.recipe.settings.remove_query
+    per_query = {}
+    for collection in study.collections:
+        judgments = read_qrels(str(collection_files(collection.folder, collection.split)[2]))
+        run = folder / f"{collection.name}.trec"
+        per_query[collection.name] = ndcg_of_queries(run, judgments, remove_query=remove_query)
+    with whole_file(folder / QUERIES) as file:
+        file.write(json.dumps(per_query, indent=1) + "\n")
+    with whole_file(folder / RECIPE) as file:
+        file.write(format_recipe(replace(job.recipe, output=None)))
+    return {
+        "shape": shape_of(encoder)._asdict(),
+        "sizes": facts(empty_model(encoder.model.config)),
+        "pruned": getattr(encoder.model.config, "plan", []),
+        "dtype": dtype_name(encoder.dtype),
+        "training": read_json(Path(model) / TRAINING_FILE)["result"] if cell.trained else None,
+        "collections": study.collection_hashes,
+        "remove_query": remove_query,
+        "ndcg": {name: sum(values.values()) / len(values) for name, values in per_query.items()},
+        "queries": {name: len(values) for name, values in per_query.items()},
+    }
+
+
+def read_record(study: Study, cell: Cell) -> dict[str, object]:
+    """Return the record of a cell that is done."""
+    return read_json(study.cell_folder(cell) / RECORD)
+
+
+def read_queries(study: Study, cell: Cell) -> dict[str, dict[str, float]]:
+    """Return by collection each query's nDCG@10 of a cell that is done."""
+    queries = read_json(study.cell_folder(cell) / QUERIES)
+    return {collection.name: queries[collection.name] for collection in study.collections}
+
+
+def shape_of_record(record: dict[str, object]) -> Shape:
+    """Return the shape in a record."""
+    return Shape(*(tuple(record["shape"][name]) for name in Shape._fields))
+
+
+def _speed_records(study: Study) -> SpeedRecords:
+    """Return the measured speeds, those of another model, text or machine discarded."""
+    texts = [document_text(document) for document in read_corpus(study.calibration)]
+    size = study.recipe.settings.speed_texts
+    texts = (texts * (size // len(texts) + 1))[:size]
+    job, folder = study.job(Cell(Plan(), study.first_seed)), study.folder / SPEEDS
+    settings = {
+        "data": _data_settings(study, Cell(Plan(), study.first_seed)),
+        "speed_texts": size,
+        "device": study.machine.device,
+        "batch_tokens": study.machine.batch_tokens,
+    }
+    with job_folder(folder, settings, restart=_is_of_other(folder, settings)):
+        # How long a text a model reads is its own affair here, as it is in the evaluation.
+        return SpeedRecords(folder / "shapes", study.recipe.base.encoder, job.options(job.recipe.encoder), texts)
+
+
+def _native_rows(study: Study, planner: Planner, speeds: SpeedRecords) -> list[Row]:
+    """Return whole blocks alone, and one width for all layers, each as nearly as fast as EffiR's model as it can be."""
+    cell = Cell(planner.effir, study.first_seed)
+    record, dtype = read_record(study, cell), study.recipe.settings.dtypes[0]
+    target = speeds.of(shape_of_record(record), dtype).speedup
+    rows = []
+    whole = shape_of_record(read_record(study, Cell(Plan(), study.first_seed)))
+    layers = len(whole.widths)
+    present = [layer_idx for layer_idx in range(layers) if whole.widths[layer_idx] or whole.attentions[layer_idx]]
+
+    def without_blocks(number: int) -> Shape:
+        gone = present[len(present) - number :]
+        widths = tuple(0 if i in gone else width for i, width in enumerate(whole.widths))
+        return Shape(widths, tuple(a and i not in gone for i, a in enumerate(whole.attentions)))
+
+    def as_narrow(width: int) -> Shape:
+        return Shape(tuple(min(width, of_layer) for of_layer in whole.widths), whole.attentions)
+
+    if len(present) > 1:
+        numbers = list(range(1, len(present)))
+        number = nearest_in_speed(target, numbers, lambda n: speeds.of(without_blocks(n), dtype).speedup)
+        rows.append(Row(f"{number} whole blocks" if number > 1 else "1 whole block", planner.blocks(number)))
+    if len(set(planner.widths)) == 1 and planner.widths[0] > STEP:
+        widths = list(range(STEP * ((planner.widths[0] - 1) // STEP), 0, -STEP))
+        width = nearest_in_speed(target, widths, lambda w: speeds.of(as_narrow(w), dtype).speedup)
+        rows.append(Row(f"one width, {width} of {planner.widths[0]} units", planner.uniform(width)))
+    else:
+        logger.warning("the MLPs have several widths, or hardly any, so one width for all layers is not compared")
+    return rows
+
+
+def _measure_speeds(study: Study, tables: Tables, speeds: SpeedRecords) -> None:
+    """Measure the shape of every row whose size or speed is compared, each once, after everything else is done."""
+    shapes = list(dict.fromkeys(shape.canonical for shape in timed_shapes(study, tables).values()))
+    wanted = [(shape, dtype) for dtype in study.recipe.settings.dtypes for shape in shapes]
+    missing = [pair for pair in wanted if not speeds.file(*pair).is_file()]
+    for shape, dtype in tqdm(missing, desc="speed", unit=" shapes", disable=None):
+        speeds.of(shape, dtype)
+
+
+def timed_shapes(study: Study, tables: Tables) -> dict[Plan, Shape]:
+    """Return the shapes of the plans whose speed is told; criteria of units change shapes hardly."""
+    plans = [row.plan for name in ("kinds", "shape", "native") for row in tables.get(name, ())]
+    cells = [Cell(plan, study.first_seed) for plan in dict.fromkeys(plans)]
+    return {cell.plan: shape_of_record(read_record(study, cell)) for cell in cells}
+
+
+class _Progress:
+    """A bar over the models, and a line in the log for each, with the time that is left.
+
+    Trained and untrained models take different times, so that each kind is counted by its own mean.
+    """
+
+    def __init__(self, study: Study, cells: Sequence[Cell]) -> None:
+        self.study, self.settings = study, {cell: cell_settings(study, cell) for cell in cells}
+        self.waiting = [cell for cell in cells if not self._is_done(cell)]
+        self.total, self.begun = len(self.waiting), time.monotonic()
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}
+        if len(cells) > self.total:
+            logger.info("%d of %d models are done already", len(cells) - self.total, len(cells))
+
+    def __enter__(self) -> "_Progress":
+        self.bar = tqdm(total=self.total, desc="models", unit=" models", disable=None)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bar.close()
+
+    def look(self) -> None:
+        """Count what has been done since the last look."""
+        for cell in list(self.waiting):
+            if not self._is_done(cell):
+                continue
+            self.waiting.remove(cell)
+            record = read_record(self.study, cell)
+            self.seconds[cell.trained].append(record["made_in"] + record["measured_in"])
+            self.bar.update(1)
+            self.bar.set_postfix_str(self._left())
+            ndcg = ", ".join(f"{name} {value:.4f}" for name, value in record["ndcg"].items())
+            number = self.total - len(self.waiting)
+            logger.info("model %d of %d: %s: %s; %s", number, self.total, cell.name, ndcg, self._left())
+
+    def _is_done(self, cell: Cell) -> bool:
+        return is_done(self.study, cell, self.settings[cell])
+
+    def _left(self) -> str:
+        """Return about how long the rest takes, by what has been done at once so far."""
+        done = sum(self.seconds[False]) + sum(self.seconds[True])
+        at_once = done / max(time.monotonic() - self.begun, 1e-9)
+        longest = max((sum(values) / len(values) for values in self.seconds.values() if values), default=0)
+        left = sum(
+            sum(self.seconds[cell.trained]) / len(self.seconds[cell.trained]) if self.seconds[cell.trained] else longest
+            for cell in self.waiting
+        )
+        minutes = left / max(at_once, 1e-9) / 60
+        return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {60 * minutes:.0f} s left"
