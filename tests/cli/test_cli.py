@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import click
 import ir_measures
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import QRELS as QRELS_OF_COLLECTION
 from ir_measures import R
+from processes import run_command
 
 from effir_search.cli import cli
 from effir_search.cli.main import describe_error
@@ -576,14 +578,20 @@ def test_an_error_of_the_system_names_the_file_and_leaves_out_the_number(tmp_pat
     assert describe_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
 
 
+def lose(package):
+    """Make a package one that is not installed, for whatever of ours imports it from now on."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in (package, "effir_search")]:
+        del sys.modules[name]
+    sys.modules[package] = None
+
+
 @pytest.mark.parametrize("package", ["accelerate", "peft", "pydantic", "tomli_w"])
 @pytest.mark.parametrize("command", ["finetune", "compress"])
 def test_a_missing_extra_is_named_on_one_line(tmp_path, package, command):
     if package in ("pydantic", "tomli_w") and command == "finetune":
         return  # which reads and writes no recipe
-    script = f"import sys; sys.modules[{package!r}] = None; from effir_search.cli import cli; cli(sys.argv[1:])"
-    arguments = [command, "--encoder", "x", "--train", "y", "--output", str(tmp_path / "z")]
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    arguments = [command, "--encoder", "x", "--train", "y", "--output", tmp_path / "z"]
+    result = run_command(*arguments, prepare=partial(lose, package))
     assert result.returncode == 1
     assert (
         result.stderr.startswith(f"Error: {package} is not installed; pip install ") and result.stderr.count("\n") == 1

@@ -22,11 +22,6 @@ from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import Query
 
 
-@pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
-
-
 def test_an_older_java_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "release").write_text('JAVA_VERSION="17.0.15"\n')
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))

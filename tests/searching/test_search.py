@@ -22,11 +22,6 @@ from effir_search.text.trec import Query, read_qrels, read_run, strictly_decreas
 
 
 @pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
-
-
-@pytest.fixture(scope="module")
 def topics(collection):
     return load_topics(str(collection / "queries.jsonl"))
 

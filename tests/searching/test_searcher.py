@@ -5,18 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import TOPICS
 
-from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index
 from effir_search.searching.search import search
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.corpus import Document
 from effir_search.text.trec import Query
-
-
-@pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 @pytest.fixture(scope="module")

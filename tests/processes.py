@@ -1,0 +1,105 @@
+"""The command in processes forked from one that has imported it all: a start takes a moment, not five seconds."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from unittest import mock
+
+# Importing these runs no parallel loop, so that the copies can start threads of their own.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    [
+        *("effir_search.cli", "effir_search.compression.compress", "effir_search.indexing.build"),
+        *("effir_search.searching.search", "effir_search.training.finetune", "sentence_transformers"),
+        *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"),
+    ]
+)
+
+
+class Command:
+    """A command at work, with those methods of subprocess.Popen that tests use.
+
+    Args:
+        arguments: Of ``effir``.
+        environment: Variables to add. Those that a library reads when it is imported have no effect.
+        cwd: Folder to work in.
+        prepare: What the process calls first.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        self.args = list(map(str, arguments))
+        self._outputs = tempfile.mkdtemp()
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            ensure_running()
+            variables = os.environ | (environment or {})
+        job = (self.args, variables, cwd or Path.cwd(), prepare, self._outputs)
+        self._process = context.Process(target=_work, args=job)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self) -> tuple[str, str]:
+        """Wait for the end, and return once what was written to stdout and to stderr."""
+        self.wait()
+        files = [Path(self._outputs, name) for name in ("stdout", "stderr")]
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in files)
+        shutil.rmtree(self._outputs)
+        return stdout, stderr
+
+
+def run_command(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    command = Command(*arguments, **options)
+    stdout, stderr = command.communicate()
+    return subprocess.CompletedProcess(command.args, command.returncode, stdout, stderr)
+
+
+def torchrun(*arguments: object) -> subprocess.Popen:
+    """Start a command in two new processes, as torchrun does."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "effir_search"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _work(
+    arguments: list[str], variables: dict[str, str], cwd: Path, prepare: Callable[[], object] | None, outputs: str
+) -> None:
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        file = os.open(Path(outputs, name), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    if prepare is not None:
+        prepare()
+
+    from effir_search.cli import cli
+
+    cli(arguments, prog_name="effir")
