@@ -1,6 +1,5 @@
 """Tiny real models, a word-level tokenizer and a toy collection, all built in code."""
 
-import contextlib
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import transformers
@@ -286,15 +284,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, bert_folder: P
     return index_dir
 
 
-def kill_when_there(process: subprocess.Popen | Command, file: Path, *, with_children: bool = False) -> None:
+def kill_when_there(process: Command, file: Path) -> None:
     """Kill a process at work with SIGKILL as soon as it has written a file."""
     while not file.is_file():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
-    # The workers of torchrun outlive it, and are groups of their own.
-    for child in psutil.Process(process.pid).children(recursive=True) if with_children else ():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

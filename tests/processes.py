@@ -1,25 +1,29 @@
 """The command in processes forked from one that has imported it all: a start takes a moment, not five seconds."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest import mock
 
-# Importing these runs no parallel loop, so that the copies can start threads of their own.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        *("effir_search.cli", "effir_search.compression.compress", "effir_search.indexing.build"),
-        *("effir_search.searching.search", "effir_search.training.finetune", "sentence_transformers"),
-        *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"),
-    ]
-)
+TESTS = Path(__file__).parent
+
+
+def fork_server() -> BaseContext:
+    """Start what forks processes, of one thread each, unless it runs; return the context that asks it to."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"):
+        ensure_running()
+    return context
 
 
 class Command:
@@ -41,13 +45,9 @@ class Command:
     ) -> None:
         self.args = list(map(str, arguments))
         self._outputs = tempfile.mkdtemp()
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-            ensure_running()
-            variables = os.environ | (environment or {})
-        job = (self.args, variables, cwd or Path.cwd(), prepare, self._outputs)
-        self._process = context.Process(target=_work, args=job)
+        job = (self.args, os.environ | (environment or {}), cwd or Path.cwd(), prepare, self._outputs)
+        self._process = fork_server().Process(target=_work, args=job)
         self._process.start()
-        self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -61,7 +61,8 @@ class Command:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self._process.pid, number)
 
     def communicate(self) -> tuple[str, str]:
         """Wait for the end, and return once what was written to stdout and to stderr."""
@@ -77,6 +78,16 @@ def run_command(*arguments: object, **options: object) -> subprocess.CompletedPr
     command = Command(*arguments, **options)
     stdout, stderr = command.communicate()
     return subprocess.CompletedProcess(command.args, command.returncode, stdout, stderr)
+
+
+def start_ranks(count: int, *arguments: object) -> list[Command]:
+    """Start a command in several processes, with those variables of torchrun that tell them of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [Command(*arguments, environment={name: str(value) for name, value in rank.items()}) for rank in ranks]
 
 
 def torchrun(*arguments: object) -> subprocess.Popen:

@@ -2,6 +2,7 @@ import gzip
 import importlib.util
 import json
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from conftest import (
     word_tokenizer,
     write_jsonl,
 )
-from processes import Command, torchrun
+from processes import Command, start_ranks
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
@@ -467,12 +468,13 @@ def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path
     one = Command(*common, "--output", tmp_path / "one")
     _, told = one.communicate()
     assert one.returncode == 0, told
-    killed = torchrun(*common, "--output", tmp_path / "two")
-    kill_when_there(killed, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json", with_children=True)
-    assert not (tmp_path / "two").exists()
-    two = torchrun(*common, "--output", tmp_path / "two")
-    _, told = two.communicate()
-    assert two.returncode == 0 and "continuing from" in told, told
+    first, second = start_ranks(2, *common, "--output", tmp_path / "two")
+    kill_when_there(first, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json")
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() != 0 and not (tmp_path / "two").exists()
+    two = start_ranks(2, *common, "--output", tmp_path / "two")
+    told = [rank.communicate()[1] for rank in two]
+    assert [rank.returncode for rank in two] == [0, 0] and "continuing from" in told[0], told
     found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     # A key's bias shifts all products of a query alike, which softmax does not see: its gradient is rounding alone, of
     # which Adam makes steps as large as any other.
