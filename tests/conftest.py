@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,12 @@ TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + [
 QUERIES = ["what eats the cat ?", "hot soup", "tea " * 80]
 # Of the fixture ``corpus``: twelve parts of 1,024, and a bit.
 NUM_DOCUMENTS = 12 * 1024 + 100
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes come first: they take longest, so no process has one left at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def word_tokenizer(*, bos: bool = False, eos: bool = False, **options: object) -> PreTrainedTokenizerFast:
@@ -119,6 +126,14 @@ DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"}
 PRUNABLE = (*FAMILIES[:-1], "xlm_roberta")
 
 
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in eval mode with larger weights, and random biases and norms, so that no error hides behind a 0 or 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
 def prunable_model(family: str) -> PreTrainedModel:
     """A seeded tiny model in eval mode, its biases and norms random too; kinds of attention mixed where they can be."""
     config = tiny_config(family)
@@ -136,10 +151,7 @@ def prunable_model(family: str) -> PreTrainedModel:
     model = AutoModel.from_config(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(model)
 
 
 def save_model(folder: Path, family: str, *, causal: bool = False, **tokenizer_options: object) -> Path:
@@ -282,6 +294,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, bert_folder: P
     done = run_command("index", *places, "--threads", 1, "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     return index_dir
+
+
+@pytest.fixture
+def pyserini_folder(tmp_path: Path, toy_index: Path) -> Path:
+    """The toy index as Pyserini would write it, without a record."""
+    for name in ("index", "docid"):
+        shutil.copy(toy_index / name, tmp_path / name)
+    return tmp_path
 
 
 def kill_when_there(process: Command, file: Path) -> None:

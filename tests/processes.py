@@ -44,8 +44,14 @@ class Command:
         prepare: Callable[[], object] | None = None,
     ) -> None:
         self.args = list(map(str, arguments))
-        self._outputs = tempfile.mkdtemp()
-        job = (self.args, os.environ | (environment or {}), cwd or Path.cwd(), prepare, self._outputs)
+        self._outputs, self._written = tempfile.mkdtemp(), None
+        job = (
+            self.args,
+            os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            cwd or Path.cwd(),
+            prepare,
+            self._outputs,
+        )
         self._process = fork_server().Process(target=_work, args=job)
         self._process.start()
 
@@ -57,7 +63,7 @@ class Command:
         return self._process.exitcode
 
     def wait(self) -> int:
-        self._process.join()
+        self.communicate()
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
@@ -65,12 +71,13 @@ class Command:
             os.kill(self._process.pid, number)
 
     def communicate(self) -> tuple[str, str]:
-        """Wait for the end, and return once what was written to stdout and to stderr."""
-        self.wait()
-        files = [Path(self._outputs, name) for name in ("stdout", "stderr")]
-        stdout, stderr = (file.read_text() if file.exists() else "" for file in files)
-        shutil.rmtree(self._outputs)
-        return stdout, stderr
+        """Wait for the end, and return what was written to stdout and to stderr."""
+        self._process.join()
+        if self._written is None:
+            files = [Path(self._outputs, name) for name in ("stdout", "stderr")]
+            self._written = tuple(file.read_text() if file.exists() else "" for file in files)
+            shutil.rmtree(self._outputs)
+        return self._written
 
 
 def run_command(*arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -66,6 +66,7 @@ def effir(*args):
 # Help
 
 
+@pytest.mark.processes
 def test_help_takes_less_than_three_tenths_of_a_second():
     seconds = []
     for _ in range(5):
@@ -180,6 +181,7 @@ def test_evaluate_prints_every_query_as_json(folder):
     assert json.loads(result.stdout) == {"mean": {"RR@10": 0.5}, "per_query": {"q1": {"RR@10": 0.5}}}
 
 
+@pytest.mark.processes
 def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     with open(folder / "qrels.tsv", "a") as file:
         file.write("q2\td1\t1\nq3\td1\t0\n")
@@ -195,6 +197,7 @@ def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     assert effir(*args, "--only-with-positives").stdout.split() == ["RR@10", "all", "0.2500"]
 
 
+@pytest.mark.processes
 def test_evaluate_starts_neither_torch_nor_java(folder):
     args = ["evaluate", "--run", str(folder / "run.txt"), "--qrels", str(folder / "qrels.tsv")]
     code = f"import sys; from effir_search.cli import cli; cli({args}, standalone_mode=False); print(*sys.modules)"
@@ -492,12 +495,14 @@ def test_another_encoder_than_the_indexs_is_one_line(toy_index, llama_folder, er
 # Exit statuses and tracebacks
 
 
+@pytest.mark.processes
 def test_an_error_ends_the_process_with_1_and_one_line_on_stderr(folder):
     result = effir("evaluate", "--run", folder / "missing", "--qrels", folder / "qrels.tsv")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == f"Error: {folder / 'missing'}: No such file or directory\n"
 
 
+@pytest.mark.processes
 def test_debug_shows_the_traceback(folder):
     result = effir("--debug", "evaluate", "--run", folder / "missing", "--qrels", folder / "qrels.tsv")
     assert result.returncode == 1
@@ -585,6 +590,7 @@ def lose(package):
     sys.modules[package] = None
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("package", ["accelerate", "peft", "pydantic", "tomli_w"])
 @pytest.mark.parametrize("command", ["finetune", "compress"])
 def test_a_missing_extra_is_named_on_one_line(tmp_path, package, command):

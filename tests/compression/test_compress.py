@@ -167,6 +167,7 @@ MARKS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "llama", "qwen2"))]
 )
@@ -192,6 +193,7 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
     assert (tmp_path / "stopped" / "recipe.toml").read_text() == (tmp_path / "whole" / "recipe.toml").read_text()
 
 
+@pytest.mark.processes
 def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp_path, models, texts, recipe):
     folder = shutil.copytree(models["bert"], tmp_path / "model")
     options = ["--recipe", recipe, "--encoder", folder, "--texts", texts, *OPTIONS]
@@ -210,6 +212,7 @@ def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp
     assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2
 
 
+@pytest.mark.processes
 def test_other_settings_after_a_stop_cost_only_the_stages_that_depend_on_them(tmp_path, models, texts, recipe):
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
     options += ["--output", tmp_path / "small"]
@@ -305,6 +308,7 @@ def test_the_teachers_scores_are_made_as_the_recipe_reads_texts(tmp_path, models
     assert json.loads(line)["scores"] == pytest.approx(bi_encoder_scores(encoder, pairs), abs=0.02)
 
 
+@pytest.mark.processes
 def test_what_is_evaluated_may_change_after_a_stop(tmp_path, models, texts, recipe, collection):
     other = shutil.copytree(collection, tmp_path / "other")
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
@@ -336,6 +340,7 @@ def test_depth_alone_and_width_alone(tmp_path, models, texts, recipe):
     assert sum(read_json(tmp_path / "wide" / "config.json")["mlp_widths"]) == 4 * 48 * 3 // 4
 
 
+@pytest.mark.processes
 def test_processes_of_a_launcher_share_the_training_and_nothing_else(tmp_path, models, texts, recipe):
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
     two = torchrun("compress", *options, "--output", tmp_path / "two")

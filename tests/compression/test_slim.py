@@ -260,6 +260,7 @@ def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_
     assert (tmp_path / "slim").exists() == (criterion == "activation")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "mark, more", [("data/texts.jsonl", []), ("gates.safetensors", []), ("gates.safetensors", ["--restart"])]
 )

@@ -58,6 +58,7 @@ def kill_after(num_parts, *args):
     assert job.wait() == -signal.SIGKILL
 
 
+@pytest.mark.processes
 def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path, corpus, bert_folder, whole):
     kill_after(4, corpus, bert_folder, tmp_path / "index")
     assert not (tmp_path / "index").exists()
@@ -69,6 +70,7 @@ def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_a_job_told_to_end_leaves_its_parts_and_nothing_hidden(tmp_path, corpus, bert_folder, whole):
     job = Command(*arguments(corpus, bert_folder, tmp_path / "index"))
     store = store_of(tmp_path / "index")
@@ -82,6 +84,7 @@ def test_a_job_told_to_end_leaves_its_parts_and_nothing_hidden(tmp_path, corpus,
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
     peaks, sizes = [], []
@@ -98,6 +101,7 @@ def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
     assert growth <= of_index + 100e6
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tmp_path, corpus, bert_folder, whole):
@@ -127,6 +131,7 @@ def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tm
     assert num_killed >= 10
 
 
+@pytest.mark.processes
 def test_two_shards_in_two_processes_equal_one(tmp_path, corpus, bert_folder, whole):
     options = ["--num-shards", "2", "--shard-id"]
     jobs = [Command(*arguments(corpus, bert_folder, tmp_path / "index", *options, str(number))) for number in (0, 1)]
@@ -136,6 +141,7 @@ def test_two_shards_in_two_processes_equal_one(tmp_path, corpus, bert_folder, wh
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_a_shard_alone_writes_no_index_and_the_last_one_does(tmp_path, corpus, bert_folder, whole):
     shards = [Shard(number, 3) for number in range(3)]
     infos = [
@@ -161,9 +167,9 @@ def test_shards_are_contiguous_blocks_that_cover_every_part_once(num_parts, coun
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 
 
-@pytest.fixture
-def stopped(tmp_path, corpus, encoder):
-    """The index folder, not there yet, of a job that stopped after three parts."""
+@pytest.fixture(scope="module")
+def three_parts_done(tmp_path_factory, corpus, encoder):
+    """The store of a job that stopped after three parts."""
 
     def three_parts():
         for number, document in enumerate(read_corpus(corpus)):
@@ -171,10 +177,17 @@ def stopped(tmp_path, corpus, encoder):
                 raise InterruptedError("stopped")
             yield document
 
-    summary = scan_corpus(corpus)
+    summary, index_dir = scan_corpus(corpus), tmp_path_factory.mktemp("stopped") / "index"
     with pytest.raises(InterruptedError):
-        build_index(three_parts(), encoder, tmp_path / "index", source=Source(sha256=summary.sha256))
-    assert store_of(tmp_path / "index").parts().keys() == {0, 1, 2}
+        build_index(three_parts(), encoder, index_dir, source=Source(sha256=summary.sha256))
+    assert store_of(index_dir).parts().keys() == {0, 1, 2}
+    return store_of(index_dir).path
+
+
+@pytest.fixture
+def stopped(tmp_path, three_parts_done):
+    """The index folder, not there yet, of a job that stopped after three parts."""
+    shutil.copytree(three_parts_done, store_of(tmp_path / "index").path)
     return tmp_path / "index"
 
 
@@ -253,6 +266,7 @@ def test_a_finished_part_of_other_documents_is_an_error(tmp_path, encoder):
     )
 
 
+@pytest.mark.processes
 def test_a_job_continues_with_the_arithmetic_it_was_begun_with(tmp_path, corpus, bert_folder):
     options = ["--dtype", "bf16", "--batch-tokens", "500"]
     kill_after(2, corpus, bert_folder, tmp_path / "index", *options)

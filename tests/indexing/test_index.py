@@ -141,6 +141,7 @@ def test_bad_lines_are_counted_in_the_record(tmp_path, bert_folder, caplog):
     assert verify_index(tmp_path / "index", Encoder.from_pretrained(bert_folder)).num_documents == 2
 
 
+@pytest.mark.processes
 # 2,000 vectors of 32 float32 are 256,000 bytes, and 131,072 of them are the first part's.
 @pytest.mark.parametrize(("room", "named"), [(100_000, "out/index.parts/part-00000.npy"), (200_000, "out/index")])
 def test_a_full_disk_is_one_line_that_names_the_file_and_no_index(tmp_path, bert_folder, room, named):

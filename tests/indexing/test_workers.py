@@ -39,6 +39,7 @@ def wait_for_end(pid, seconds=20):
     return not is_alive(pid)
 
 
+@pytest.mark.processes
 def test_workers_give_the_index_that_one_process_gives(tmp_path, corpus, bert_folder, whole):
     done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
     assert done.returncode == 0, done.stderr
@@ -46,6 +47,7 @@ def test_workers_give_the_index_that_one_process_gives(tmp_path, corpus, bert_fo
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus, bert_folder, whole):
     kill_after(4, corpus, bert_folder, tmp_path / "index", "--workers", "2")
     store, now = store_of(tmp_path / "index"), time.monotonic()
@@ -62,6 +64,7 @@ def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus,
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_their_parent(tmp_path, how):
     program = (
@@ -86,12 +89,14 @@ def test_workers_die_with_their_parent(tmp_path, how):
     assert all(map(wait_for_end, pids))
 
 
+@pytest.mark.processes
 def test_what_a_worker_raises_is_raised_and_the_others_are_stopped(tmp_path):
     with pytest.raises(ValueError, match="a bad line"):
         run_workers(fail_or_wait, [tmp_path / "waits", ValueError("docs.jsonl:3: a bad line")])
     assert not (tmp_path / "waits").exists() or wait_for_end(pid_of(tmp_path / "waits"))
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_an_error_too_long_for_the_pipe_is_raised_too(tmp_path):
     long = "docs.jsonl:3: " + 300_000 * "x"
@@ -100,6 +105,7 @@ def test_an_error_too_long_for_the_pipe_is_raised_too(tmp_path):
     assert str(raised.value) == long
 
 
+@pytest.mark.processes
 def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_traceback(tmp_path):
     for raised, expected, message in (
         (ValueError("a bad line"), ValueError, "a bad line"),
@@ -112,6 +118,7 @@ def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_t
         assert note.startswith("In the worker:\nTraceback") and "in fail_or_wait" in note
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("work", "message"), [(leave, "ended with status 3"), (kill_itself, "was killed by signal 9; .* continues")]
 )
@@ -120,6 +127,7 @@ def test_a_worker_that_ends_without_a_word_is_an_error(work, message):
         run_workers(work, [3])
 
 
+@pytest.mark.processes
 def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, corpus, bert_folder, whole):
     for number in ("0", "1"):
         options = ("--workers", "2", "--num-shards", "2", "--shard-id", number)
@@ -129,6 +137,7 @@ def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, co
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("more", [[], ["--keep-embeddings"]])
 def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_folder, whole, more):
     index_dir = shutil.copytree(whole, tmp_path / "index")
@@ -143,6 +152,7 @@ def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_f
     assert store_of(index_dir).is_kept() == bool(more)
 
 
+@pytest.mark.processes
 def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):
     job = (str(corpus), str(bert_folder), tmp_path / "index", IndexSettings(threads=1), EncoderOptions(dtype="fp32"))
     for number in range(2):
@@ -154,6 +164,7 @@ def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_fol
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_shards_write_into_an_empty_folder(tmp_path, corpus, bert_folder, whole):
     (tmp_path / "index").mkdir()
     done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
@@ -204,6 +215,7 @@ def test_a_launchers_variables_that_name_no_shard_are_an_error(launcher, number,
         this_shard(None, None)
 
 
+@pytest.mark.processes
 def test_a_batch_script_writes_the_index(tmp_path, corpus, bert_folder, whole):
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     done = run(corpus, bert_folder, tmp_path / "index", environment=batch)
@@ -211,6 +223,7 @@ def test_a_batch_script_writes_the_index(tmp_path, corpus, bert_folder, whole):
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 def test_a_shard_that_ends_before_others_says_that_no_index_was_written(tmp_path, corpus, bert_folder):
     step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     done = run(corpus, bert_folder, tmp_path / "index", environment=step)

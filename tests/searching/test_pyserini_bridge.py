@@ -35,6 +35,7 @@ def test_a_java_21_or_newer_in_java_home_is_used(tmp_path, monkeypatch):
     assert java_home() == str(tmp_path)
 
 
+@pytest.mark.processes
 def test_pyserini_starts_without_a_key_a_java_or_the_hub(tmp_path):
     module = "effir_search.searching.pyserini_bridge"
     code = f"from {module} import pyserini_faiss; print(pyserini_faiss().FaissSearcher.__name__)"

@@ -374,6 +374,7 @@ def arguments(model: Path, examples: str, output: Path) -> list[str]:
     return ["finetune", "--encoder", str(model), "--train", examples, "--output", str(output), *options.split()]
 
 
+@pytest.mark.processes
 def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
     whole = Command(*arguments(pruned, examples, tmp_path / "whole"))
     _, told = whole.communicate()
@@ -451,6 +452,7 @@ def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warm
     assert rates[0] < 1e-3 and rates[-1] == 1e-3
 
 
+@pytest.mark.processes
 def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path, pruned, examples):
     options = [
         "--batch-size",

@@ -350,6 +350,7 @@ def in_a_process(rank: int, folder: str, teacher: str, store: str, results: str)
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path, bert_folder):
     teacher = str(save_model(tmp_path / "teacher", "roberta"))
     job = (str(bert_folder), teacher, str(tmp_path / "store"), str(tmp_path / "result"))
