@@ -16,9 +16,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/effir demo
 
-# A process for each core, up to 4, each with one thread; the tests of a file stay together.
+# A process for each core, up to 4, each with one thread; the tests of a file stay together, the slowest files first.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

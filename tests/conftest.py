@@ -1,18 +1,19 @@
 """Tiny real models, a word-level tokenizer and a toy collection, all built in code."""
 
-import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
+import numpy as np
 import pytest
 import torch
 import transformers
+from processes import Command, run_command
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -49,6 +50,14 @@ TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + [
     "red yellow orange plum " * 9,
 ]
 QUERIES = ["what eats the cat ?", "hot soup", "tea " * 80]
+# Of the fixture ``corpus``: twelve parts of 1,024, and a bit.
+NUM_DOCUMENTS = 12 * 1024 + 100
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes come first: they take longest, so no process has one left at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def word_tokenizer(*, bos: bool = False, eos: bool = False, **options: object) -> PreTrainedTokenizerFast:
@@ -117,6 +126,14 @@ DECODERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"}
 PRUNABLE = (*FAMILIES[:-1], "xlm_roberta")
 
 
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in eval mode with larger weights, and random biases and norms, so that no error hides behind a 0 or 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
 def prunable_model(family: str) -> PreTrainedModel:
     """A seeded tiny model in eval mode, its biases and norms random too; kinds of attention mixed where they can be."""
     config = tiny_config(family)
@@ -134,10 +151,7 @@ def prunable_model(family: str) -> PreTrainedModel:
     model = AutoModel.from_config(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(model)
 
 
 def save_model(folder: Path, family: str, *, causal: bool = False, **tokenizer_options: object) -> Path:
@@ -209,9 +223,32 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoder(bert_folder: Path):
+    """The tiny BERT in float32; tests do not change it."""
+    from effir_search.encoding.encoder import Encoder
+
+    return Encoder.from_pretrained(bert_folder, dtype="fp32")
+
+
+@pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama as a causal language model, without sentence-transformers' files; its tokenizer adds BOS only."""
     return save_model(tmp_path_factory.mktemp("llama"), "llama", causal=True)
+
+
+@pytest.fixture(scope="session")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny cross-encoder."""
+    return save_cross_encoder(tmp_path_factory.mktemp("reranker"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 60 texts of random words."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "texts.txt"
+    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -237,15 +274,41 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_f
     return index_dir
 
 
-def kill_when_there(process: subprocess.Popen, file: Path, *, with_children: bool = False) -> None:
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many documents that a store has parts of them, of many lengths."""
+    words = ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet"]
+    rng = np.random.default_rng(0)
+    records = [
+        {"_id": f"d{number:05}", "text": " ".join(rng.choice(words, size=rng.integers(0, 20)))}
+        for number in range(NUM_DOCUMENTS)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, bert_folder: Path) -> Path:
+    """The index of an undisturbed job; tests copy it before they damage it."""
+    index_dir = tmp_path_factory.mktemp("whole") / "index"
+    places = ["--corpus", corpus, "--encoder", bert_folder, "--output", index_dir]
+    done = run_command("index", *places, "--threads", 1, "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    return index_dir
+
+
+@pytest.fixture
+def pyserini_folder(tmp_path: Path, toy_index: Path) -> Path:
+    """The toy index as Pyserini would write it, without a record."""
+    for name in ("index", "docid"):
+        shutil.copy(toy_index / name, tmp_path / name)
+    return tmp_path
+
+
+def kill_when_there(process: Command, file: Path) -> None:
     """Kill a process at work with SIGKILL as soon as it has written a file."""
     while not file.is_file():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
-    # The workers of torchrun outlive it, and are groups of their own.
-    for child in psutil.Process(process.pid).children(recursive=True) if with_children else ():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

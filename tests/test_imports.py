@@ -137,6 +137,7 @@ def test_imports_are_found_wherever_they_stand():
     }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("module", ["effir_search", "effir_search.cli", "effir_search.settings"])
 def test_importing_the_package_and_its_commands_loads_nothing_heavy(module):
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"

@@ -23,7 +23,8 @@ from effir_search.indexing.index_record import (
     store_of,
 )
 from effir_search.indexing.resume import StoreSettings, settings_of
-from effir_search.indexing.store import WHOLE, Shard, Store, documents_in, number_of_parts
+from effir_search.indexing.shard import WHOLE, Shard
+from effir_search.indexing.store import Store, documents_in, number_of_parts
 from effir_search.indexing.workers import run_workers
 from effir_search.model.checkpoint import dtype_name
 from effir_search.settings import EncoderOptions, IndexSettings

@@ -14,7 +14,8 @@ from effir_search.errors import UserError
 from effir_search.indexing.copies import digests
 from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE
-from effir_search.indexing.store import WHOLE, Part, Shard, Store, documents_in, number_of_parts
+from effir_search.indexing.shard import WHOLE, Shard
+from effir_search.indexing.store import Part, Store, documents_in, number_of_parts
 from effir_search.text.corpus import CorpusHasher, Document, document_text
 
 logger = logging.getLogger(__name__)

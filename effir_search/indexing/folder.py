@@ -39,7 +39,8 @@ from effir_search.indexing.index_record import (
     read_index,
     store_of,
 )
-from effir_search.indexing.store import WHOLE, Shard, Store
+from effir_search.indexing.shard import WHOLE, Shard
+from effir_search.indexing.store import Store
 from effir_search.settings import IndexSettings
 
 logger = logging.getLogger(__name__)

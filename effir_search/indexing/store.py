@@ -36,6 +36,7 @@ from effir_search.files.reading import read_json
 from effir_search.files.whole import write_whole
 from effir_search.indexing.copies import DIGEST, first_of_equal
 from effir_search.indexing.resume import PART_SIZE, StoreSettings
+from effir_search.indexing.shard import Shard
 from effir_search.text.corpus import Document
 
 logger = logging.getLogger(__name__)
@@ -58,20 +59,6 @@ class Part(NamedTuple):
     npy_sha256: str = ""
     ids_sha256: str = ""
     tokens_sha256: str = ""  # empty in a store of an earlier version, which has no such file
-
-
-class Shard(NamedTuple):
-    """Shard ``number`` (0-based) of ``count``: the number-th contiguous block of parts."""
-
-    number: int = 0
-    count: int = 1
-
-    def parts(self, num_parts: int) -> range:
-        """Return the numbers of this shard's parts; any two shards differ by one part at most."""
-        return range(num_parts * self.number // self.count, num_parts * (self.number + 1) // self.count)
-
-
-WHOLE = Shard()
 
 
 def number_of_parts(num_documents: int) -> int:

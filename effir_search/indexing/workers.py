@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from effir_search.errors import UserError
-from effir_search.indexing.store import WHOLE, Shard
+from effir_search.indexing.shard import WHOLE, Shard
 from effir_search.log_messages import show_messages
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import click
 import ir_measures
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import QRELS as QRELS_OF_COLLECTION
 from ir_measures import R
+from processes import run_command
 
 from effir_search.cli import cli
 from effir_search.cli.errors import describe_error
@@ -64,6 +66,7 @@ def effir(*args):
 # Help
 
 
+@pytest.mark.processes
 def test_help_takes_less_than_three_tenths_of_a_second():
     seconds = []
     for _ in range(5):
@@ -178,6 +181,7 @@ def test_evaluate_prints_every_query_as_json(folder):
     assert json.loads(result.stdout) == {"mean": {"RR@10": 0.5}, "per_query": {"q1": {"RR@10": 0.5}}}
 
 
+@pytest.mark.processes
 def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     with open(folder / "qrels.tsv", "a") as file:
         file.write("q2\td1\t1\nq3\td1\t0\n")
@@ -193,6 +197,7 @@ def test_evaluate_warns_on_stderr_of_queries_that_the_run_lacks(folder):
     assert effir(*args, "--only-with-positives").stdout.split() == ["RR@10", "all", "0.2500"]
 
 
+@pytest.mark.processes
 def test_evaluate_starts_neither_torch_nor_java(folder):
     args = ["evaluate", "--run", str(folder / "run.txt"), "--qrels", str(folder / "qrels.tsv")]
     code = f"import sys; from effir_search.cli import cli; cli({args}, standalone_mode=False); print(*sys.modules)"
@@ -490,12 +495,14 @@ def test_another_encoder_than_the_indexs_is_one_line(toy_index, llama_folder, er
 # Exit statuses and tracebacks
 
 
+@pytest.mark.processes
 def test_an_error_ends_the_process_with_1_and_one_line_on_stderr(folder):
     result = effir("evaluate", "--run", folder / "missing", "--qrels", folder / "qrels.tsv")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == f"Error: {folder / 'missing'}: No such file or directory\n"
 
 
+@pytest.mark.processes
 def test_debug_shows_the_traceback(folder):
     result = effir("--debug", "evaluate", "--run", folder / "missing", "--qrels", folder / "qrels.tsv")
     assert result.returncode == 1
@@ -576,14 +583,21 @@ def test_an_error_of_the_system_names_the_file_and_leaves_out_the_number(tmp_pat
     assert describe_error(caught.value) == f"{tmp_path / 'missing'}: No such file or directory"
 
 
+def lose(package):
+    """Make a package one that is not installed, for whatever of ours imports it from now on."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in (package, "effir_search")]:
+        del sys.modules[name]
+    sys.modules[package] = None
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("package", ["accelerate", "peft", "pydantic", "tomli_w"])
 @pytest.mark.parametrize("command", ["finetune", "compress"])
 def test_a_missing_extra_is_named_on_one_line(tmp_path, package, command):
     if package in ("pydantic", "tomli_w") and command == "finetune":
         return  # which reads and writes no recipe
-    script = f"import sys; sys.modules[{package!r}] = None; from effir_search.cli import cli; cli(sys.argv[1:])"
-    arguments = [command, "--encoder", "x", "--train", "y", "--output", str(tmp_path / "z")]
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    arguments = [command, "--encoder", "x", "--train", "y", "--output", tmp_path / "z"]
+    result = run_command(*arguments, prepare=partial(lose, package))
     assert result.returncode == 1
     assert (
         result.stderr.startswith(f"Error: {package} is not installed; pip install ") and result.stderr.count("\n") == 1

@@ -1,15 +1,13 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import ir_measures
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import QRELS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
+from conftest import QRELS, kill_when_there, save_model, save_sentence_files, write_jsonl
 from ir_measures import nDCG
+from processes import Command, torchrun
 from safetensors.numpy import load_file, save_file
 
 from effir_search.cli import cli as command
@@ -34,14 +32,6 @@ def models(tmp_path_factory, bert_folder):
         return save_sentence_files(save_model(tmp_path_factory.mktemp(family), family), pooling="lasttoken")
 
     return {"bert": bert_folder} | {family: decoder(family) for family in ("mistral", "llama", "qwen2", "qwen3")}
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "texts.txt"
-    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +168,7 @@ MARKS = {
 }
 
 
-def in_a_process(*arguments, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, *launcher, "-m", "effir_search", "compress", *map(str, arguments)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "llama", "qwen2"))]
 )
@@ -192,15 +177,15 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
 ):
     options = ["--recipe", recipe, "--encoder", models[family], "--texts", texts, "--evaluate", collection, *OPTIONS]
     options += ["--unit-criterion", "gates"]
-    whole = in_a_process(*options, "--output", tmp_path / "whole")
+    whole = Command("compress", *options, "--output", tmp_path / "whole")
     _, told = whole.communicate()
     assert whole.returncode == 0, told
     stages = tmp_path / "stopped.stages"
     for stage, mark in MARKS.items():
-        process = in_a_process(*options, "--output", tmp_path / "stopped")
+        process = Command("compress", *options, "--output", tmp_path / "stopped")
         kill_when_there(process, stages / mark.format(collection=collection.name))
         assert not (tmp_path / "stopped").exists(), stage
-    last = in_a_process(*options, "--output", tmp_path / "stopped")
+    last = Command("compress", *options, "--output", tmp_path / "stopped")
     answer, told = last.communicate()
     assert last.returncode == 0, told
     assert "4 of 5: done already: fine-tuning" in told and "-> " in answer
@@ -209,10 +194,11 @@ def test_a_job_that_was_killed_in_every_stage_ends_with_the_weights_of_an_undist
     assert (tmp_path / "stopped" / "recipe.toml").read_text() == (tmp_path / "whole" / "recipe.toml").read_text()
 
 
+@pytest.mark.processes
 def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp_path, models, texts, recipe):
     folder = shutil.copytree(models["bert"], tmp_path / "model")
     options = ["--recipe", recipe, "--encoder", folder, "--texts", texts, *OPTIONS]
-    process = in_a_process(*options, "--output", tmp_path / "small")
+    process = Command("compress", *options, "--output", tmp_path / "small")
     kill_when_there(process, tmp_path / "small.stages" / "3-slimmed" / "config.json")
     other = [*options, "--output", tmp_path / "small", "--narrow", 0.5]
     refused = run(*other)
@@ -227,11 +213,12 @@ def test_another_recipe_does_not_continue_a_stopped_job_unless_it_is_told_to(tmp
     assert sum(read_json(tmp_path / "small" / "config.json")["mlp_widths"]) == UNITS // 2
 
 
+@pytest.mark.processes
 def test_other_settings_after_a_stop_cost_only_the_stages_that_depend_on_them(tmp_path, models, texts, recipe):
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
     options += ["--output", tmp_path / "small"]
     stages = tmp_path / "small.stages"
-    process = in_a_process(*options, "--max-steps", 400)
+    process = Command("compress", *options, "--max-steps", 400)
     kill_when_there(process, stages / "4-tuned.training" / "checkpoint-1" / "trainer_state.json")
 
     def written(name):
@@ -322,10 +309,13 @@ def test_the_teachers_scores_are_made_as_the_recipe_reads_texts(tmp_path, models
     assert json.loads(line)["scores"] == pytest.approx(bi_encoder_scores(encoder, pairs), abs=0.02)
 
 
+@pytest.mark.processes
 def test_what_is_evaluated_may_change_after_a_stop(tmp_path, models, texts, recipe, collection):
     other = shutil.copytree(collection, tmp_path / "other")
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
-    process = in_a_process(*options, "--evaluate", collection, "--evaluate", other, "--output", tmp_path / "small")
+    process = Command(
+        "compress", *options, "--evaluate", collection, "--evaluate", other, "--output", tmp_path / "small"
+    )
     stages = tmp_path / "small.stages"
     kill_when_there(process, stages / "5-evaluation" / "other-full.trec")
     kept = stages / "5-evaluation" / f"{collection.name}-full.trec"
@@ -351,15 +341,15 @@ def test_depth_alone_and_width_alone(tmp_path, models, texts, recipe):
     assert sum(read_json(tmp_path / "wide" / "config.json")["mlp_widths"]) == 4 * 48 * 3 // 4
 
 
+@pytest.mark.processes
 def test_processes_of_a_launcher_share_the_training_and_nothing_else(tmp_path, models, texts, recipe):
     options = ["--recipe", recipe, "--encoder", models["bert"], "--texts", texts, *OPTIONS]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    two = in_a_process(*options, "--output", tmp_path / "two", launcher=launcher)
+    two = torchrun("compress", *options, "--output", tmp_path / "two")
     answer, told = two.communicate()
     assert two.returncode == 0, told
     assert answer.count("-> ") == 1 and told.count("1 of 5: ") == 1
     assert read_json(tmp_path / "two" / "training.json")["processes"] == 2
-    one = in_a_process(*options, "--output", tmp_path / "one")
+    one = Command("compress", *options, "--output", tmp_path / "one")
     _, told = one.communicate()
     assert one.returncode == 0, told
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))

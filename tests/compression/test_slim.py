@@ -1,9 +1,6 @@
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import DOCUMENTS, QRELS, TOPICS, WORDS, kill_when_there, save_model, save_sentence_files, write_jsonl
+from processes import Command
 
 from effir_search.cli import cli as command
 from effir_search.cli.options import data_settings, encoder_options, taken
@@ -245,15 +243,8 @@ def test_other_criteria_than_gates_read_the_data_once(tmp_path, bert_folder, dat
     assert config_of(tmp_path / "slim")["plan"][0]["settings"]["steps"] == 4
 
 
-def command_line(encoder, output, *options):
-    return [sys.executable, "-m", "effir_search", "slim", "--encoder", encoder, "--output", output, *options]
-
-
-def in_a_process(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        list(map(str, arguments)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def in_a_process(encoder, output, *options):
+    return Command("slim", "--encoder", encoder, "--output", output, *options)
 
 
 @pytest.mark.parametrize("criterion", ["gates", "taylor", "activation"])
@@ -270,6 +261,7 @@ def test_a_loss_that_is_0_whatever_the_model_is_an_error_where_units_are_scored_
     assert (tmp_path / "slim").exists() == (criterion == "activation")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "mark, more", [("data/texts.jsonl", []), ("gates.safetensors", []), ("gates.safetensors", ["--restart"])]
 )
@@ -285,16 +277,16 @@ def test_a_job_that_was_killed_is_done_by_the_same_command(tmp_path, bert_folder
         "cpu",
     ]
     options += ["--no-bf16", "--steps", "60", "--batch-size", "8"]  # some seconds
-    killed = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options))
+    killed = in_a_process(bert_folder, tmp_path / "slim", *options)
     work = tmp_path / "slim.slimming"
     kill_when_there(killed, work / mark)
     assert work.is_dir() and not (tmp_path / "slim").exists()
-    again = in_a_process(*command_line(bert_folder, tmp_path / "slim", *options, *more))
+    again = in_a_process(bert_folder, tmp_path / "slim", *options, *more)
     answer, told = again.communicate()
     assert again.returncode == 0, told
     assert f"-> {tmp_path / 'slim'}" in answer and not work.exists()
     assert ("gates go on from step 1" in told) == (mark == "gates.safetensors" and not more)
-    undisturbed = in_a_process(*command_line(bert_folder, tmp_path / "whole", *options))
+    undisturbed = in_a_process(bert_folder, tmp_path / "whole", *options)
     _, told = undisturbed.communicate()
     assert undisturbed.returncode == 0, told
     assert config_of(tmp_path / "slim")["plan"] == config_of(tmp_path / "whole")["plan"]

@@ -626,6 +626,7 @@ def test_a_wrong_name_of_a_figure_is_one_line_and_nothing_is_printed(folder):
     assert result.stderr == f"Error: {folder / 'figure.svg'}: a figure is a PNG; give a name that ends in .png\n"
 
 
+@pytest.mark.processes
 def test_compare_starts_neither_torch_nor_java(folder):
     args = ["compare", "--qrels", "qrels.txt", "base.trec", "mixed.trec", "--figure", "figure.png"]
     code = f"import sys; from effir_search.cli import cli; cli({args}, standalone_mode=False); print(*sys.modules)"

@@ -248,6 +248,7 @@ def test_a_measure_that_no_installed_package_computes_is_an_error_that_says_whic
         parse_measures("alpha_nDCG@10")
 
 
+@pytest.mark.processes
 def test_every_measure_that_is_read_has_a_value_or_an_error_of_its_own():
     # In a process of its own: some tools end theirs where they cannot compute.
     program = """
@@ -443,6 +444,7 @@ def printed(output):
     return {fields[0]: float(fields[-1]) for fields in map(str.split, output.splitlines())}
 
 
+@pytest.mark.processes
 def test_means_are_those_of_the_ir_measures_command(tmp_path):
     names = ["nDCG@10", "R@20", "RR@10", "AP", "P@5"]
     run_path, qrels_path = trec_files(tmp_path, *random_collection(ties=False))
@@ -453,6 +455,7 @@ def test_means_are_those_of_the_ir_measures_command(tmp_path):
     assert list(expected) == names
 
 
+@pytest.mark.processes
 def test_means_are_those_of_pyserinis_trec_eval_also_with_ties(tmp_path):
     from effir_search.searching.pyserini_bridge import java_home
 

@@ -27,11 +27,6 @@ QUERIES = [
 
 
 @pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory, bert_folder):
     """A corpus of 1,500 empty documents among 120 others, of which 20 are there three times; flat, embeddings kept."""
     folder, rng = tmp_path_factory.mktemp("copies"), np.random.default_rng(0)

@@ -2,17 +2,16 @@ import gzip
 import itertools
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import peak_memory, write_jsonl
+from conftest import NUM_DOCUMENTS, peak_memory
+from processes import Command, run_command
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import Source, build_index, index_corpus, rebuild_index
@@ -21,13 +20,12 @@ from effir_search.indexing.encode import documents_sha256, encode_corpus, in_par
 from effir_search.indexing.index_record import read_index, read_index_info, store_of
 from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE, processor_name, settings_of
-from effir_search.indexing.store import KEPT, Part, Shard, Store
+from effir_search.indexing.shard import Shard
+from effir_search.indexing.store import KEPT, Part, Store
 from effir_search.searching.info import describe
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions, IndexSettings, PlanSettings
 from effir_search.text.corpus import Document, read_corpus, scan_corpus
-
-NUM_DOCUMENTS = 12 * PART_SIZE + 100
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +34,13 @@ def encoder(bert_folder):
     return Encoder.from_pretrained(bert_folder, dtype="fp32").pack()
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Twelve parts and a bit, of texts of many lengths."""
-    words = ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet"]
-    rng = np.random.default_rng(0)
-    records = [
-        {"_id": f"d{number:05}", "text": " ".join(rng.choice(words, size=rng.integers(0, 20)))}
-        for number in range(NUM_DOCUMENTS)
-    ]
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", records)
+def arguments(corpus, model, index_dir, *options):
+    places = ["--corpus", corpus, "--encoder", model, "--output", index_dir]
+    return ["index", *map(str, places), "--threads", "1", "--dtype", "fp32", *options]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, corpus, bert_folder):
-    """The index of an undisturbed job."""
-    index_dir = tmp_path_factory.mktemp("whole") / "index"
-    done = run(corpus, bert_folder, index_dir)
-    assert done.returncode == 0, done.stderr
-    return index_dir
-
-
-def command(corpus, model, index_dir, *options):
-    arguments = ["index", "--corpus", corpus, "--encoder", model, "--output", index_dir]
-    settings = ["--threads", "1", "--dtype", "fp32", *options]
-    return [sys.executable, "-m", "effir_search", *map(str, [*arguments, *settings])]
-
-
-def run(*args, environment=None):
-    return subprocess.run(command(*args), capture_output=True, text=True, env=os.environ | (environment or {}))
+def run(*args, **options):
+    return run_command(*arguments(*args), **options)
 
 
 def files_of(index_dir):
@@ -73,7 +49,7 @@ def files_of(index_dir):
 
 def kill_after(num_parts, *args):
     """Start a job and kill -9 it once the manifest lists so many parts; it must have been at work."""
-    job = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Command(*arguments(*args))
     store = store_of(args[2])
     while not (store.settings() and len(store.parts()) >= num_parts):
         assert job.poll() is None, "the job ended before it could be killed"
@@ -82,6 +58,7 @@ def kill_after(num_parts, *args):
     assert job.wait() == -signal.SIGKILL
 
 
+@pytest.mark.processes
 def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path, corpus, bert_folder, whole):
     kill_after(4, corpus, bert_folder, tmp_path / "index")
     assert not (tmp_path / "index").exists()
@@ -93,19 +70,21 @@ def test_a_killed_job_is_continued_and_its_index_is_the_undisturbed_one(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_a_job_told_to_end_leaves_its_parts_and_nothing_hidden(tmp_path, corpus, bert_folder, whole):
-    job = subprocess.Popen(command(corpus, bert_folder, tmp_path / "index"), stderr=subprocess.DEVNULL)
+    job = Command(*arguments(corpus, bert_folder, tmp_path / "index"))
     store = store_of(tmp_path / "index")
     while not (store.settings() and store.parts()):
         assert job.poll() is None, "the job ended before it could be told to"
         time.sleep(0.001)
-    job.terminate()
+    job.send_signal(signal.SIGTERM)
     assert job.wait() == 143
     assert [path.name for path in tmp_path.iterdir()] == ["index.parts"]
     assert run(corpus, bert_folder, tmp_path / "index").returncode == 0
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
     peaks, sizes = [], []
@@ -114,13 +93,15 @@ def test_memory_grows_with_the_index_and_little_else(tmp_path, bert_folder):
         with gzip.open(path, "wt", compresslevel=1) as file:
             for number in range(num_documents):
                 file.write(json.dumps({"_id": f"d{number}", "text": f"sweet tea {number} " * 50}) + "\n")
-        peaks.append(peak_memory(command(path, bert_folder, tmp_path / name, "--max-length", "16")))
+        line = [sys.executable, "-m", "effir_search", *arguments(path, bert_folder, tmp_path / name)]
+        peaks.append(peak_memory([*line, "--max-length", "16"]))
         sizes.append(sum(len(content) for content in files_of(tmp_path / name).values()))
     growth, of_index = peaks[1] - peaks[0], sizes[1] - sizes[0]
     logging.info(f"peak memory grew by {growth / 1e6:.0f} MB, the index by {of_index / 1e6:.0f} MB")
     assert growth <= of_index + 100e6
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tmp_path, corpus, bert_folder, whole):
@@ -131,10 +112,10 @@ def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tm
     num_killed = 0
     for number in range(20):
         index_dir = tmp_path / str(number)
-        job = subprocess.Popen(command(corpus, bert_folder, index_dir), stderr=subprocess.DEVNULL)
+        job = Command(*arguments(corpus, bert_folder, index_dir))
         time.sleep(rng.uniform(0, seconds))
         num_killed += job.poll() is None
-        job.kill()
+        job.send_signal(signal.SIGKILL)
         job.wait()
         store = store_of(index_dir)
         if store.path.exists():
@@ -150,23 +131,17 @@ def test_twenty_jobs_killed_at_random_moments_are_continued_to_the_same_index(tm
     assert num_killed >= 10
 
 
+@pytest.mark.processes
 def test_two_shards_in_two_processes_equal_one(tmp_path, corpus, bert_folder, whole):
     options = ["--num-shards", "2", "--shard-id"]
-    jobs = [
-        subprocess.Popen(
-            command(corpus, bert_folder, tmp_path / "index", *options, str(number)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    ]
+    jobs = [Command(*arguments(corpus, bert_folder, tmp_path / "index", *options, str(number))) for number in (0, 1)]
     outputs = [job.communicate() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert files_of(tmp_path / "index") == files_of(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.processes
 def test_a_shard_alone_writes_no_index_and_the_last_one_does(tmp_path, corpus, bert_folder, whole):
     shards = [Shard(number, 3) for number in range(3)]
     infos = [
@@ -192,9 +167,9 @@ def test_shards_are_contiguous_blocks_that_cover_every_part_once(num_parts, coun
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 
 
-@pytest.fixture
-def stopped(tmp_path, corpus, encoder):
-    """The index folder, not there yet, of a job that stopped after three parts."""
+@pytest.fixture(scope="module")
+def three_parts_done(tmp_path_factory, corpus, encoder):
+    """The store of a job that stopped after three parts."""
 
     def three_parts():
         for number, document in enumerate(read_corpus(corpus)):
@@ -202,10 +177,17 @@ def stopped(tmp_path, corpus, encoder):
                 raise InterruptedError("stopped")
             yield document
 
-    summary = scan_corpus(corpus)
+    summary, index_dir = scan_corpus(corpus), tmp_path_factory.mktemp("stopped") / "index"
     with pytest.raises(InterruptedError):
-        build_index(three_parts(), encoder, tmp_path / "index", source=Source(sha256=summary.sha256))
-    assert store_of(tmp_path / "index").parts().keys() == {0, 1, 2}
+        build_index(three_parts(), encoder, index_dir, source=Source(sha256=summary.sha256))
+    assert store_of(index_dir).parts().keys() == {0, 1, 2}
+    return store_of(index_dir).path
+
+
+@pytest.fixture
+def stopped(tmp_path, three_parts_done):
+    """The index folder, not there yet, of a job that stopped after three parts."""
+    shutil.copytree(three_parts_done, store_of(tmp_path / "index").path)
     return tmp_path / "index"
 
 
@@ -284,6 +266,7 @@ def test_a_finished_part_of_other_documents_is_an_error(tmp_path, encoder):
     )
 
 
+@pytest.mark.processes
 def test_a_job_continues_with_the_arithmetic_it_was_begun_with(tmp_path, corpus, bert_folder):
     options = ["--dtype", "bf16", "--batch-tokens", "500"]
     kill_after(2, corpus, bert_folder, tmp_path / "index", *options)

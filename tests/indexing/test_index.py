@@ -2,13 +2,13 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import faiss
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, save_model, save_sentence_files, write_jsonl
+from processes import run_command
 
 from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
@@ -20,11 +20,6 @@ from effir_search.indexing.verify import cosine, verify_index
 from effir_search.searching.search_topics import search_text
 from effir_search.settings import EncoderOptions, IndexSettings
 from effir_search.text.corpus import Document, read_corpus, scan_corpus
-
-
-@pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 @pytest.fixture
@@ -146,18 +141,14 @@ def test_bad_lines_are_counted_in_the_record(tmp_path, bert_folder, caplog):
     assert verify_index(tmp_path / "index", Encoder.from_pretrained(bert_folder)).num_documents == 2
 
 
+@pytest.mark.processes
 # 2,000 vectors of 32 float32 are 256,000 bytes, and 131,072 of them are the first part's.
 @pytest.mark.parametrize(("room", "named"), [(100_000, "out/index.parts/part-00000.npy"), (200_000, "out/index")])
 def test_a_full_disk_is_one_line_that_names_the_file_and_no_index(tmp_path, bert_folder, room, named):
     write_jsonl(tmp_path / "c.jsonl", [{"_id": str(number), "text": "cat"} for number in range(2000)])
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    command = [sys.executable, "-m", "effir_search", "index", "--corpus", "c.jsonl", "--encoder", str(bert_folder)]
-    done = subprocess.run(
-        [*command, "--output", "out/index"], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+    places = ["--corpus", "c.jsonl", "--encoder", bert_folder, "--output", "out/index"]
+    done = run_command("index", *places, cwd=tmp_path, prepare=limit)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert last.startswith(f"Error: {named}: ") and "cannot be written" in last and len(last) <= 300

@@ -160,6 +160,7 @@ def test_memory_of_an_hnsw_is_close_to_its_size_on_disk(vectors):
     assert len(faiss.serialize_index(index)) == pytest.approx(memory("HNSW32", 32, len(vectors), 0), rel=0.1)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "rows"), [("Flat", 2**15 + 1), ("SQfp16", 2**15 + 1), ("HNSW8", 2**13 + 1)])
 def test_an_index_takes_its_memory_once(kind, rows):
     # One row more than a power of two, where what grows by doubling would take twice as much, and copy it.

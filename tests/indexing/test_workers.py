@@ -7,34 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from test_embeddings import NUM_DOCUMENTS, corpus, files_of, kill_after, run, whole  # noqa: F401, fixtures
+from conftest import NUM_DOCUMENTS
+from test_embeddings import files_of, kill_after, run
+from worker_jobs import fail_or_wait, kill_itself, leave
 
-from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import store_of
-from effir_search.indexing.store import Shard
+from effir_search.indexing.shard import Shard
 from effir_search.indexing.workers import run_workers, this_shard, worker_devices
 from effir_search.settings import EncoderOptions, IndexSettings
-
-
-def write_pid_and_wait(path):
-    with whole_file(path) as file:  # it may be killed at any moment, and who reads the number waits for it
-        file.write(str(os.getpid()))
-    time.sleep(600)
-
-
-def fail_or_wait(job):
-    if isinstance(job, Exception):
-        raise job
-    write_pid_and_wait(job)
-
-
-def leave(status):
-    os._exit(status)
-
-
-def kill_itself(_job):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pid_of(path):
@@ -58,14 +39,16 @@ def wait_for_end(pid, seconds=20):
     return not is_alive(pid)
 
 
-def test_workers_give_the_index_that_one_process_gives(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_workers_give_the_index_that_one_process_gives(tmp_path, corpus, bert_folder, whole):
     done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "index") == files_of(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus, bert_folder, whole):
     kill_after(4, corpus, bert_folder, tmp_path / "index", "--workers", "2")
     store, now = store_of(tmp_path / "index"), time.monotonic()
     while time.monotonic() < now + 20:  # its workers let go of their locks when they are gone
@@ -81,11 +64,12 @@ def test_a_killed_job_with_workers_is_continued_by_one_without(tmp_path, corpus,
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_their_parent(tmp_path, how):
     program = (
         "import signal, sys; from pathlib import Path; from effir_search.indexing.workers import run_workers\n"
-        "from test_workers import write_pid_and_wait\n"
+        "from worker_jobs import write_pid_and_wait\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         # A shell starts what it runs in the background with SIGINT ignored, and its children inherit that.
@@ -105,12 +89,14 @@ def test_workers_die_with_their_parent(tmp_path, how):
     assert all(map(wait_for_end, pids))
 
 
+@pytest.mark.processes
 def test_what_a_worker_raises_is_raised_and_the_others_are_stopped(tmp_path):
     with pytest.raises(ValueError, match="a bad line"):
         run_workers(fail_or_wait, [tmp_path / "waits", ValueError("docs.jsonl:3: a bad line")])
     assert not (tmp_path / "waits").exists() or wait_for_end(pid_of(tmp_path / "waits"))
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_an_error_too_long_for_the_pipe_is_raised_too(tmp_path):
     long = "docs.jsonl:3: " + 300_000 * "x"
@@ -119,6 +105,7 @@ def test_an_error_too_long_for_the_pipe_is_raised_too(tmp_path):
     assert str(raised.value) == long
 
 
+@pytest.mark.processes
 def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_traceback(tmp_path):
     for raised, expected, message in (
         (ValueError("a bad line"), ValueError, "a bad line"),
@@ -131,6 +118,7 @@ def test_any_other_error_of_a_worker_is_raised_and_every_error_has_the_workers_t
         assert note.startswith("In the worker:\nTraceback") and "in fail_or_wait" in note
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("work", "message"), [(leave, "ended with status 3"), (kill_itself, "was killed by signal 9; .* continues")]
 )
@@ -139,7 +127,8 @@ def test_a_worker_that_ends_without_a_word_is_an_error(work, message):
         run_workers(work, [3])
 
 
-def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, corpus, bert_folder, whole):
     for number in ("0", "1"):
         options = ("--workers", "2", "--num-shards", "2", "--shard-id", number)
         done = run(corpus, bert_folder, tmp_path / "index", *options)
@@ -148,8 +137,9 @@ def test_shards_of_several_machines_are_divided_among_their_workers(tmp_path, co
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("more", [[], ["--keep-embeddings"]])
-def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_folder, whole, more):  # noqa: F811
+def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_folder, whole, more):
     index_dir = shutil.copytree(whole, tmp_path / "index")
     content = bytearray((index_dir / "index").read_bytes())
     content[-1] ^= 1
@@ -162,7 +152,8 @@ def test_workers_replace_an_index_when_they_are_told_to(tmp_path, corpus, bert_f
     assert store_of(index_dir).is_kept() == bool(more)
 
 
-def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_folder, whole):
     job = (str(corpus), str(bert_folder), tmp_path / "index", IndexSettings(threads=1), EncoderOptions(dtype="fp32"))
     for number in range(2):
         index_corpus(*job, shard=Shard(number, 2))
@@ -173,7 +164,8 @@ def test_a_shard_that_comes_late_finds_the_index_done(tmp_path, corpus, bert_fol
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_shards_write_into_an_empty_folder(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_shards_write_into_an_empty_folder(tmp_path, corpus, bert_folder, whole):
     (tmp_path / "index").mkdir()
     done = run(corpus, bert_folder, tmp_path / "index", "--workers", "2")
     assert done.returncode == 0, done.stderr
@@ -223,14 +215,16 @@ def test_a_launchers_variables_that_name_no_shard_are_an_error(launcher, number,
         this_shard(None, None)
 
 
-def test_a_batch_script_writes_the_index(tmp_path, corpus, bert_folder, whole):  # noqa: F811
+@pytest.mark.processes
+def test_a_batch_script_writes_the_index(tmp_path, corpus, bert_folder, whole):
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     done = run(corpus, bert_folder, tmp_path / "index", environment=batch)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
-def test_a_shard_that_ends_before_others_says_that_no_index_was_written(tmp_path, corpus, bert_folder):  # noqa: F811
+@pytest.mark.processes
+def test_a_shard_that_ends_before_others_says_that_no_index_was_written(tmp_path, corpus, bert_folder):
     step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     done = run(corpus, bert_folder, tmp_path / "index", environment=step)
     assert done.returncode == 0, done.stderr

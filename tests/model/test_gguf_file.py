@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_config
+from conftest import randomized, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -45,10 +45,7 @@ def language_model(family="llama", **settings):
         config.layer_types = config.layer_types[:2]
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(model)
 
 
 def gguf_name(name, family):

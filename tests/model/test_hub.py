@@ -78,6 +78,7 @@ def effir(tmp_path, address, *arguments, offline=False):
     return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tmp_path)
 
 
+@pytest.mark.processes
 def test_a_plan_fetches_no_weights_and_an_index_fetches_them_once(tmp_path, hub):
     address, fetched = hub
     plan = effir(tmp_path, address, "compress", "--encoder", "tiny/bert", "--texts", "x", "--output", "small", "--plan")
@@ -97,6 +98,7 @@ def test_a_plan_fetches_no_weights_and_an_index_fetches_them_once(tmp_path, hub)
     assert (tmp_path / "one" / "index").read_bytes() == (tmp_path / "two" / "index").read_bytes()
 
 
+@pytest.mark.processes
 def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
     done = effir(tmp_path, hub[0], "info", "tiny/other")
     assert done.returncode == 1
@@ -105,6 +107,7 @@ def test_a_model_that_no_hub_has_is_one_line(tmp_path, hub):
     ]
 
 
+@pytest.mark.processes
 def test_a_model_with_code_of_its_own_is_an_error_before_its_weights_are_fetched(tmp_path, hub):
     address, fetched = hub
     config = tmp_path / "bert" / "config.json"
@@ -115,6 +118,7 @@ def test_a_model_with_code_of_its_own_is_an_error_before_its_weights_are_fetched
     assert "config.json" in fetched and "model.safetensors" not in fetched
 
 
+@pytest.mark.processes
 def test_weights_of_the_older_format_are_fetched_where_there_are_no_others(tmp_path, hub):
     address, fetched = hub
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "hot soup"}])
@@ -138,6 +142,7 @@ def test_weights_of_the_older_format_are_fetched_where_there_are_no_others(tmp_p
         assert (tmp_path / name / "index").read_bytes() == (tmp_path / "newer" / "index").read_bytes()
 
 
+@pytest.mark.processes
 def test_an_older_dense_module_beside_newer_weights_is_fetched_too(tmp_path, hub):
     address, fetched = hub
     model = tmp_path / "bert"
@@ -154,6 +159,7 @@ def test_an_older_dense_module_beside_newer_weights_is_fetched_too(tmp_path, hub
     assert [name for name in fetched if name.endswith(".bin")] == ["2_Dense/pytorch_model.bin"]
 
 
+@pytest.mark.processes
 def test_weights_of_the_older_format_in_the_cache_are_enough(tmp_path, hub):
     address, fetched = hub
     snapshot = shutil.copytree(tmp_path / "bert", tmp_path / "cache/hub/models--tiny--bert/snapshots" / REVISION)
@@ -167,6 +173,7 @@ def test_weights_of_the_older_format_in_the_cache_are_enough(tmp_path, hub):
     assert not fetched
 
 
+@pytest.mark.processes
 def test_a_cache_with_a_config_alone_is_filled_up(tmp_path, hub):
     address, fetched = hub
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}

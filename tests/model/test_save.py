@@ -90,6 +90,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.processes
 def test_the_copied_code_loads_saves_and_refuses_where_this_package_is_not(tmp_path, bert_folder):
     encoder = pruned_encoder(bert_folder)
     encoder.save(tmp_path / "good")
@@ -236,6 +237,7 @@ def large_folder(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_pruned_model_takes_as_much_less_memory_as_was_dropped(large_folder):
     pruned_folder = large_folder.with_name("pruned")

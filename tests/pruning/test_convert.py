@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DECODERS, QUERIES, SPECIAL, TEXTS, WORDS, save_sentence_files, tiny_config, word_tokenizer
+from conftest import (
+    DECODERS,
+    QUERIES,
+    SPECIAL,
+    TEXTS,
+    WORDS,
+    randomized,
+    save_sentence_files,
+    tiny_config,
+    word_tokenizer,
+)
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
@@ -38,10 +48,7 @@ def language_model(family="mistral", dtype=torch.float32):
     """A seeded tiny language model with weights that are large enough to tell errors apart."""
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(model)
 
 
 def save_checkpoint(folder, model, **settings):

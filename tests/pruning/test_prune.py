@@ -20,7 +20,7 @@ from effir_search.settings import EncoderOptions
 TEXTS = ["the cat eats fish", "tea", "", "the dog sleeps in the warm kitchen"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sources(collection):
     return [str(collection / "corpus.jsonl"), str(collection / "queries.jsonl")]
 
@@ -103,12 +103,13 @@ def test_texts_become_vectors_as_the_options_say_and_the_saved_model_keeps_that(
     assert saved.config.max_length == Encoder.from_pretrained(llama_folder).config.max_length
 
 
-@pytest.fixture
-def analysis(tmp_path, llama_folder, sources):
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory, llama_folder, sources):
+    report = tmp_path_factory.mktemp("analysis") / "analysis"
     options = {"sources": sources, "size": 9, "criteria": ["cosine", "embedding", "greedy"]}
     options |= {"options": EncoderOptions(pooling="mean")}
-    analyze(str(llama_folder), tmp_path / "analysis", greedy_numbers={"mlp": 2}, **options)
-    return tmp_path / "analysis"
+    analyze(str(llama_folder), report, greedy_numbers={"mlp": 2}, **options)
+    return report
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -22,11 +22,6 @@ from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import Query
 
 
-@pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
-
-
 def test_an_older_java_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "release").write_text('JAVA_VERSION="17.0.15"\n')
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
@@ -40,6 +35,7 @@ def test_a_java_21_or_newer_in_java_home_is_used(tmp_path, monkeypatch):
     assert java_home() == str(tmp_path)
 
 
+@pytest.mark.processes
 def test_pyserini_starts_without_a_key_a_java_or_the_hub(tmp_path):
     module = "effir_search.searching.pyserini_bridge"
     code = f"from {module} import pyserini_faiss; print(pyserini_faiss().FaissSearcher.__name__)"

@@ -22,11 +22,6 @@ from effir_search.text.trec import Query, read_qrels, read_run, strictly_decreas
 
 
 @pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
-
-
-@pytest.fixture(scope="module")
 def topics(collection):
     return load_topics(str(collection / "queries.jsonl"))
 
@@ -286,12 +281,10 @@ def test_an_index_that_normalizes_against_the_models_files_is_searched_by_the_co
     assert done.exit_code == 2 and "--normalize does not go with --from" in done.output
 
 
-def test_a_folder_of_pyserini_needs_an_encoder(tmp_path, toy_index, bert_folder):
-    for name in ("index", "docid"):
-        shutil.copy(toy_index / name, tmp_path / name)
+def test_a_folder_of_pyserini_needs_an_encoder(pyserini_folder, bert_folder):
     with pytest.raises(ValueError, match="give --encoder"):
-        load_encoder(tmp_path)
-    assert load_encoder(tmp_path, str(bert_folder)).dimension == 32
+        load_encoder(pyserini_folder)
+    assert load_encoder(pyserini_folder, str(bert_folder)).dimension == 32
 
 
 def test_a_model_that_has_moved_is_an_error_that_names_it(tmp_path, toy_index):

@@ -5,18 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import TOPICS
 
-from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index
 from effir_search.searching.search_topics import search
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.corpus import Document
 from effir_search.text.trec import Query
-
-
-@pytest.fixture(scope="module")
-def encoder(bert_folder):
-    return Encoder.from_pretrained(bert_folder, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +77,10 @@ def test_what_cannot_be_searched_is_an_error(tmp_path, toy_index, encoder):
         Searcher(toy_index, encoder).search_text(" ")
 
 
-def test_a_folder_without_a_record_has_no_info_and_needs_an_encoder(tmp_path, toy_index, encoder):
-    for name in ("index", "docid"):
-        shutil.copy(toy_index / name, tmp_path / name)
+def test_a_folder_without_a_record_has_no_info_and_needs_an_encoder(pyserini_folder, toy_index, encoder):
     with pytest.raises(ValueError, match="give --encoder"):
-        Searcher(tmp_path)
-    assert Searcher(tmp_path, encoder).infos == [None]
+        Searcher(pyserini_folder)
+    assert Searcher(pyserini_folder, encoder).infos == [None]
     record = json.loads((toy_index / "effir.json").read_text())
     (info,) = Searcher(toy_index, encoder).infos
     assert info.corpus_sha256 == record["corpus_sha256"]

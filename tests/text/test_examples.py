@@ -357,6 +357,7 @@ def test_examples_can_be_pickled(examples):
     assert pickle.loads(pickle.dumps(examples))[7] == examples[7]
 
 
+@pytest.mark.processes
 def test_examples_are_read_by_several_forked_processes(examples):
     # Forked in a process of its own: in this one, signal handlers and threads would be inherited.
     forking = (

@@ -1,10 +1,8 @@
 import gzip
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from conftest import (
     word_tokenizer,
     write_jsonl,
 )
+from processes import Command, start_ranks
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
@@ -71,14 +70,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS * 4))
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "texts.txt"
-    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
-    return str(path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -383,29 +374,19 @@ def arguments(model: Path, examples: str, output: Path) -> list[str]:
     return ["finetune", "--encoder", str(model), "--train", examples, "--output", str(output), *options.split()]
 
 
-def in_a_process(arguments: list[str], *launcher: str, **options: object) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "effir_search", *arguments],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
+@pytest.mark.processes
 def test_a_killed_job_continues_to_the_same_weights(tmp_path, pruned, examples):
-    whole = in_a_process(arguments(pruned, examples, tmp_path / "whole"))
+    whole = Command(*arguments(pruned, examples, tmp_path / "whole"))
     _, told = whole.communicate()
     assert whole.returncode == 0, told
-    killed = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
+    killed = Command(*arguments(pruned, examples, tmp_path / "killed"))
     work = tmp_path / "killed.training"
     kill_when_there(killed, work / "checkpoint-12" / "trainer_state.json")
     assert not (tmp_path / "killed").exists()
     latest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     (latest.with_name("checkpoint-999")).mkdir()  # as if it had been killed while it wrote one more
     save_file({}, latest.with_name("checkpoint-999") / "model.safetensors")
-    again = in_a_process(arguments(pruned, examples, tmp_path / "killed"))
+    again = Command(*arguments(pruned, examples, tmp_path / "killed"))
     _, told = again.communicate()
     assert again.returncode == 0, told
     assert "checkpoint-999 is not whole" in told and "continuing from" in told
@@ -500,6 +481,7 @@ def test_steps_are_the_fewer_of_epochs_and_max_steps_and_a_constant_rate_is_warm
     assert rates[0] < 1e-3 and rates[-1] == 1e-3
 
 
+@pytest.mark.processes
 def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path, pruned, examples):
     options = [
         "--batch-size",
@@ -514,16 +496,16 @@ def test_two_processes_killed_and_continued_train_to_the_weights_of_one(tmp_path
         "cpu",
     ]
     common = ["finetune", "--encoder", str(pruned), "--train", examples, "--no-bf16", *options]
-    one = in_a_process([*common, "--output", str(tmp_path / "one")])
+    one = Command(*common, "--output", tmp_path / "one")
     _, told = one.communicate()
     assert one.returncode == 0, told
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    killed = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
-    kill_when_there(killed, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json", with_children=True)
-    assert not (tmp_path / "two").exists()
-    two = in_a_process([*common, "--output", str(tmp_path / "two")], *launcher)
-    _, told = two.communicate()
-    assert two.returncode == 0 and "continuing from" in told, told
+    first, second = start_ranks(2, *common, "--output", tmp_path / "two")
+    kill_when_there(first, tmp_path / "two.training" / "checkpoint-2" / "trainer_state.json")
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() != 0 and not (tmp_path / "two").exists()
+    two = start_ranks(2, *common, "--output", tmp_path / "two")
+    told = [rank.communicate()[1] for rank in two]
+    assert [rank.returncode for rank in two] == [0, 0] and "continuing from" in told[0], told
     found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     # A key's bias shifts all products of a query alike, which softmax does not see: its gradient is rounding alone, of
     # which Adam makes steps as large as any other.

@@ -6,7 +6,6 @@ import torch
 from click.testing import CliRunner
 from conftest import DOCUMENTS, TOPICS, write_jsonl
 from sentence_transformers import CrossEncoder
-from test_teachers import save_cross_encoder
 
 from effir_search.cli import cli
 from effir_search.settings import EncoderOptions, MiningSettings
@@ -55,11 +54,6 @@ def mined(tmp_path, collection):
 
 def negatives(records):
     return {query_id: record["negative_ids"] for query_id, record in records.items()}
-
-
-@pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    return save_cross_encoder(tmp_path_factory.mktemp("reranker"))
 
 
 # Candidates

@@ -18,11 +18,6 @@ TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values() if titl
 PAIRS = [(query, text) for query in TOPICS.values() for text in TEXTS]
 
 
-@pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    return save_cross_encoder(tmp_path_factory.mktemp("reranker"))
-
-
 # Bi-encoders
 
 
