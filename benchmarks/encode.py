@@ -19,7 +19,7 @@ import torch
 from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.encode import in_parts
-from effir_search.indexing.read_ahead import ahead
+from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.verify import cosine
 from effir_search.searching.pyserini_bridge import pyserini_faiss
 from effir_search.text.corpus import document_text, read_corpus
@@ -30,7 +30,7 @@ def ours(model: str, dtype: str) -> Callable[[list[str]], np.ndarray]:
     encoder = Encoder.from_pretrained(model, dtype=dtype).pack()
 
     def encode(texts: list[str]) -> np.ndarray:
-        tokens = ahead(encoder.tokenize(part, prompt=encoder.config.document_prompt) for part in in_parts(texts))
+        tokens = read_ahead(encoder.tokenize(part, prompt=encoder.config.document_prompt) for part in in_parts(texts))
         return scale(np.concatenate([encoder.encode_tokens(part).embeddings for part in tokens]), encoder.config)
 
     return encode
