@@ -13,6 +13,8 @@ from effir_search.files.reading import decode, parse_json_object
 from effir_search.files.whole import whole_file
 
 SETTINGS, LOCK = "settings.json", "job.lock"
+# Settings that came later, with what jobs did before there was a choice.
+BEFORE_THE_CHOICE = {"contrastive_weight": 1.0, "distill_over": "candidates"}
 
 
 @contextmanager
@@ -79,8 +81,8 @@ def changed_settings(ours: dict, theirs: dict) -> list[str]:
 def same_settings(ours: object, theirs: object) -> bool:
     """Return whether two jobs' settings, in JSON types, are the same.
 
-    A setting that one of them lacks is the same as one that asks for nothing: None, False or empty. So the job of a
-    version that did not have this setting yet is continued.
+    A setting that one of them lacks is the same as one that asks for nothing, None, False or empty, or for what was
+    done before there was a choice. So the job of a version that did not have this setting yet is continued.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return not changed_settings(ours, theirs)
@@ -90,7 +92,8 @@ def same_settings(ours: object, theirs: object) -> bool:
 def _same_entry(name: str, ours: dict, theirs: dict) -> bool:
     if name in ours and name in theirs:
         return same_settings(ours[name], theirs[name])
-    return _asks_for_nothing(ours[name] if name in ours else theirs[name])
+    value = ours[name] if name in ours else theirs[name]
+    return value == BEFORE_THE_CHOICE.get(name) or _asks_for_nothing(value)
 
 
 def _asks_for_nothing(value: object) -> bool:

@@ -1,10 +1,17 @@
 """The folder of a job that can be stopped: whose it is, what goes, what stays."""
 
+import json
 import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+from effir_search import settings
 from effir_search.files.job import job_folder, same_settings
+
+# What jobs recorded before contrastive_weight and distill_over were settings.
+EARLIER = json.loads(Path(__file__).with_name("settings_of_an_earlier_version.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -86,3 +93,15 @@ def test_two_jobs_cannot_be_at_work_in_a_folder(tmp_path):
         job_folder(tmp_path / "job", {"a": 1}),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", EARLIER)
+def test_the_jobs_of_an_earlier_version_go_on_unless_something_new_is_asked_for(kind):
+    today = json.loads(json.dumps(asdict(getattr(settings, kind)())))
+    assert same_settings(today, EARLIER[kind])
+    assert set(EARLIER[kind]) <= set(today)
+
+
+@pytest.mark.parametrize("asked", [{"distill_over": "batch"}, {"contrastive_weight": 0.0}])
+def test_a_loss_that_an_earlier_version_did_not_have_makes_it_another_job(asked):
+    assert not same_settings(EARLIER["LossSettings"] | asked, EARLIER["LossSettings"])
