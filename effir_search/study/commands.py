@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Collection as Names
 from dataclasses import fields, replace
-from pathlib import Path
 
+from effir_search.compression.slim import OF_LOSS, WITHOUT_TEXTS
 from effir_search.compression.stages import Job
 from effir_search.evaluation.benchmark import HITS, collection_files
 from effir_search.settings import EncoderOptions, Settings
@@ -29,7 +29,22 @@ def commands_of(study: Study, cell: Cell, output: str) -> list[str]:
             target = output if number == last else names[number]
             lines.append(shlex.join(["effir", *make(study, (first, job, trained)[number], model), "--output", target]))
             model = target
-    return lines
+    return [*_what_no_option_says(job, steps), *lines]
+
+
+def _what_no_option_says(job: Job, steps: list[bool]) -> list[str]:
+    """Return comments on what the commands below do otherwise than the study did."""
+    recipe, comments = job.recipe, []
+    if recipe.text.given() and recipe.data.teacher == recipe.encoder and any(steps[1:]):
+        comments.append(
+            "# The study's teacher reads texts as [text] of the recipe says, here it reads them as its files say."
+        )
+    for name in NOT_OF_SLIM:
+        if getattr(recipe.loss, name) is not None and steps[1] and recipe.slim.criterion in OF_LOSS:
+            comments.append(
+                f"# The study scored units with {name} = {getattr(recipe.loss, name):g}, here it has its default."
+            )
+    return comments
 
 
 def _prune(study: Study, job: Job, model: str) -> list[str]:
@@ -46,10 +61,10 @@ def _number(job: Job, kind: str) -> list[str]:
 
 def _slim(_study: Study, job: Job, model: str) -> list[str]:
     recipe = job.recipe
-    cut = ["--narrow", f"{recipe.slim.narrow:.9g}", "--criterion", recipe.slim.criterion]
+    cut = ["--narrow", str(recipe.slim.narrow), "--criterion", recipe.slim.criterion]
     data = _options(recipe.data, without=[f.name for f in fields(recipe.data) if f.name.startswith("dev")])
     width = _options(recipe.slim, without=["narrow", "criterion", *_unused(job)])
-    losses = _options(recipe.loss, without=NOT_OF_SLIM) if recipe.slim.criterion in ("gates", "taylor") else []
+    losses = _options(recipe.loss, without=NOT_OF_SLIM) if recipe.slim.criterion in OF_LOSS else []
     return ["slim", "--encoder", model, *cut, *data, *width, *losses, *_reading(job, model)]
 
 
@@ -57,7 +72,7 @@ def _unused(job: Job) -> list[str]:
     """Return the settings that the command refuses beside the criterion, which does not use them."""
     criterion = job.recipe.slim.criterion
     unused = [] if criterion == "gates" else ["learning_rate", "penalty"]
-    return unused + (["steps", "batch_size"] if criterion in ("magnitude", "random") else [])
+    return unused + (["steps", "batch_size"] if criterion in WITHOUT_TEXTS else [])
 
 
 def _finetune(_study: Study, job: Job, model: str) -> list[str]:
@@ -89,12 +104,8 @@ def _options(settings: Settings | EncoderOptions, *, without: Names[str] = ()) -
         elif f.name in ("dimensions", "log_to"):
             words += [name, ",".join(map(str, value))]
         else:
-            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (name, _text(one))]
+            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (name, str(one))]
     return words
-
-
-def _text(value: object) -> str:
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def measuring_commands(study: Study, collection: Collection, model: str, folder: str) -> list[str]:
@@ -119,8 +130,3 @@ def _evaluate(run: str, qrels: str) -> str:
     return shlex.join(
         ["effir", "evaluate", "--run", run, "--qrels", qrels, "--measures", "nDCG@10", "--only-with-positives"]
     )
-
-
-def path_in(folder: Path, name: str) -> str:
-    """Return the name of something in a folder, as a command takes it."""
-    return str(folder / name)

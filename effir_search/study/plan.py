@@ -98,11 +98,13 @@ class StudyRecipe(NamedTuple):
         recipe: All but the section ``[study]``, as ``recipe.read_recipe`` returns it.
         base: The same with all defaults: EffiR's model of the study.
         settings: The section ``[study]``.
+        section: The same as it was given.
     """
 
     recipe: Recipe
     base: CompressionSettings
     settings: StudySettings
+    section: Recipe
 
     def compression(self, plan: Plan, seed: int) -> CompressionSettings:
         """Return how a plan's model is made, as a recipe of ``effir compress``."""
@@ -138,7 +140,7 @@ def as_study(recipe: Recipe, *, where: str = "the recipe") -> StudyRecipe:
         raise UserError(
             f"{where}: patience in [finetune] ends trainings early, and a study gives all the same; leave it"
         )
-    return StudyRecipe(compressing, base, settings)
+    return StudyRecipe(compressing, base, settings, section)
 
 
 def _as_recipe(plan: Plan) -> dict[str, object]:

@@ -168,30 +168,35 @@ def run_study(study: Study, *, devices: Sequence[str] = ()) -> StudyResult:
     planner = Planner(study.recipe, prunable_config(base.encoder, stock_architecture=base.stock_architecture))
     tables = planner.tables()
     cells = all_cells(tables, study.recipe)
-    _prepare(study, cells)
+    prepare_study(study, cells)
     for collection in study.collections:
         files = map(str, collection_files(collection.folder, collection.split))
         check_topics(collection.folder, *files, remove_query=study.recipe.settings.remove_query)
     run_cells(study, cells, devices=devices)
+    check_done(study, cells)
     speeds = _speed_records(study)
     if "native" in tables:
         tables["native"] += _native_rows(study, planner, speeds)
         more = [cell for cell in all_cells(tables, study.recipe) if cell not in cells]
         _check(study, more)
-        _prepare(study, cells + more)
+        prepare_study(study, cells + more)
         run_cells(study, more, devices=devices)
+        check_done(study, more)
     _measure_speeds(study, tables, speeds)
     return StudyResult(tables, speeds)
 
 
-def _prepare(study: Study, cells: Sequence[Cell]) -> None:
-    """Prepare the data of every seed, and analyse the whole model by all criteria that parts are chosen by."""
+def prepare_study(study: Study, cells: Sequence[Cell]) -> None:
+    """Prepare the data of every seed, and analyse the whole model by all criteria that parts are chosen by.
+
+    What is there already is used again. ``run_cell`` and ``run_cells`` need it for the cells that they make.
+    """
     for seed in dict.fromkeys([study.first_seed, *(cell.seed for cell in cells)]):
         whole = Cell(Plan(), seed)
         job = study.job(whole)
         settings = {"data": _data_settings(study, whole), "num_texts": job.recipe.prune.num_texts, "seed": seed}
         if seed == study.first_seed:
-            settings["analysis"] = _analysis_settings(study, cells)
+            settings["analysis"] = _analysis_settings(job.folder, cells)
         with job_folder(job.folder, settings, restart=_is_of_other(job.folder, settings), keep=(DATA,)):
             prepare_job(job, study.files, restart=True)
             if "analysis" in settings and not (job.folder / ANALYSIS.name).is_dir():
@@ -204,10 +209,16 @@ def _data_settings(study: Study, cell: Cell) -> dict[str, object]:
     return {name: settings[name] for name in ("data", "files", "encoder_sha256", "max_length", "text")}
 
 
-def _analysis_settings(study: Study, cells: Sequence[Cell]) -> dict[str, object]:
-    """Return what is analysed: by cosine all parts, and by what chooses parts."""
+def _analysis_settings(folder: Path, cells: Sequence[Cell]) -> dict[str, object]:
+    """Return what is analysed: all parts by cosine and by what chooses them; what is there, if it says all of that."""
     names = {"cosine", *(cell.plan.criterion for cell in cells if cell.plan.criterion)}
-    return {"criteria": sorted(names), "greedy_numbers": greedy_numbers(cells)}
+    numbers = greedy_numbers(cells)
+    known = (read_settings(folder) or {}).get("analysis", {"criteria": [], "greedy_numbers": {}})
+    if names <= set(known["criteria"]) and all(
+        known["greedy_numbers"].get(kind, 0) >= numbers[kind] for kind in numbers
+    ):
+        return known
+    return {"criteria": sorted(names), "greedy_numbers": numbers}
 
 
 def _analyze(job: Job, criteria: Sequence[str], greedy_numbers: dict) -> None:
@@ -266,6 +277,17 @@ def run_cells(study: Study, cells: Sequence[Cell], *, devices: Sequence[str] = (
     jobs = [(replace(study, machine=replace(study.machine, device=device)), cells) for device in devices]
     with _Progress(study, cells) as progress:
         run_workers(_work, jobs, watch=progress.look)
+        progress.look()
+
+
+def check_done(study: Study, cells: Sequence[Cell]) -> None:
+    """Raise OSError if another process is still at work at models of this study."""
+    missing = [cell for cell in cells if not is_done(study, cell)]
+    if missing:
+        raise OSError(
+            f"{study.folder}: another process is at work at {missing[0].name} and {len(missing) - 1} more; give the "
+            "same command again when it has ended"
+        )
 
 
 def _work(job: tuple[Study, Sequence[Cell]]) -> None:

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import tomli_w
+
+from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.indexing.workers import worker_devices
 from effir_search.model.sentence_files import prunable_config
 from effir_search.study.page import write_report
-from effir_search.study.plan import Planner, StudyRecipe, all_cells
+from effir_search.study.plan import SECTION, Planner, StudyRecipe, all_cells
 from effir_search.study.results import results_of
 from effir_search.study.run import open_study, run_study
 from effir_search.study.tables import verdict
+
+RECIPE_FILE = "study.toml"
 
 
 def make_study(
@@ -34,6 +39,7 @@ def make_study(
         ValueError: Bad data, or a model that cannot be pruned.
         OSError: A file cannot be read or written.
     """
+    _claim(folder, recipe)
     names = worker_devices(None, devices)
     first = names[0] if names else device
     study = open_study(recipe, folder, device=first, batch_tokens=batch_tokens, keep_models=keep_models)
@@ -41,6 +47,19 @@ def make_study(
     page = write_report(study, results)
     told = [verdict(d) for differences in results.differences.values() for d in differences if d.trained]
     return "\n".join([*told, f"page -> {page}"])
+
+
+def _claim(folder: Path, recipe: StudyRecipe) -> None:
+    """Write the recipe into the folder of a study, which is new, empty or one already.
+
+    Raises:
+        FileExistsError: There is something else.
+    """
+    file = folder / RECIPE_FILE
+    if folder.exists() and not file.is_file():
+        refuse_existing(folder, replaces=())
+    with whole_file(file) as out:
+        out.write(tomli_w.dumps({**recipe.recipe, SECTION: recipe.section}))
 
 
 def describe_plan(recipe: StudyRecipe) -> str:

@@ -1,11 +1,14 @@
 import csv
+import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import ir_measures
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -14,14 +17,13 @@ from conftest import WORDS, kill_when_there, write_jsonl
 from effir_search.cli import cli as command
 from effir_search.compression.defaults_without_labels import merged
 from effir_search.encoding.encoder import Encoder
-from effir_search.model.checkpoint import weights_sha256
 from effir_search.model.sentence_files import prunable_config
 from effir_search.settings import EncoderOptions
 from effir_search.study.commands import commands_of
 from effir_search.study.page import FIGURES
 from effir_search.study.plan import Cell, Plan, Planner, all_cells, as_study
 from effir_search.study.results import results_of
-from effir_search.study.run import open_study, run_cell, run_cells, run_study
+from effir_search.study.run import open_study, prepare_study, run_cell, run_cells, run_study
 from effir_search.study.speed import Shape, SpeedRecords, nearest_in_speed, of_shape, shape_of
 from effir_search.text.trec import read_qrels
 
@@ -128,8 +130,6 @@ def test_every_model_was_trained_for_the_same_steps_and_the_record_says_so(whole
 
 def test_a_number_in_the_csv_is_that_of_the_stored_run(whole, recipe, collection):
     folder, _ = whole
-    import ir_measures
-
     qrels = [ir_measures.Qrel(*qrel) for qrel in read_qrels(str(collection / "qrels" / "test.tsv"))]
     for row in csv_of(folder / "results.csv"):
         values = []
@@ -196,14 +196,11 @@ def test_the_commands_of_a_model_make_it_again(whole, recipe, tmp_path, monkeypa
         lines = commands_of(study, cell, cell.name)
         assert len(lines) == 3 and all(line.replace("&", "&amp;").replace("'", "&#x27;") in page for line in lines)
         for line in lines:
-            import shlex
-
             result = CliRunner().invoke(command, [*shlex.split(line)[1:], "--device", "cpu"])
             assert result.exit_code == 0, (line, result.output)
         made = tmp_path / cell.name
-        assert weights_sha256(made, [made]) == weights_sha256(
-            *[folder / "cells" / cell.name / "model"] * 1, [folder / "cells" / cell.name / "model"]
-        )
+        kept = folder / "cells" / cell.name / "model"
+        assert (made / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
 
 
 def test_the_same_study_again_makes_nothing(whole, recipe):
@@ -257,10 +254,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, recipe):
 
 def test_processes_share_the_models_and_find_the_same(tmp_path, recipe, whole):
     study = opened(narrow_recipe(recipe, numbers=[1, 2]), tmp_path / "study")
-    from effir_search.study.run import _prepare
-
     cells = cells_in(study)
-    _prepare(study, cells)
+    prepare_study(study, cells)
     run_cells(study, cells, devices=["cpu", "cpu"])
     for cell in cells:
         file = study.cell_folder(cell) / "ndcg.json"
@@ -269,10 +264,8 @@ def test_processes_share_the_models_and_find_the_same(tmp_path, recipe, whole):
 
 def test_a_cell_is_a_function_of_the_study_and_gives_its_record(tmp_path, recipe):
     study = opened(narrow_recipe(recipe), tmp_path / "study")
-    from effir_search.study.run import _prepare
-
     cell = Cell(Plan(mlp=2, criterion="greedy"), 0)
-    _prepare(study, [cell])
+    prepare_study(study, [cell])
     record = run_cell(study, cell)
     assert (
         record["shape"]["widths"].count(0) == 2 and record["queries"] == {"toy": 3, "more-dev": 1} | record["queries"]
@@ -351,3 +344,25 @@ def test_a_kept_model_encodes(whole):
     folder, _ = whole
     model = next(whole[0].glob("cells/mlp-2-greedy-seed-0-trained/model"))
     assert Encoder.from_pretrained(model, device="cpu").encode_queries(["hot soup"]).shape == (1, 32)
+
+
+def test_a_folder_of_anything_else_is_left_as_it_is(tmp_path, recipe):
+    file = toml(recipe, tmp_path / "study.toml")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    result = CliRunner().invoke(command, [*map(str, ["study", "--recipe", file, "--output", tmp_path / "other"])])
+    assert result.exit_code == 1 and "exists already, with 'notes.txt' in it" in result.output
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_models_that_another_process_is_at_work_at_are_told(tmp_path, recipe):
+    study = opened(narrow_recipe(recipe, untrained_only=True), tmp_path / "study")
+    cells = cells_in(study)
+    prepare_study(study, cells)
+    lock = study.folder / "models" / f"{cells[1].name}.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=f"another process is at work at {cells[1].name} and 0 more"):
+            run_study(study)
+    assert (study.cell_folder(cells[0]) / "record.json").is_file()
