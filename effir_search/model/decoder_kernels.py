@@ -10,6 +10,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
@@ -19,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 from effir_search.model.packed import lowest_where
 
 # Bytes of one float32 tensor of those that a few rows need at once, so that all stay in a core's cache.
-CACHED_BYTES = 400_000
+CACHED_BYTES = 1_000_000
 # The same of the scores of some texts' attention.
 SCORE_BYTES = 1_000_000
 # Tokens of a text up to which the scores of its attention are computed as a whole.
@@ -69,9 +70,8 @@ def _attention_forward(
         stock = type(self).forward
         return stock(self, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
     query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-    cos, sin = (part[..., : self.head_dim // 2].float() for part in position_embeddings)
     seen = attention_mask if attention_mask is not None else causal_mask(hidden_states.shape[1], hidden_states.device)
-    attended = _RotaryAttention.apply(query, key, value, cos, sin, seen, self.head_dim, self.scaling)
+    attended = _RotaryAttention.apply(query, key, value, *position_embeddings, seen, self.head_dim, self.scaling)
     return self.o_proj(attended), None
 
 
@@ -95,7 +95,8 @@ class _RMSNorm(torch.autograd.Function):
         scales = torch.empty(len(rows), 1, device=x.device)
         for part in _slices(len(rows), width):
             some = rows[part].float()
-            scales[part] = (some.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+            lengths = torch.linalg.vector_norm(some, dim=-1, keepdim=True)
+            scales[part] = (lengths.square_() / width + eps).rsqrt_()
             normed[part] = (some * scales[part]).mul_(weight)
         ctx.save_for_backward(x, weight, scales)
         return normed.view(x.shape)
@@ -110,21 +111,22 @@ class _RMSNorm(torch.autograd.Function):
             normed, some = rows[part] * scales[part], gradients[part].float()
             products = some * normed
             of_weight += products.sum(dim=0)
-            shares = (products @ plain).div_(rows.shape[1])
-            of_x[part] = (some * plain).addcmul_(normed, shares.unsqueeze(1), value=-1).mul_(scales[part])
+            shares = torch.mv(products, plain).div_(rows.shape[1]).unsqueeze(1)
+            some = some.mul_(plain) if gradients.dtype != torch.float32 else some * plain
+            of_x[part] = some.addcmul_(normed, shares, value=-1).mul_(scales[part])
         return of_x.view(x.shape), of_weight.to(weight.dtype), None, None
 
 
 class _GatedUnits(torch.autograd.Function):
-    """``silu(gate) * up``, computed in float32; both are ``(..., units)``, and so is what is returned."""
+    """``silu(gate) * up``; both are ``(..., units)``, and so is what is returned."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        gates, ups = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        gates, ups = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (gate, up))
         units = torch.empty_like(gates)
         for part in _slices(len(gates), gates.shape[1]):
-            units[part] = nn.functional.silu(gates[part].float()).mul_(ups[part])
+            torch.mul(F.silu(gates[part]), ups[part], out=units[part])
         return units.view(gate.shape)
 
     @staticmethod
@@ -133,21 +135,17 @@ class _GatedUnits(torch.autograd.Function):
         gates, ups, gradients = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (gate, up, gradient))
         of_gate, of_up = torch.empty_like(gates), torch.empty_like(ups)
         for part in _slices(len(gates), gates.shape[1]):
-            some, one = gates[part].float(), gradients[part].float()
-            share = some.sigmoid()
-            active = some * share
-            of_up[part] = active * one
-            # The derivative of x s(x), with s the sigmoid, is s + x s (1 - s) = s + a - a s of a = x s.
-            of_gate[part] = active.addcmul_(active, share, value=-1).add_(share).mul_(one).mul_(ups[part])
+            torch.mul(F.silu(gates[part]), gradients[part], out=of_up[part])
+            torch.ops.aten.silu_backward(gradients[part] * ups[part], gates[part], grad_input=of_gate[part])
         return of_gate.view(gate.shape), of_up.view(up.shape)
 
 
 class _RotaryAttention(torch.autograd.Function):
-    """Attention with rotary positions, from what the linear layers give to what the output layer takes.
+    """Causal or masked attention with rotary positions, from what linear layers give to what the next one takes.
 
     ``apply`` takes query ``(batch, seq, heads * head_dim)``, key and value ``(batch, seq, key_heads * head_dim)``, cos
-    and sin ``(batch or 1, seq, head_dim / 2)``, a mask ``(batch or 1, 1, seq, seq)`` bool, True = seen, head_dim and
-    the scale of products. Only the first three are kept for the backward pass.
+    and sin ``(batch or 1, seq, head_dim)``, a mask ``(batch or 1, 1, seq, seq)`` bool, True = seen, head_dim and the
+    scale of products. Kept are the turned queries and keys, the values, and the weights of the values.
     """
 
     @staticmethod
@@ -162,87 +160,88 @@ class _RotaryAttention(torch.autograd.Function):
         head_dim: int,
         scaling: float,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, cos, sin, seen)
-        ctx.head_dim, ctx.scaling = head_dim, scaling
+        batch, seq, _ = query.shape
+        groups = query.shape[2] // key.shape[2]
+        cos, sin = (part.to(query.dtype)[:, None, None] for part in (cos, sin))  # (batch or 1, 1, 1, seq, head_dim)
+        hidden = lowest_where(~seen, query.dtype).unsqueeze(2)  # (batch or 1, 1, 1, seq, seq)
+        turn = _half_turn(head_dim, query.dtype, query.device)
+        heads = query.new_empty(batch, key.shape[2] // head_dim, groups + 2, seq, head_dim)
+        weights = query.new_empty(batch, heads.shape[1], groups, seq, seq)
         attended = torch.empty_like(query)
         with torch.autocast(query.device.type, enabled=False):
-            for part, parts in _texts(query, key, value, cos, sin, seen, head_dim=head_dim):
-                _, _, values, weights = _weights(*parts, head_dim=head_dim, scaling=scaling)
-                attended[part] = _rows(torch.matmul(weights.to(values.dtype), values), query.shape[1])
+            for part in _slices(batch, weights[0].numel(), SCORE_BYTES):
+                some_cos, some_sin, some_hidden = (t[part] if len(t) > 1 else t for t in (cos, sin, hidden))
+                some = heads[part]
+                some[:, :, :groups] = _heads(query[part], head_dim, groups) * scaling
+                some[:, :, groups] = _heads(key[part], head_dim)[:, :, 0]
+                some[:, :, groups + 1] = _heads(value[part], head_dim)[:, :, 0]
+                turned = some[:, :, : groups + 1]
+                turned.copy_(_turned(turned, some_cos, some_sin, turn))
+                queries, keys, values = _parts(some)
+                scores = torch.matmul(queries, keys.transpose(2, 3)).view(weights[part].shape)
+                weights[part] = scores.add_(some_hidden).softmax(dim=-1)
+                outputs = torch.matmul(weights[part].flatten(2, 3), values)
+                attended[part] = _rows(outputs.view(len(some), -1, groups, seq, head_dim))
+        ctx.save_for_backward(heads, weights, cos, sin)
+        ctx.scaling = scaling
         return attended
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, cos, sin, seen = ctx.saved_tensors
-        seq, groups = query.shape[1], query.shape[2] // key.shape[2]
-        of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for part, parts in _texts(query, key, value, cos, sin, seen, head_dim=ctx.head_dim):
-            queries, keys, values, weights = _weights(*parts, head_dim=ctx.head_dim, scaling=ctx.scaling)
-            outputs = _heads(gradient[part], ctx.head_dim, groups)
-            of_value[part] = _rows(torch.matmul(weights.to(values.dtype).transpose(2, 3), outputs), seq)
-            of_weights = torch.matmul(outputs, values.transpose(2, 3)).float()
-            of_weights -= (of_weights * weights).sum(dim=-1, keepdim=True)
-            of_scores = of_weights.mul_(weights).to(values.dtype)
-            _, _, _, some_cos, some_sin, _ = parts
-            of_queries = _rows(torch.matmul(of_scores, keys), seq)
-            of_query[part] = _rotated(of_queries, some_cos, -some_sin, ctx.head_dim) * ctx.scaling
-            of_keys = _rows(torch.matmul(of_scores.transpose(2, 3), queries), seq)
-            of_key[part] = _rotated(of_keys, some_cos, -some_sin, ctx.head_dim)
+        heads, weights, cos, sin = ctx.saved_tensors
+        batch, key_heads, groups, seq, _ = weights.shape
+        head_dim = heads.shape[-1]
+        turn = _half_turn(head_dim, heads.dtype, heads.device)
+        of_query = gradient.new_empty(batch, seq, key_heads * groups * head_dim)
+        of_key, of_value = (gradient.new_empty(batch, seq, key_heads * head_dim) for _ in range(2))
+        for part in _slices(batch, weights[0].numel(), SCORE_BYTES):
+            some_cos, some_sin = (t[part] if len(t) > 1 else t for t in (cos, sin))
+            queries, keys, values = _parts(heads[part])
+            some = weights[part].flatten(2, 3)  # (texts, key_heads, groups * seq, seq)
+            outputs = _heads(gradient[part], head_dim, groups).flatten(2, 3)
+            of_value[part] = _rows(torch.matmul(some.transpose(2, 3), outputs).unsqueeze(2))
+            of_weights = torch.matmul(outputs, values.transpose(2, 3))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, some, -1, some.dtype)
+            of_heads = torch.empty_like(heads[part][:, :, : groups + 1])
+            of_heads[:, :, :groups] = torch.matmul(of_scores, keys).unflatten(2, (groups, seq))
+            of_heads[:, :, groups] = torch.matmul(of_scores.transpose(2, 3), queries)
+            of_heads = _turned(of_heads, some_cos, -some_sin, turn)
+            of_query[part] = _rows(of_heads[:, :, :groups]) * ctx.scaling
+            of_key[part] = _rows(of_heads[:, :, groups:])
         return of_query, of_key, of_value, None, None, None, None, None
 
 
-def _weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    hidden: Tensor,
-    *,
-    head_dim: int,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return rotated and scaled queries, rotated keys, values, and the float32 weights of the values.
-
-    Each is ``(texts, key_heads, rows, ...)``. Rows of queries and weights are the tokens of each head that shares the
-    key's; so keys are not repeated.
-    """
-    groups = query.shape[2] // key.shape[2]
-    queries = _heads((_rotated(query, cos, sin, head_dim) * scaling).to(query.dtype), head_dim, groups)
-    keys = _heads(_rotated(key, cos, sin, head_dim).to(key.dtype), head_dim)
-    values = _heads(value, head_dim)
-    scores = torch.matmul(queries, keys.transpose(2, 3)).float()  # (texts, key_heads, groups * seq, seq)
-    scores.unflatten(2, (groups, -1)).add_(hidden)
-    return queries, keys, values, scores.softmax(dim=-1)
+def _half_turn(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what a head's vector is multiplied with to be (-second half, first half), as rotary positions need."""
+    half = head_dim // 2
+    matrix = torch.zeros(head_dim, head_dim, dtype=dtype, device=device)
+    matrix[:half, half:].fill_diagonal_(1)
+    matrix[half:, :half].fill_diagonal_(-1)
+    return matrix
 
 
-def _rotated(rows: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    """Return ``(texts, seq, heads * head_dim)`` float32, each head's vector turned by its token's angles."""
-    first, second = rows.unflatten(2, (-1, 2, head_dim // 2)).float().unbind(dim=3)  # (texts, seq, heads, head_dim / 2)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=3).flatten(2)
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, turn: Tensor) -> Tensor:
+    """Return ``(..., seq, head_dim)``, each vector turned by its token's angles; ``turn`` is a ``_half_turn``."""
+    return torch.addcmul(heads * cos, torch.matmul(heads, turn), sin)
 
 
 def _heads(rows: Tensor, head_dim: int, groups: int = 1) -> Tensor:
-    """Return ``(texts, key_heads, groups * seq, head_dim)`` of ``(texts, seq, heads * head_dim)``, in order."""
-    heads = rows.unflatten(2, (-1, groups, head_dim)).permute(0, 2, 3, 1, 4)
-    return heads.flatten(2, 3).contiguous()
+    """Return ``(texts, key_heads, groups, seq, head_dim)`` of ``(texts, seq, heads * head_dim)``.
+
+    The heads that share a key are its group, so that keys need not be repeated.
+    """
+    return rows.unflatten(2, (-1, groups, head_dim)).permute(0, 2, 3, 1, 4)
 
 
-def _rows(heads: Tensor, seq: int) -> Tensor:
+def _rows(heads: Tensor) -> Tensor:
     """Undo ``_heads``."""
-    return heads.unflatten(2, (-1, seq)).permute(0, 3, 1, 2, 4).flatten(2)
+    return heads.permute(0, 3, 1, 2, 4).flatten(2)
 
 
-def _texts(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, *, head_dim: int
-) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Yield some texts at a time: their slice, and what ``_weights`` takes of them."""
-    hidden = lowest_where(~seen, torch.float32).unsqueeze(2)  # (batch or 1, 1, 1, seq, seq)
-    batch, seq = query.shape[:2]
-    for part in _slices(batch, query.shape[2] // head_dim * seq * seq, SCORE_BYTES):
-        shared = (tensor[part] if len(tensor) > 1 else tensor for tensor in (cos, sin, hidden))
-        yield part, (query[part], key[part], value[part], *shared)
+def _parts(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries ``(texts, key_heads, groups * seq, head_dim)``, and keys and values with ``seq`` rows."""
+    groups = heads.shape[2] - 2
+    return heads[:, :, :groups].flatten(2, 3), heads[:, :, groups], heads[:, :, groups + 1]
 
 
 def _slices(rows: int, width: int, size: int = CACHED_BYTES) -> Iterator[slice]:
