@@ -495,6 +495,7 @@ class CompressionSettings(Settings):
     Attributes:
         encoder: The model that is compressed, folder or hub name.
         output: The new folder; None = it is said elsewhere.
+        target: What the model is to be, in place of what goes: see ``study.target.Target``.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
         stock_architecture: See ``EncoderOptions``, for every model of the recipe.
@@ -511,6 +512,9 @@ class CompressionSettings(Settings):
     data: DataSettings = setting(help="What is learned from.")
     output: str | None = setting(
         None, help="New model folder; OUTPUT.stages gets that of each stage.", default_text="the recipe's"
+    )
+    target: str | None = setting(
+        None, help="Find what to drop and narrow: parameters=0.5, bytes=40MB, speedup=2, or with --dev quality=0.98."
     )
     max_length: Count | None = setting(
         None, help="Tokens of a text that analysis and training read.", default_text=MODELS

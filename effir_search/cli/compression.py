@@ -72,8 +72,14 @@ def compress(
         return
     if compression.output is None:
         raise click.UsageError("where to? give --output, or output in the recipe: a new folder")
-    output = Path(compression.output)
-    measured = compress(compression, output, device=device, batch_tokens=batch_tokens, restart=restart)
+    output, machine = Path(compression.output), {"device": device, "batch_tokens": batch_tokens, "restart": restart}
+    if compression.target:
+        from effir_search.study.target import compress_to_target
+
+        measured, candidates = compress_to_target(compression, output, **machine)
+        click.echo(f"{candidates}\n")
+    else:
+        measured = compress(compression, output, **machine)
     if measured is not None:
         click.echo(describe_compression(measured, output))
 

@@ -47,6 +47,8 @@ def compress(
     device: str = "auto",
     batch_tokens: int | None = None,
     restart: bool = False,
+    analysis: Path | None = None,
+    section: str = "",
 ) -> Benchmark | None:
     """Compress a model by a recipe; after a stop, the same call goes on where it was.
 
@@ -62,6 +64,8 @@ def compress(
         batch_tokens: Padded tokens of a forward pass; None = by device.
         restart: Discard what a stopped job left, but for data that was prepared from the same files. Of a job with
             other settings only the stages that depend on these go.
+        analysis: See ``Job``.
+        section: One more section of the model card.
 
     Returns:
         What was measured at the end; None in the processes of a launcher that are not its main one.
@@ -80,7 +84,7 @@ def compress(
     machine = EncoderOptions(
         device=device, batch_tokens=batch_tokens, stock_architecture=compression.stock_architecture
     )
-    job, files = Job(compression, folder, machine), hashes(compression.data)
+    job, files = Job(compression, folder, machine, analysis), hashes(compression.data)
     settings = job_settings(compression, files)
     keep = (DATA, *unchanged_stages(settings, folder)) if main else ()
     measured = None
@@ -94,7 +98,7 @@ def compress(
                 measured = run_stage(stage, job)
         if not main:
             return None
-        _save(job, measured, output)
+        _save(job, measured, output, section)
     return measured
 
 
@@ -163,7 +167,7 @@ def with_numbers(compression: CompressionSettings) -> CompressionSettings:
     """
     if compression.prune.drop_mlp is not None:
         return compression
-    half = len(parts_of(empty_model(_config(compression)), "mlp")) // 2
+    half = len(parts_of(empty_model(config_of(compression)), "mlp")) // 2
     return replace(compression, prune=replace(compression.prune, drop_mlp=half))
 
 
@@ -173,7 +177,7 @@ def check_compression(compression: CompressionSettings, device: str) -> None:
     check_training(compression.finetune, data, device)
     check_losses(compression.loss, data)
     drops = _drops(compression)
-    dropped = empty_model(planned(_config(compression), **drops))
+    dropped = empty_model(planned(config_of(compression), **drops))
     resolved_training(compression.finetune, data, dropped, chosen_device(device))
     if slim.narrow:
         check_cut({layer_idx: width for layer_idx, width in enumerate(mlp_widths(dropped)) if width}, slim)
@@ -191,7 +195,8 @@ def check_compression(compression: CompressionSettings, device: str) -> None:
         collection_files(collection, compression.evaluate.split)
 
 
-def _config(compression: CompressionSettings) -> PretrainedConfig:
+def config_of(compression: CompressionSettings) -> PretrainedConfig:
+    """Return the config of a recipe's encoder."""
     return prunable_config(compression.encoder, stock_architecture=compression.stock_architecture)
 
 
@@ -221,7 +226,7 @@ def _write_calibration(loaded: PreparedData, path: Path, compression: Compressio
             file.write(json.dumps({"_id": str(doc_id), "text": text.text}, ensure_ascii=False) + "\n")
 
 
-def _save(job: Job, measured: Benchmark, output: Path) -> None:
+def _save(job: Job, measured: Benchmark, output: Path, more: str) -> None:
     """Copy the model that the stages have left to its final name, with the recipe and what was measured."""
     model, name = Path(job.model), lasting_name(job.recipe.encoder)
     beside = {
@@ -230,7 +235,8 @@ def _save(job: Job, measured: Benchmark, output: Path) -> None:
     }
     section = f"## Beside {name}\n\n```\n{format_benchmark(measured)}\n```\n"
     training = read_json(model / TRAINING_FILE) | {"model": f"{name}, pruned as above"}
-    copy_model(model, output, training=training, beside=beside, measured=section)
+    sections = "\n".join(filter(None, [more, section]))
+    copy_model(model, output, training=training, beside=beside, measured=sections)
 
 
 def describe_compression(measured: Benchmark, output: Path) -> str:
@@ -241,7 +247,7 @@ def describe_compression(measured: Benchmark, output: Path) -> str:
 def describe_plan(compression: CompressionSettings) -> str:
     """Return a recipe with all its settings, and the sizes of the model before and after, counted from its config."""
     compression = with_numbers(compression)
-    full = _config(compression)
+    full = config_of(compression)
     compressed = planned(full, narrow=compression.slim.narrow, **_drops(compression))
     sizes = format_facts(facts(empty_model(full)), facts(empty_model(compressed)), names=("full", "compressed"))
     return f"{format_recipe(compression)}\n{sizes}"

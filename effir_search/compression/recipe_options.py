@@ -4,6 +4,7 @@
 IN_RECIPE = {
     "--encoder": ("", "encoder"),
     "--output": ("", "output"),
+    "--target": ("", "target"),
     "--drop-mlp": ("prune", "drop_mlp"),
     "--drop-attention": ("prune", "drop_attention"),
     "--drop-block": ("prune", "drop_block"),

@@ -5,12 +5,14 @@ table.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from effir_search.compression.slim import slim_encoder
 from effir_search.evaluation.benchmark import Benchmark, benchmark
+from effir_search.files.whole import whole_folder
 from effir_search.model.layers import PartKind
 from effir_search.pruning.analyze import analyze
 from effir_search.pruning.prune import NAMES, prune_encoder
@@ -32,11 +34,13 @@ class Job:
         recipe: All settings.
         folder: Of the job; each stage leaves one of its name in it.
         machine: Device, batches and architecture of every model.
+        analysis: Folder of an analysis of the encoder by the same texts and criteria, which is not made again.
     """
 
     recipe: CompressionSettings
     folder: Path
     machine: EncoderOptions
+    analysis: Path | None = None
 
     @property
     def model(self) -> str:
@@ -109,14 +113,28 @@ def numbers_to_drop(recipe: CompressionSettings) -> dict[PartKind, int]:
 
 
 def _analyze(job: Job, folder: Path) -> None:
-    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``drop`` to use."""
-    recipe, numbers = job.recipe, numbers_to_drop(job.recipe)
+    if job.analysis is None:
+        analyze_parts(job, folder, dict(list(numbers_to_drop(job.recipe).items())[:1]))
+        return
+    with whole_folder(folder) as copy:
+        shutil.copytree(job.analysis, copy, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def analyze_parts(job: Job, folder: Path, numbers: dict[PartKind, int]) -> None:
+    """Report importance by cosine, in one pass, and by what chooses the first parts to go, for ``drop`` to use.
+
+    Args:
+        job: Its folder has the texts.
+        folder: The new folder.
+        numbers: How many parts are chosen greedily, by kind, where the recipe's criterion is that.
+    """
+    recipe = job.recipe
     analyze(
         recipe.encoder,
         folder,
         sources=[str(job.folder / CALIBRATION_FILE)],
         criteria=["cosine", recipe.prune.criterion] if numbers else ["cosine"],
-        greedy_numbers=dict(list(numbers.items())[:1]),
+        greedy_numbers=numbers,
         size=recipe.prune.num_texts,
         options=job.own_options(recipe.encoder),
     )
