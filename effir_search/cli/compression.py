@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from effir_search.cli.options import OWN_LENGTH, PATH, Command, option_of, options_of
+from effir_search.cli.options import OWN_LENGTH, PATH, Command, option_of, options_of, refuse
 from effir_search.compression.defaults_without_labels import WITHOUT_LABELS
 from effir_search.compression.recipe_options import IN_RECIPE, parameter_of, recipe_of
 from effir_search.settings import SECTIONS, CompressionSettings, EncoderOptions
@@ -86,9 +86,21 @@ def compress(
 
 @click.command()
 @click.option("--query", help="Search the demo collection for this text.")
-@click.option("--output", type=PATH, default=Path("indexes/demo"), help="Folder of the demo's files.")
-def demo(query: str | None, output: Path) -> None:
-    """Try it all on the documentation of Python itself, beside BM25."""
-    from effir_search.demo.demo import run_demo
+@click.option("--llm", is_flag=True, help="Make a retriever of a language model, and then a smaller one.")
+@click.option("--steps", type=click.IntRange(1), help="With --llm: of each of its two trainings.  [default: 300]")
+@click.option("--data", type=PATH, help="With --llm: a folder of BEIR folders.  [default: Python's documentation]")
+@click.option(
+    "--output", type=PATH, help="Folder of the demo's files.  [default: indexes/demo; with --llm indexes/llm]"
+)
+def demo(query: str | None, llm: bool, steps: int | None, data: Path | None, output: Path | None) -> None:
+    """Try it all on the documentation of Python itself, beside BM25; after a stop, the same command continues."""
+    from effir_search.demo.demo import demo_model, run_demo
+    from effir_search.demo.language_model import Demo, language_model_file, run_language_model_demo
 
-    run_demo(output, query=query, echo=click.echo)
+    if not llm:
+        refuse(["steps", "data"], "goes with --llm")
+        run_demo(output or Path("indexes/demo"), query=query, echo=click.echo)
+        return
+    refuse(["query"], "does not go with --llm")
+    folder = output or Path("indexes/llm")
+    run_language_model_demo(Demo(folder, language_model_file(), demo_model(), steps or 300, data), echo=click.echo)

@@ -144,6 +144,25 @@ def test_labels_train_all_stages_too(tmp_path, models, recipe):
     assert "nDCG" not in result.output
 
 
+def test_a_teacher_that_scores_the_batch_is_learned_from_in_all_stages(tmp_path, models, recipe):
+    examples = [
+        {"query": "hot soup", "positives": ["tomato soup"]},
+        {"query": "fast car", "positives": ["red car"]},
+    ] * 8
+    train = write_jsonl(tmp_path / "train.jsonl", examples)
+    told = tmp_path / "recipe.toml"
+    told.write_text(recipe.read_text() + '[loss]\ndistill_over = "batch"\ncontrastive_weight = 0\n')
+    given = ["--recipe", told, "--encoder", models["llama"], "--train", train, *OPTIONS, "--output", tmp_path / "small"]
+    refused = run(*given)
+    assert refused.exit_code == 1 and "Error: --distill-over batch needs a teacher" in refused.output
+    assert not (tmp_path / "small.stages").exists()
+    result = run(*given, "--teacher", models["bert"])
+    assert result.exit_code == 0, result.output
+    assert "scores" not in (tmp_path / "small.stages" / "data" / "examples.jsonl").read_text()
+    losses = read_json(tmp_path / "small" / "training.json")["losses"]
+    assert (losses["distill_over"], losses["contrastive_weight"]) == ("batch", 0)
+
+
 @pytest.mark.parametrize("options", [["--batch-size", 1], ["--negatives", 0, "--batch-size", 1]])
 def test_examples_that_nothing_can_be_learned_from_are_an_error_before_the_first_stage(
     tmp_path, models, recipe, options
