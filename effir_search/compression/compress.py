@@ -101,7 +101,7 @@ def compress(
 def _prepare(job: Job, files: dict[str, str], *, restart: bool) -> None:
     """Prepare what is learned from, and take the sample that is measured on."""
     recipe = job.recipe
-    scored = recipe.loss.distill_over != "batch"
+    scored = recipe.loss.distill_over == "candidates"
     teaching = {"files": files, "restart": restart, "teacher_options": job.options(recipe.data.teacher)}
     teaching["scored"] = scored
     prepare(job.folder, recipe.data, recipe.seed, job.machine.device, **teaching)

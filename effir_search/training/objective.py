@@ -179,8 +179,8 @@ class RetrievalObjective(Objective):
                     )
                 )
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        weight = 1.0 if settings.contrastive_weight is None else settings.contrastive_weight
-        loss = weight * means["contrastive"] + settings.distillation_weight * means.get("distillation", 0)
+        loss = settings.contrastive_weight * means["contrastive"]
+        loss = loss + settings.distillation_weight * means.get("distillation", 0)
         return {"loss": loss, **means}
 
 
@@ -324,9 +324,9 @@ def check_examples(examples: Sequence[Example], batch_size: int, settings: LossS
             positives.add(document_key(example.positive))
         if over_batch and len(positives) > 1:
             return
-        if settings.contrastive_weight != 0 and (others | positives).difference(own):
+        if settings.contrastive_weight and (others | positives).difference(own):
             return
-    if settings.contrastive_weight == 0 and not over_batch:
+    if not settings.contrastive_weight and not over_batch:
         raise UserError(
             "--contrastive-weight 0: no example has a teacher's scores of hard negatives, which are all that could be "
             "learned; give --teacher and negatives, or --distill-over batch"
