@@ -309,11 +309,10 @@ class LossSettings(Settings):
     Attributes:
         temperature: What similarities are divided by; None = 0.02 for cosines, 1 for dot products.
         teacher_temperature: What a teacher's scores are divided by; None = 1, but for a bi-encoder as its student's.
-        contrastive_weight: Of InfoNCE with --train; 0 = the teacher's scores are all that is learned; None = 1.
+        contrastive_weight: Of InfoNCE with --train; 0 = the teacher's scores are all that is learned.
         distillation_weight: Of the KL divergence from the teacher's scores, beside InfoNCE.
         distill_over: Documents of that divergence: each query's own candidates, whose scores are prepared; or all
-            documents of the batch, on whatever device, which a bi-encoder then scores beside the training. None = the
-            candidates.
+            documents of the batch, on whatever device, which a bi-encoder then scores beside the training.
         score_weight: Of the squared difference of score matrices, beside 1 - cosine of embeddings.
         token_weight: Of 1 - cosine of the states of each token, beside that of embeddings; None = 1 for a teacher that
             reads the same tokens into states of the same size, such as the model before pruning, if both pool their
@@ -328,12 +327,10 @@ class LossSettings(Settings):
     teacher_temperature: AboveZero | None = setting(
         None, help="Of the teacher's scores.", default_text="1; with --teacher: --temperature"
     )
-    contrastive_weight: Weight | None = setting(None, only="With --train", help="of InfoNCE.", default_text="1")
+    contrastive_weight: Weight = setting(1.0, only="With --train", help="of InfoNCE.")
     distillation_weight: Weight = setting(1.0, help="Of KL beside InfoNCE.")
-    distill_over: Distilled | None = setting(
-        None,
-        help="Documents of KL: a query's own, or, with --train and --teacher, all of the batch.",
-        default_text="candidates",
+    distill_over: Distilled = setting(
+        "candidates", help="Documents of KL: a query's own, or, with --train and --teacher, all of the batch."
     )
     score_weight: Weight = setting(10.0, only="With --texts", help="of score matrices beside embeddings.")
     token_weight: Weight | None = setting(
@@ -350,7 +347,7 @@ class LossSettings(Settings):
     )
 
     def __post_init__(self) -> None:
-        if self.contrastive_weight == 0 and self.distillation_weight == 0:
+        if not self.contrastive_weight and not self.distillation_weight:
             raise UserError(
                 "--contrastive-weight 0 and --distillation-weight 0 leave nothing to learn; give one of them above 0"
             )

@@ -111,7 +111,7 @@ def prepare_job(job: Job, files: dict[str, str], *, restart: bool) -> None:
         restart: Discard what was prepared with other settings, instead of raising.
     """
     recipe = job.recipe
-    scored = recipe.loss.distill_over != "batch"
+    scored = recipe.loss.distill_over == "candidates"
     teaching = {"files": files, "restart": restart, "teacher_options": job.options(recipe.data.teacher)}
     teaching["scored"] = scored
     prepare(job.folder, recipe.data, recipe.seed, job.machine.device, **teaching)

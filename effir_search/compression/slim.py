@@ -149,7 +149,7 @@ def slim_encoder(
         with job_folder(folder, {}, restart=restart, keep=(DATA,)):
             files = hashes(data)
             place = prepared or folder
-            scored = losses.distill_over != "batch"
+            scored = losses.distill_over == "candidates"
             teaching = {"files": files, "restart": restart, "teacher_options": teacher_options, "scored": scored}
             prepare(place, data, settings.seed, options.device, **teaching)
             source = TextSource(data, load(place, data, settings.seed), files, teacher_options, folder)

@@ -230,7 +230,7 @@ def teacher_beside(
         OSError: It cannot be read.
     """
     check_losses(losses, data)
-    if data.train and losses.distill_over != "batch":
+    if data.train and losses.distill_over == "candidates":
         return None
     teacher = Encoder.from_pretrained(data.teacher, options, batch_tokens=encoder.batch_tokens)
     return teacher.with_config(max_length=min(teacher.config.max_length, encoder.config.max_length)).pack()
@@ -250,7 +250,7 @@ def check_losses(losses: LossSettings, data: DataSettings) -> None:
             raise UserError("--distill-over batch needs a teacher that scores the batch: give --teacher, a bi-encoder")
         if not losses.distillation_weight:
             raise UserError("--distill-over batch with --distillation-weight 0 learns nothing from the teacher")
-    if not data.train and losses.contrastive_weight is not None:
+    if not data.train and losses.contrastive_weight != 1:
         raise UserError(f"--contrastive-weight {losses.contrastive_weight:g} goes with --train")
 
 

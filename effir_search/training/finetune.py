@@ -241,7 +241,7 @@ def _prepare(job: _Job, folder: Path, teacher_options: EncoderOptions, *, restar
     """Return what is learned from, which the main process prepares in this folder while the others wait."""
     process, seed = PartialState(), job.settings.seed
     if process.is_main_process:
-        scored = job.objective.settings.distill_over != "batch"
+        scored = job.objective.settings.distill_over == "candidates"
         choices = {"files": job.files, "restart": restart, "teacher_options": teacher_options, "scored": scored}
         prepare(folder, job.data, seed, teacher_options.device, **choices)
     process.wait_for_everyone()

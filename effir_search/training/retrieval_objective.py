@@ -110,8 +110,8 @@ class RetrievalObjective(Objective):
                     )
                 )
         means = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        weight = 1.0 if settings.contrastive_weight is None else settings.contrastive_weight
-        loss = weight * means["contrastive"] + settings.distillation_weight * means.get("distillation", 0)
+        loss = settings.contrastive_weight * means["contrastive"]
+        loss = loss + settings.distillation_weight * means.get("distillation", 0)
         return {"loss": loss, **means}
 
 

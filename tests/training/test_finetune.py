@@ -450,22 +450,6 @@ def test_a_teacher_that_scores_the_batch_is_learned_from_and_recorded(tmp_path, 
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(out).items())
 
 
-def test_a_job_of_before_kl_could_be_over_the_batch_goes_on(tmp_path, bert_folder, examples):
-    data, settings = DataSettings(train=examples), TrainingSettings(batch_size=4, max_steps=2)
-    run = partial(finetune, str(bert_folder), tmp_path / "tuned", data, settings, keep_checkpoints=True)
-    run(**QUICK)
-    first = weights(tmp_path / "tuned")
-    shutil.rmtree(tmp_path / "tuned")
-    file = tmp_path / "tuned.training" / "settings.json"
-    record = json.loads(file.read_text())
-    del record["losses"]["contrastive_weight"], record["losses"]["distill_over"]
-    file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="contrastive_weight"):
-        run(options=CPU, losses=LossSettings(temperature=0.1, contrastive_weight=0.5))
-    run(**QUICK)
-    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path / "tuned").items())
-
-
 def test_a_restart_with_another_recipe_keeps_the_prepared_data(tmp_path, bert_folder, pruned, texts):
     data = DataSettings(texts=(texts,), teacher=str(bert_folder))
     run = partial(finetune, str(pruned), tmp_path / "tuned", **QUICK, keep_checkpoints=True)
