@@ -44,7 +44,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #555; }
 ul { padding-left: 1.1rem; font-size: .92rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; margin: .3rem 0; }
 details { border-bottom: 1px solid #e2e2e2; padding: .25rem 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
-nav a { margin-right: 1rem; white-space: nowrap; } a { color: #0b5394; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; } a { color: #0b5394; }
 """
 
 
@@ -98,6 +98,8 @@ def paragraphs_of(study: Study, results: Results) -> list[str]:
         "collections, collections are drawn as well; of a few that interval is coarse. Where several seeds were run, "
         "figures are means over them, and the lowest and the highest of a seed stand beside. A difference whose "
         "interval contains 0 is called none; the intervals are not corrected for their number.",
+        "study.toml beside this page is the whole recipe: effir study --recipe study.toml --output FOLDER makes all "
+        "of it again.",
     ]
 
 
