@@ -81,11 +81,11 @@ def paragraphs_of(study: Study, results: Results) -> list[str]:
     sources = [data.train] if data.train else [*data.texts, *data.queries]
     names = ", ".join(dict.fromkeys(map(_short, filter(None, sources))))
     learned = f"examples of {names}" if data.train else f"texts of {names}, without labels, from {_short(data.teacher)}"
+    length = f"texts of at most {base.max_length} tokens" if base.max_length else "texts as long as the model reads"
     steps = max(outcome.steps for outcome in results.outcomes.values())
     training = (
         f"Every trained model learned for {steps:,} steps of {budget.batch_size * budget.accumulation} from {learned}, "
-        f"at the rate {budget.learning_rate:g}, texts of at most {base.max_length or 'the model’s'} tokens; seeds "
-        f"{', '.join(map(str, settings.seeds))}. "
+        f"at the rate {budget.learning_rate:g}, {length}; seeds {', '.join(map(str, settings.seeds))}. "
         if steps
         else f"Nothing was trained; parts and units were chosen on {learned}. "
     )
@@ -96,8 +96,9 @@ def paragraphs_of(study: Study, results: Results) -> list[str]:
         f"Kept is the share of the full model's figure. In brackets are 95 % intervals of {RESAMPLES:,} paired "
         "bootstrap samples of the queries of each collection: what other queries might have shown. Where it says over "
         "collections, collections are drawn as well; of a few that interval is coarse. Where several seeds were run, "
-        "figures are means over them, and the lowest and the highest of a seed stand beside. A difference whose "
-        "interval contains 0 is called none; the intervals are not corrected for their number.",
+        "figures are means over them, and the lowest and the highest of a seed stand beside. A difference is the first "
+        "model's figure less the second's; one whose interval contains 0 is called none. Intervals are not corrected "
+        "for their number.",
         "study.toml beside this page is the whole recipe: effir study --recipe study.toml --output FOLDER makes all "
         "of it again.",
     ]
