@@ -44,7 +44,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #555; }
 ul { padding-left: 1.1rem; font-size: .92rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; margin: .3rem 0; }
 details { border-bottom: 1px solid #e2e2e2; padding: .25rem 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
-nav a { margin-right: 1rem; white-space: nowrap; } a { color: #0b5394; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; } a { color: #0b5394; }
 """
 
 
@@ -81,11 +81,11 @@ def paragraphs_of(study: Study, results: Results) -> list[str]:
     sources = [data.train] if data.train else [*data.texts, *data.queries]
     names = ", ".join(dict.fromkeys(map(_short, filter(None, sources))))
     learned = f"examples of {names}" if data.train else f"texts of {names}, without labels, from {_short(data.teacher)}"
+    length = f"texts of at most {base.max_length} tokens" if base.max_length else "texts as long as the model reads"
     steps = max(outcome.steps for outcome in results.outcomes.values())
     training = (
         f"Every trained model learned for {steps:,} steps of {budget.batch_size * budget.accumulation} from {learned}, "
-        f"at the rate {budget.learning_rate:g}, texts of at most {base.max_length or 'the model’s'} tokens; seeds "
-        f"{', '.join(map(str, settings.seeds))}. "
+        f"at the rate {budget.learning_rate:g}, {length}; seeds {', '.join(map(str, settings.seeds))}. "
         if steps
         else f"Nothing was trained; parts and units were chosen on {learned}. "
     )
@@ -96,8 +96,11 @@ def paragraphs_of(study: Study, results: Results) -> list[str]:
         f"Kept is the share of the full model's figure. In brackets are 95 % intervals of {RESAMPLES:,} paired "
         "bootstrap samples of the queries of each collection: what other queries might have shown. Where it says over "
         "collections, collections are drawn as well; of a few that interval is coarse. Where several seeds were run, "
-        "figures are means over them, and the lowest and the highest of a seed stand beside. A difference whose "
-        "interval contains 0 is called none; the intervals are not corrected for their number.",
+        "figures are means over them, and the lowest and the highest of a seed stand beside. A difference is the first "
+        "model's figure less the second's; one whose interval contains 0 is called none. Intervals are not corrected "
+        "for their number.",
+        "study.toml beside this page is the whole recipe: effir study --recipe study.toml --output FOLDER makes all "
+        "of it again.",
     ]
 
 

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import tomli_w
+from accelerate import PartialState
 
+from effir_search.encoding.devices import chosen_device
+from effir_search.errors import UserError
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.indexing.workers import worker_devices
 from effir_search.model.sentence_files import prunable_config
@@ -39,9 +42,13 @@ def make_study(
         ValueError: Bad data, or a model that cannot be pruned.
         OSError: A file cannot be read or written.
     """
-    _claim(folder, recipe)
     names = worker_devices(None, devices)
     first = names[0] if names else device
+    if (processes := PartialState(cpu=chosen_device(first).type == "cpu").num_processes) > 1:
+        raise UserError(
+            f"a study starts its own processes, and was started as {processes}: give --devices, no launcher"
+        )
+    _claim(folder, recipe)
     study = open_study(recipe, folder, device=first, batch_tokens=batch_tokens, keep_models=keep_models)
     results = results_of(study, run_study(study, devices=names))
     page = write_report(study, results)

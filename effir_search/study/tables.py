@@ -56,7 +56,8 @@ def tables_of(results: Results, analysis: Path) -> list[Table]:
         analysis: The folder of the whole model's analysis.
     """
     shown = [_comparison(name, rows, results) for name, rows in results.tables.items()]
-    return [*shown, _retention(results), _order(analysis), _by_collection(results)]
+    retention = [_retention(results)] if results.speeds else []
+    return [*shown, *retention, _order(analysis), _by_collection(results)]
 
 
 def _comparison(name: StudyTable, rows: Sequence[Row], results: Results) -> Table:

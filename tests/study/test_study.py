@@ -57,10 +57,9 @@ def recipe(bert_folder, texts, collection, second):
         "study": {
             "collections": [str(collection), f"{second}:dev"],
             "numbers": [2],
-            "kinds": ["mlp", "attention"],
-            "criteria": ["cosine", "greedy"],
-            "unit_criteria": ["gates", "taylor", "random"],
-            "random_seeds": 2,
+            "kinds": ["mlp"],
+            "criteria": ["greedy"],
+            "unit_criteria": ["gates", "taylor"],
             "dtypes": ["fp32"],
             "speed_texts": 8,
         },
@@ -124,7 +123,7 @@ def test_every_model_was_trained_for_the_same_steps_and_the_record_says_so(whole
     trained = [record for record in records if record["trained"]]
     assert {record["training"]["steps"] for record in trained} == {STEPS}
     budgets = [record["settings"]["finetune"] | {"seed": 0} for record in trained]
-    assert all(budget == budgets[0] for budget in budgets) and len(trained) > 8
+    assert all(budget == budgets[0] for budget in budgets) and len(trained) == 6
     assert all(record["settings"]["data"] == trained[0]["settings"]["data"] for record in records)
 
 
@@ -143,17 +142,17 @@ def test_a_number_on_the_page_is_in_the_csv(whole):
     folder, _ = whole
     page, rows = (folder / "index.html").read_text(), csv_of(folder / "results.csv")
     figures = [
-        [f"{float(row[name]):.4f}" for name in row if name.startswith("nDCG@10") or name == "macro"] for row in rows
+        [f"{float(row[name]):.4f}" for name in row if name.startswith("nDCG@10") or name in ("macro", "micro")]
+        for row in rows
     ]
     shares = [
         f"{float(row[name]):.1%}" for row in rows for name in row if name.startswith(("kept", "share")) if row[name]
     ]
     speeds = [f"{float(row['speedup_fp32']):.2f}x" for row in rows if row["speedup_fp32"]]
     tables = re.sub(r"<[^>]*>", " ", page[page.index("<h2") : page.index('<h2 id="models">')])
-    body = re.sub(r"nDCG@10|95 %|\d+ (MLP|attention|block|whole|of \d+ units)s?|one width, \d+", " ", tables)
-    assert set(re.findall(r"(?<![\d.+-])0\.\d{4}\b", body)) <= {value for row in figures for value in row}
-    assert set(re.findall(r"\d+\.\d%", body)) <= {*shares, "100.0%", *re.findall(r"alone: (\d+\.\d%)", body)}
-    assert set(re.findall(r"\d\.\d\dx", body)) <= {*speeds, "1.00x"}
+    assert set(re.findall(r"(?<![\d.+-])0\.\d{4}\b", tables)) <= {value for row in figures for value in row}
+    assert set(re.findall(r"\d+\.\d%", tables)) <= {*shares, "100.0%", *re.findall(r"alone: (\d+\.\d%)", tables)}
+    assert set(re.findall(r"\d\.\d\dx", tables)) <= {*speeds, "1.00x"}
     told = {f"{float(row['value']):+.4f}" for row in csv_of(folder / "differences.csv")}
     assert set(re.findall(r"nDCG@10 ([+-]\d\.\d{4})", tables)) <= told and told
 
@@ -188,9 +187,7 @@ def test_the_commands_of_a_model_make_it_again(whole, recipe, tmp_path, monkeypa
     folder, _ = whole
     page = (folder / "index.html").read_text()
     study = opened(recipe, folder)
-    cells = [
-        cell for cell in cells_in(study) if cell.trained and cell.plan.unit_criterion in ("gates", "random", "taylor")
-    ]
+    cells = [cell for cell in cells_in(study) if cell.trained and cell.plan.unit_criterion in ("gates", "taylor")]
     monkeypatch.chdir(tmp_path)
     for cell in {cell.plan.unit_criterion: cell for cell in cells}.values():
         lines = commands_of(study, cell, cell.name)
@@ -238,22 +235,22 @@ def test_weights_are_deleted_unless_they_are_to_be_kept(tmp_path, recipe, whole)
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path, recipe):
-    file = toml(narrow_recipe(recipe, numbers=[1, 2]), tmp_path / "study.toml")
+    file = toml(narrow_recipe(recipe), tmp_path / "study.toml")
     folder = tmp_path / "study"
     line = [sys.executable, "-m", "effir_search", "study", "--recipe", file, "--output", folder, "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*map(str, line)], stderr=subprocess.PIPE, text=True, env=environment)
-    kill_when_there(process, folder / "cells" / "mlp-1-greedy-seed-0-untrained" / "record.json")
+    kill_when_there(process, folder / "cells" / "mlp-2-greedy-seed-0-untrained" / "record.json")
     before = times(folder)
-    assert 0 < len(before) < 5
+    assert 0 < len(before) < 3
     result = CliRunner().invoke(command, [*map(str, line[3:])])
     assert result.exit_code == 0, result.output
     after = times(folder)
-    assert len(after) == 5 and {name: after[name] for name in before} == before
+    assert len(after) == 3 and {name: after[name] for name in before} == before
 
 
 def test_processes_share_the_models_and_find_the_same(tmp_path, recipe, whole):
-    study = opened(narrow_recipe(recipe, numbers=[1, 2]), tmp_path / "study")
+    study = opened(narrow_recipe(recipe), tmp_path / "study")
     cells = cells_in(study)
     prepare_study(study, cells)
     run_cells(study, cells, devices=["cpu", "cpu"])
@@ -366,3 +363,12 @@ def test_models_that_another_process_is_at_work_at_are_told(tmp_path, recipe):
         with pytest.raises(OSError, match=f"another process is at work at {cells[1].name} and 0 more"):
             run_study(study)
     assert (study.cell_folder(cells[0]) / "record.json").is_file()
+
+
+def test_a_launcher_of_several_processes_is_refused(tmp_path, recipe):
+    file = toml(recipe, tmp_path / "study.toml")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "effir_search", "study"]
+    line += ["--recipe", file, "--output", tmp_path / "study", "--device", "cpu"]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "was started as 2: give --devices, no launcher" in done.stderr
+    assert not (tmp_path / "study").exists()
