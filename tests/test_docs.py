@@ -19,7 +19,7 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 LINKING = [*PAGES, "benchmarks/README.md"]
 WIDTH = 120
 # Pages with longer lines.
-WIDE = {"docs/compress.md", "docs/finetune.md", "docs/formats.md"}
+WIDE = {"docs/compress.md", "docs/finetune.md", "docs/formats.md", "docs/study.md"}
 SHELL = {"", "sh", "bash", "console"}
 END_OF_COMMAND = {"|", ">", ">>", "&&", ";"}
 # Programs with options of their own, which are not ours.
