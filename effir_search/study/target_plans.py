@@ -14,7 +14,6 @@ from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.model.layers import parts_of
 from effir_search.study.speed import Shape
 
-
 TargetKind = Literal["parameters", "bytes", "speedup", "quality"]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
