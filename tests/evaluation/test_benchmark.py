@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from effir_search.evaluation.benchmark import RESAMPLES, Benchmark, format_benchmark, resampled_means
+from effir_search.evaluation.benchmark import Benchmark, format_benchmark, resampled_means
+from effir_search.evaluation.bootstrap import RESAMPLES
 
 
 @pytest.fixture
