@@ -549,7 +549,9 @@ class StudySettings(Settings):
         speed_texts: Texts of a round of measuring speed.
     """
 
-    collections: tuple[str, ...] = setting(help="BEIR folder to measure on, or FOLDER:SPLIT.")
+    collections: tuple[str, ...] = setting(
+        help="BEIR folder to measure on, or FOLDER:SPLIT.", default_text="the recipe's"
+    )
     remove_query: bool = setting(False, help="In all of these, drop the document whose id is the query's.")
     tables: tuple[StudyTable, ...] = setting(choices(StudyTable), help="Which comparisons to make.")
     kinds: tuple[PartKind, ...] = setting(("mlp", "attention", "block"), help="Kinds of parts to drop.")

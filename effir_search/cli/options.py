@@ -122,13 +122,20 @@ def option_of(
     elif unset or default is None:
         attributes["default"] = () if attributes.get("multiple") else None
         if default is not None and default is not False and default != () and default_text is None:
-            default_text = f"{default:g}" if isinstance(default, float) else str(default)
+            default_text = _shown(default)
     elif get_origin(hint) is not tuple:
         attributes["default"] = default
     if default_text:
         text = f"{text}  [default: {default_text}]"
         attributes["show_default"] = False
     return click.option(name, parameter or field.name, help=text, **attributes)
+
+
+def _shown(default: object) -> str:
+    """Return a default as it is typed."""
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _without_none(hint: object) -> object:

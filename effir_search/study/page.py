@@ -13,6 +13,7 @@ from effir_search.study.plan import Cell, Plan
 from effir_search.study.results import Results
 from effir_search.study.run import Study, read_record
 from effir_search.study.tables import (
+    ORDER,
     STATES,
     Table,
     as_markdown,
@@ -31,7 +32,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto; max-width: 1120px;
   padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 p { max-width: 46rem; } li { max-width: 52rem; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
@@ -125,11 +126,15 @@ def _html(study: Study, results: Results, tables: list[Table], figures: dict[str
     links = "".join(f'<a href="#{_anchor(table)}">{escape(table.title)}</a>' for table in tables)
     body = [f"<h1>{title}</h1>", *(f"<p>{escape(text)}</p>" for text in paragraphs_of(study, results))]
     body.append(f'<nav>{links}<a href="#models">Every model and its commands</a></nav>')
-    body += [
-        f'<figure><div class="wide">{svg}</div><figcaption>{escape(FIGURES[name])}</figcaption></figure>'
+    shown = {
+        name: f'<figure><div class="wide">{svg}</div><figcaption>{escape(FIGURES[name])}</figcaption></figure>'
         for name, svg in figures.items()
-    ]
-    body += map(_html_table, tables)
+    }
+    body.append(shown["pareto"])
+    for table in tables:
+        body.append(_html_table(table))
+        if table.title == ORDER:
+            body.append(shown["order"])
     body.append(_models(study, results))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

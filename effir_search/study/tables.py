@@ -27,6 +27,7 @@ EXPLAINED: dict[StudyTable, str] = {
     "native": "Whole blocks alone, and one width for all layers, each as nearly as fast as the recipe's model as such "
     "a shape can be, measured in turns on this machine.",
 }
+ORDER = "Order of dropping"
 STATES = ((False, "untrained"), (True, "trained"))
 
 
@@ -162,7 +163,7 @@ def _order(analysis: Path) -> Table:
         if parts
     ]
     text = "Layers of the whole model, counted from 0, the first to go first; greedy as far as a model needs it."
-    return Table("Order of dropping", text, ["criterion", "parts", "layers"], rows, [])
+    return Table(ORDER, text, ["criterion", "parts", "layers"], rows, [])
 
 
 def _by_collection(results: Results) -> Table:

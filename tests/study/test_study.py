@@ -264,9 +264,8 @@ def test_a_cell_is_a_function_of_the_study_and_gives_its_record(tmp_path, recipe
     cell = Cell(Plan(mlp=2, criterion="greedy"), 0)
     prepare_study(study, [cell])
     record = run_cell(study, cell)
-    assert (
-        record["shape"]["widths"].count(0) == 2 and record["queries"] == {"toy": 3, "more-dev": 1} | record["queries"]
-    )
+    assert record["shape"]["widths"].count(0) == 2
+    assert list(record["queries"].values()) == [3, 1] and "more-dev" in record["queries"]
     assert run_cell(study, cell) == record
 
 
