@@ -8,8 +8,8 @@ from effir_search.compression.slim import OF_LOSS, WITHOUT_TEXTS
 from effir_search.compression.stages import Job
 from effir_search.evaluation.benchmark import HITS, collection_files
 from effir_search.settings import EncoderOptions, Settings
+from effir_search.study.cells import Study
 from effir_search.study.plan import Cell, Collection, start_of
-from effir_search.study.run import Study
 
 # What ``effir slim`` has no option for.
 NOT_OF_SLIM = ("token_weight",)

@@ -7,11 +7,11 @@ from effir_search.compression.stages import ANALYSIS
 from effir_search.evaluation.bootstrap import RESAMPLES
 from effir_search.files.whole import whole_file
 from effir_search.model.checkpoint import lasting_name
+from effir_search.study.cells import Study, read_record
 from effir_search.study.commands import commands_of, measuring_commands, scoring_command
 from effir_search.study.figures import as_svg, dropping_figure, pareto_figure
 from effir_search.study.plan import Cell, Plan
 from effir_search.study.results import Results
-from effir_search.study.run import Study, read_record
 from effir_search.study.tables import (
     ORDER,
     STATES,

@@ -9,8 +9,9 @@ import numpy as np
 
 from effir_search.evaluation.bootstrap import interval, resample
 from effir_search.settings import StudyTable
+from effir_search.study.cells import Study, read_queries, read_record
 from effir_search.study.plan import Cell, Plan, Row, Tables, cells_of
-from effir_search.study.run import Study, StudyResult, read_queries, read_record, timed_shapes
+from effir_search.study.run import StudyResult, timed_shapes
 from effir_search.study.speed import Speed
 
 # Sizes that differ by no more than this share of the full model's parameters are told as one.

@@ -19,11 +19,12 @@ from effir_search.compression.defaults_without_labels import merged
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.sentence_files import prunable_config
 from effir_search.settings import EncoderOptions
+from effir_search.study.cells import run_cell
 from effir_search.study.commands import commands_of
 from effir_search.study.page import FIGURES
 from effir_search.study.plan import Cell, Plan, Planner, all_cells, as_study
 from effir_search.study.results import results_of
-from effir_search.study.run import open_study, prepare_study, run_cell, run_cells, run_study
+from effir_search.study.run import open_study, prepare_study, run_cells, run_study
 from effir_search.study.speed import Shape, SpeedRecords, nearest_in_speed, of_shape, shape_of
 from effir_search.text.trec import read_qrels
 
