@@ -10,7 +10,8 @@ import click
 import numpy as np
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.evaluation.benchmark import RESAMPLES, resampled_means
+from effir_search.evaluation.benchmark import resampled_means
+from effir_search.evaluation.bootstrap import RESAMPLES
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.model.arithmetic import count, empty_model
 from effir_search.text.corpus import read_corpus
