@@ -32,14 +32,6 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "texts.txt"
-    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def second(tmp_path_factory, collection):
     """The toy collection with another split, of one query."""
     folder = shutil.copytree(collection, tmp_path_factory.mktemp("second") / "more")

@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import WORDS, kill_when_there, save_model, save_sentence_files
+from conftest import kill_when_there, save_model, save_sentence_files
 from processes import Command
 from transformers import AutoConfig
 
@@ -14,14 +13,6 @@ from effir_search.model.arithmetic import count, empty_model
 from effir_search.study.target_plans import KINDS, MOST_NARROW, Planner, Reduction, Target, parse_target
 
 OPTIONS = ["--max-steps", 24, "--batch-size", 8, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "texts.txt"
-    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) + "\n" for _ in range(60)))
-    return path
 
 
 @pytest.fixture(scope="module")
