@@ -43,7 +43,8 @@ td:first-child { white-space: normal; min-width: 7rem; }
 svg { width: 100%; min-width: 620px; height: auto; }
 figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #555; }
 ul { padding-left: 1.1rem; font-size: .92rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .8rem; margin: .3rem 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .8rem;
+  margin: .3rem 0; }
 details { border-bottom: 1px solid #e2e2e2; padding: .25rem 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; } a { color: #0b5394; }
 """
