@@ -30,20 +30,21 @@ FIGURES = {
 }
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto; max-width: 1120px;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto; max-width: 1220px;
   padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 p { max-width: 46rem; } li { max-width: 52rem; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e2e2e2; }
+th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e2e2e2; }
 th { vertical-align: bottom; white-space: normal; min-width: 4.5rem; font-weight: 600; border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
 td:first-child { white-space: normal; min-width: 7rem; }
 svg { width: 100%; min-width: 620px; height: auto; }
 figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #555; }
 ul { padding-left: 1.1rem; font-size: .92rem; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; margin: .3rem 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .8rem;
+  margin: .3rem 0; }
 details { border-bottom: 1px solid #e2e2e2; padding: .25rem 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; } a { color: #0b5394; }
 """

@@ -20,6 +20,12 @@ from effir_search.settings import CompressionSettings, PartKind, StudySettings, 
 logger = logging.getLogger(__name__)
 
 SECTION = "study"
+# What a recipe has for one model, and what a study has in its place.
+OF_ONE_MODEL = {
+    "evaluate": f"collections in [{SECTION}]",
+    "seed": f"seeds in [{SECTION}]",
+    "output": "a folder of its own, --output",
+}
 # A criterion that reads neither texts nor chance: units have the same scores for every seed.
 WITHOUT_SEED = "magnitude"
 Recipe = Mapping[str, object]
@@ -128,8 +134,9 @@ def as_study(recipe: Recipe, *, where: str = "the recipe") -> StudyRecipe:
             f"{where}: there is no section [{SECTION}]; it has at least collections, a list of BEIR folders"
         )
     check_names(section, StudySettings, f"{where}: [{SECTION}]")
-    if recipe.get("evaluate"):
-        raise UserError(f"{where}: [evaluate] is of one model; a study has collections in [{SECTION}]")
+    for name, instead in OF_ONE_MODEL.items():
+        if name in recipe:
+            raise UserError(f"{where}: {name} is of one model; a study has {instead}")
     try:
         settings = TypeAdapter(StudySettings).validate_json(json.dumps(section, default=str), strict=True)
     except ValidationError as error:

@@ -155,7 +155,12 @@ def test_a_collection_may_name_its_split(tmp_path):
         (RECIPE | {"study": {"collections": ["a"], "kinds": ["mlps"]}}, r"\[study\] kinds.0: .*'mlps'"),
         (RECIPE | {"study": {"collections": ["a"], "shares": [1.0]}}, r"\[study\] shares.0: .* less than 1, found 1.0"),
         (RECIPE | {"study": {"collections": ["a"], "seeds": [1, 1]}}, "seeds: 1, 1 names one of them twice"),
-        (RECIPE | {"evaluate": {"collections": ["a"]}}, r"\[evaluate\] is of one model"),
+        (
+            RECIPE | {"evaluate": {"collections": ["a"]}},
+            r"evaluate is of one model; a study has collections in \[study\]",
+        ),
+        (RECIPE | {"seed": 3}, r"seed is of one model; a study has seeds in \[study\]"),
+        (RECIPE | {"output": "models/small"}, "output is of one model; a study has a folder of its own, --output"),
         (RECIPE | {"finetune": {"patience": 3}}, "patience in .* ends trainings early"),
     ],
 )
