@@ -106,7 +106,7 @@ class Step:
         name: In the record of steps.
         title: What it does, in words.
         depends_on: Returns what its outputs depend on, in JSON types, once the steps before are done.
-        outputs: What it leaves; the first is there when it is done.
+        outputs: What it leaves; the first is there when it is done, whole or not at all.
         run: Does it, or goes on with it.
     """
 
@@ -153,7 +153,7 @@ def language_model_file() -> Path:
 
 
 def run_steps(steps: Sequence[Step], file: Path, *, echo: Callable[[str], None]) -> None:
-    """Do the steps in order; a file keeps what each was made from, and whether it is done.
+    """Do the steps in order; a file keeps what each was begun with.
 
     Args:
         steps: In the order in which they need each other.
@@ -163,18 +163,17 @@ def run_steps(steps: Sequence[Step], file: Path, *, echo: Callable[[str], None])
     for number, step in enumerate(steps, start=1):
         records = read_json(file) if file.is_file() else {}
         settings = json.loads(json.dumps(step.depends_on()))
-        record = records.get(step.name, {})
-        same = record.get("settings") == settings
-        done = same and record["done"] and step.outputs[0].exists()
+        same = records.get(step.name) == settings
+        done = same and step.outputs[0].exists()
         echo(f"{number} of {len(steps)}: {'done already: ' if done else ''}{step.title}")
         if done:
             continue
         if not same:
             for path in step.outputs:
                 _remove(path)
-        _write(file, records | {step.name: {"settings": settings, "done": False}})
+        with whole_file(file) as out:
+            out.write(json.dumps(records | {step.name: settings}, indent=1) + "\n")
         step.run()
-        _write(file, records | {step.name: {"settings": settings, "done": True}})
 
 
 def docstring_pairs(documents: Sequence[Document]) -> Iterator[tuple[str, str]]:
@@ -268,11 +267,6 @@ def _weights(*models: Path) -> dict[str, object]:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _write(file: Path, records: dict[str, object]) -> None:
-    with whole_file(file) as out:
-        out.write(json.dumps(records, indent=1) + "\n")
 
 
 def _write_pairs(demo: Demo, train: Path, queries: Path) -> None:

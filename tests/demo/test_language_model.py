@@ -57,6 +57,11 @@ def test_what_a_stopped_step_left_stays_for_it_to_go_on_and_goes_if_its_settings
     with pytest.raises(OSError, match="stopped"):
         run_steps([step("a", tmp_path, calls, {"n": 1}, fails=True)], file, echo=calls.append)
     assert (tmp_path / "a.part").read_text() == "half"
+    # A job that was killed when its output was there, and before it could do anything else.
+    (tmp_path / "a").touch()
+    told: list[str] = []
+    run_steps([step("a", tmp_path, calls, {"n": 1}, fails=True)], file, echo=told.append)
+    assert told == ["1 of 1: done already: making a"]
     run_steps([step("a", tmp_path, calls, {"n": 2})], file, echo=calls.append)
     assert (tmp_path / "a.part").read_text() == "" and (tmp_path / "a").exists()
 
