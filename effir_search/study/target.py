@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 
 from effir_search.compression.compress import (
     compress,
@@ -97,6 +98,11 @@ def compress_to_target(
     refuse_existing(output, replaces=())
     target = parse_target(compression.target)
     check_target(compression, target)
+    if (processes := PartialState(cpu=chosen_device(device).type == "cpu").num_processes) > 1:
+        raise UserError(
+            f"--target finds a plan in one process, and was started as {processes}: find it without a launcher, "
+            f"and start that with the recipe.toml that is then in {output}"
+        )
     machine = EncoderOptions(
         device=device, batch_tokens=batch_tokens, stock_architecture=compression.stock_architecture
     )
@@ -264,7 +270,8 @@ class _Search:
         if not output.is_dir():
             brief = replace(recipe.finetune, max_steps=steps, eval_steps=steps)
             fine_tune(replace(job, recipe=replace(recipe, finetune=brief)), output, model=model)
-            (output / "model.safetensors").unlink()
+            for weights in output.glob("*.safetensors"):  # a figure is all that is needed of it
+                weights.unlink()
         return read_json(output / TRAINING_FILE)["result"]["best"]
 
     def _trained(self, recipe: CompressionSettings, folder: Path) -> float:
