@@ -140,7 +140,7 @@ def run_cell(study: Study, cell: Cell) -> dict[str, object]:
             file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         if not study.keep_models:
             shutil.rmtree(folder / "model", ignore_errors=True)
-    return record
+    return read_json(folder / RECORD)
 
 
 def is_done(study: Study, cell: Cell, settings: dict[str, object] | None = None) -> bool:
