@@ -137,10 +137,16 @@ def check_result(result, output, texts):
     return card
 
 
-def test_the_best_candidate_is_compressed_and_the_card_shows_them_all(tmp_path, bert_folder, texts, recipe):
-    output = tmp_path / "small"
-    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, "--output", output, *OPTIONS]
-    result = run(*arguments, "--target", "parameters=0.6")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, bert_folder, texts, recipe):
+    """The output of a job that nothing stopped, and what it printed."""
+    output = tmp_path_factory.mktemp("whole") / "small"
+    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, *OPTIONS]
+    return output, run(*arguments, "--output", output, "--target", "parameters=0.6")
+
+
+def test_the_best_candidate_is_compressed_and_the_card_shows_them_all(whole, texts):
+    output, result = whole
     card = check_result(result, output, texts)
     rows = [line.split("|")[1:-1] for line in card.splitlines() if line.startswith("| ") and "x |" in line]
     rows = [[cell.strip() for cell in row] for row in rows]
@@ -160,14 +166,13 @@ def test_the_best_candidate_is_compressed_and_the_card_shows_them_all(tmp_path, 
 
 
 @pytest.mark.processes
-def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, bert_folder, texts, recipe):
+def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, whole, bert_folder, texts, recipe):
     arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, *OPTIONS, "--target", "parameters=0.6"]
-    check_result(run(*arguments, "--output", tmp_path / "whole"), tmp_path / "whole", texts)
     output = tmp_path / "small"
     killed = Command("compress", *map(str, arguments), "--output", str(output))
     kill_when_there(killed, tmp_path / "small.candidates" / "1-analysis" / "numbers.json")
     check_result(run(*arguments, "--output", output), output, texts)
-    tables = [(tmp_path / f"{name}.candidates" / "candidates.md").read_text() for name in ("whole", "small")]
+    tables = [(folder.with_name("small.candidates") / "candidates.md").read_text() for folder in (whole[0], output)]
     # Speed is measured anew; what is learned is the same.
     plans = [[[c for c in line.split("|") if "x" not in c] for line in table.splitlines()] for table in tables]
     assert plans[0] == plans[1]
