@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 # Share of all training steps that go into finding the plan.
 FINDING = 0.25
 
+# Steps of the first brief training below which a candidate has hardly learned anything.
+FEW = 5
 # Sizes that are tried for a quality, as shares of the parameters outside the embeddings.
 SIZES = tuple(share / 100 for share in range(20, 95, 5))
 
@@ -180,6 +182,13 @@ class _Search:
         self._analyze(plans)
         rounds = max(1, math.ceil(math.log2(len(plans))))
         steps = max(1, round(FINDING * self.steps / (len(plans) * rounds)))
+        if steps < FEW:
+            logger.warning(
+                "%d candidates learn for %d of %d steps before half of them go, which tells little; train longer",
+                len(plans),
+                steps,
+                self.steps,
+            )
         found = {
             plan: Candidate(plan, self.planner.share_left(plan), self.planner.speedup_of(plan), []) for plan in plans
         }
