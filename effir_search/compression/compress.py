@@ -162,9 +162,13 @@ def with_numbers(compression: CompressionSettings) -> CompressionSettings:
     """Return the recipe with the number of MLPs to drop: where it says none, half of those that the encoder has.
 
     Raises:
-        ValueError: A model that cannot be pruned.
+        ValueError: A model that cannot be pruned, or a recipe with a target, whose numbers are still to be found.
         OSError: It cannot be read.
     """
+    if compression.target:
+        raise UserError(
+            f"target {compression.target}: what goes is found by effir compress --target, without --plan, in no study"
+        )
     if compression.prune.drop_mlp is not None:
         return compression
     half = len(parts_of(empty_model(config_of(compression)), "mlp")) // 2

@@ -200,6 +200,7 @@ def test_the_smallest_that_keeps_a_quality_is_found(tmp_path, collection, bert_f
         (["--target", "parameters=0.5", "--narrow", 0.2], "finds what to drop and to narrow; leave out --drop-mlp"),
         (["--target", "quality=0.9"], "is measured on a dev split: give --dev"),
         (["--target", "quarter"], "give parameters=0.5"),
+        (["--target", "parameters=0.5", "--plan"], "what goes is found by effir compress --target, without --plan"),
     ],
 )
 def test_a_target_beside_what_it_is_to_find_is_an_error(tmp_path, bert_folder, texts, options, message):
