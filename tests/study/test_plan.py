@@ -161,6 +161,7 @@ def test_a_collection_may_name_its_split(tmp_path):
         ),
         (RECIPE | {"seed": 3}, r"seed is of one model; a study has seeds in \[study\]"),
         (RECIPE | {"output": "models/small"}, "output is of one model; a study has a folder of its own, --output"),
+        (RECIPE | {"target": "parameters=0.5"}, "target is of one model; a study has kinds, numbers and shares"),
         (RECIPE | {"finetune": {"patience": 3}}, "patience in .* ends trainings early"),
     ],
 )
