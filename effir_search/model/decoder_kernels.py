@@ -70,14 +70,19 @@ def _attention_forward(
         stock = type(self).forward
         return stock(self, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
     query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-    seen = attention_mask if attention_mask is not None else causal_mask(hidden_states.shape[1], hidden_states.device)
+    seen = attention_mask
+    if seen is None:
+        # transformers hands on what the model's config says; without a word a language model sees what is before.
+        causal = options.get("is_causal") is not False
+        seen = visible(hidden_states.shape[1], hidden_states.device, causal=causal)
     attended = _RotaryAttention.apply(query, key, value, *position_embeddings, seen, self.head_dim, self.scaling)
     return self.o_proj(attended), None
 
 
-def causal_mask(seq: int, device: torch.device) -> Tensor:
-    """Return which tokens each token sees, ``(1, 1, seq, seq)`` bool: itself and those before it."""
-    return torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None, None]
+def visible(seq: int, device: torch.device, *, causal: bool) -> Tensor:
+    """Return which tokens each token sees, ``(1, 1, seq, seq)`` bool: all, or if causal itself and those before it."""
+    everything = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=device)
+    return everything.tril() if causal else everything
 
 
 class _RMSNorm(torch.autograd.Function):

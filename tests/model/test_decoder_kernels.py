@@ -34,6 +34,7 @@ def batch(lengths: list[int]) -> dict[str, Tensor]:
 
 
 def stock_and_ours(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    model.config.use_cache = False  # as in training; with a cache the attention is the stock one
     ours = copy.deepcopy(model)
     use_decoder_kernels(ours)
     return model, ours
@@ -54,6 +55,17 @@ def test_states_and_gradients_are_those_of_the_stock_modules(monkeypatch, family
     monkeypatch.setattr(decoder_kernels, "CACHED_BYTES", 700)
     monkeypatch.setattr(decoder_kernels, "SCORE_BYTES", 1)
     assert_alike(*stock_and_ours(prunable_model(family)), batch(lengths))
+
+
+@pytest.mark.parametrize("family", KIN)
+@pytest.mark.parametrize("lengths", [[11, 11, 11], [12, 7]])
+def test_a_model_whose_tokens_see_all_others_computes_the_same(family, lengths):
+    # What a transformers config says of a language model that was trained on into an encoder of both directions.
+    model, tokens = prunable_model(family), batch(lengths)
+    before = model(**tokens).last_hidden_state
+    model.config.is_causal = False
+    assert not torch.allclose(model(**tokens).last_hidden_state, before, atol=1e-2)
+    assert_alike(*stock_and_ours(model), tokens)
 
 
 @pytest.mark.parametrize("family", KIN)

@@ -319,6 +319,20 @@ def test_with_a_cache_tokens_may_come_one_at_a_time(family):
         torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_a_decoder_whose_tokens_see_all_others_stays_so_when_it_is_pruned_and_saved(tmp_path, family):
+    whole = prunable_model(family)
+    before = states(whole)
+    whole.config.is_causal = False
+    with left_out(whole, "mlp", 1):
+        expected = states(whole)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    pruned = prune(whole, mlp=[1])
+    torch.testing.assert_close(states(pruned), expected)
+    pruned.save_pretrained(tmp_path)
+    torch.testing.assert_close(states(AutoModel.from_pretrained(tmp_path)), expected)
+
+
 @every_family
 def test_a_model_can_be_copied_and_pickled_and_shows_all_hidden_states(family):
     model = pruned_model(family)
