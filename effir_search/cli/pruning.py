@@ -170,7 +170,10 @@ def slim(encoder: str, output: Path, restart: bool, **options: object) -> None:
     without=["normalize", "dimension", "device", "dtype", "batch_tokens"],
     help={"max_length": "Tokens of a text that the saved model reads."},
 )
-def convert(source: str, output: Path, **options: object) -> None:
+@click.option(
+    "--bidirectional", is_flag=True, help="Of a GGUF file: let each token see those after it, too; to be trained so."
+)
+def convert(source: str, output: Path, bidirectional: bool, **options: object) -> None:
     """Make a model folder of an LLM-Drop or EffiR checkpoint, or of the language model in a GGUF file."""
     from effir_search.model.gguf_file import convert_gguf, describe_read, is_gguf
     from effir_search.pruning.convert import convert as convert_checkpoint
@@ -178,8 +181,10 @@ def convert(source: str, output: Path, **options: object) -> None:
 
     if is_gguf(source):
         refuse(options, "does not go with a GGUF file, which becomes a plain language model")
-        click.echo(f"{describe_read(convert_gguf(Path(source), output))} -> {output}")
+        read = convert_gguf(Path(source), output, bidirectional=bidirectional)
+        click.echo(f"{describe_read(read)} -> {output}")
         return
+    refuse(["bidirectional"], "goes with a GGUF file; other checkpoints were trained as they are")
     reading = encoder_options(options)
     config = convert_checkpoint(source, output, options=reading, **options)
     click.echo(f"{describe_conversion(config)} -> {output}")

@@ -80,7 +80,7 @@ def is_gguf(source: str | Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC or path.suffix == ".gguf"
 
 
-def convert_gguf(source: Path, output: Path) -> Read:
+def convert_gguf(source: Path, output: Path, *, bidirectional: bool = False) -> Read:
     """Write the causal language model in a GGUF file as a plain folder of its stock class, whole or not at all.
 
     The weights are what the file's numbers stand for, in float32. Nothing in the file is executed.
@@ -88,6 +88,8 @@ def convert_gguf(source: Path, output: Path) -> Read:
     Args:
         source: The file. What lies beside it is not read.
         output: The new folder.
+        bidirectional: Let every token see those after it, too, as in LLM2Vec (arXiv 2404.05961): config.json then has
+            ``"is_causal": false``, which transformers heeds. The model was not trained so; fine-tuning has to.
 
     Raises:
         ValueError: gguf is not installed, or the file is cut, of another format, one part of several, of a model that
@@ -104,12 +106,14 @@ def convert_gguf(source: Path, output: Path) -> Read:
         model = _model(source, Path(place), config, reader)
         tokenizer = _tokenizer(source, Path(place), reader)
     check_tokenizer(tokenizer, model, source)
+    if bidirectional:
+        model.config.is_causal = False
     _split_as_trained(tokenizer, source, reader)
     read = Read(type(model).__name__, model.num_parameters(), types)
     with whole_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(read, source, output.name, reader), encoding="utf-8")
+        (folder / "README.md").write_text(_card(read, source, output.name, reader, bidirectional), encoding="utf-8")
     return read
 
 
@@ -244,7 +248,7 @@ def _told(types: dict[str, int]) -> str:
     return ", ".join(f"{name} ({number} tensors)" for name, number in types.items())
 
 
-def _card(read: Read, source: Path, name: str, reader: "GGUFReader") -> str:
+def _card(read: Read, source: Path, name: str, reader: "GGUFReader", bidirectional: bool) -> str:
     """Return the README.md of the folder."""
     called, licence = (_value(reader, f"general.{key}") for key in ("name", "license"))
     lines = ["---", "library_name: transformers", *([f"license: {licence}"] if licence else []), "---", f"# {name}", ""]
@@ -256,6 +260,9 @@ def _card(read: Read, source: Path, name: str, reader: "GGUFReader") -> str:
             "float32: what quantising lost is not back.",
             "",
         ]
+    if bidirectional:
+        lines += ["Each token is to see those after it, too, which the model was not trained to: fine-tune it.", ""]
+    pooling = "--pooling mean" if bidirectional else "--pooling last --append-eos"
     lines += [
         "## Loading",
         "",
@@ -266,6 +273,6 @@ def _card(read: Read, source: Path, name: str, reader: "GGUFReader") -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
         "",
-        f"As an encoder, to be fine-tuned: `effir finetune --encoder {name} --pooling last --append-eos`.",
+        f"As an encoder, to be fine-tuned: `effir finetune --encoder {name} {pooling}`.",
     ]
     return "\n".join(lines) + "\n"

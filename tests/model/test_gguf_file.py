@@ -168,6 +168,32 @@ def test_the_folder_is_a_plain_encoder_and_says_where_it_is_from(tmp_path):
     np.testing.assert_allclose(encoder.encode(["tea"]).embeddings[0], expected, atol=1e-5)
 
 
+def test_tokens_of_a_bidirectional_model_see_what_comes_after_them_also_when_it_is_saved_again(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", language_model())
+    for name, more in (("causal", []), ("both", ["--bidirectional"])):
+        arguments = ["convert", "--from", str(tmp_path / "tiny.gguf"), "--output", str(tmp_path / name), *more]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+    assert "see those after it" in (tmp_path / "both" / "README.md").read_text()
+    both = Encoder.from_pretrained(tmp_path / "both", pooling="cls", dtype="fp32", device="cpu")
+    assert Encoder.from_pretrained(tmp_path / "both").config.pooling == "mean"
+    both.save(tmp_path / "again")
+    tea = {}
+    for name in ("causal", "both", "again"):
+        encoder = Encoder.from_pretrained(tmp_path / name, pooling="cls", dtype="fp32", device="cpu")
+        tea[name], cups = encoder.encode(["tea", "tea cups"]).embeddings
+        # The first token alone, "t", is what both begin with.
+        assert np.allclose(tea[name], cups, atol=1e-5) == (name == "causal")
+    assert np.array_equal(tea["both"], tea["again"])
+
+
+def test_bidirectional_is_for_language_models_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "drop_mlp_list": [0]}')
+    arguments = ["convert", "--from", str(tmp_path), "--output", str(tmp_path / "out"), "--bidirectional"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2 and "--bidirectional goes with a GGUF file" in result.output
+
+
 def test_the_scaled_rope_of_llama_3_is_read(tmp_path):
     settings = LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0}
     model = language_model(head_dim=64, rope_parameters=settings)
