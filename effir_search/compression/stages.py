@@ -181,6 +181,26 @@ def narrow(job: Job, folder: Path, *, model: str | None = None) -> None:
     )
 
 
+def cut(job: Job, folder: Path, *, dropping: Job | None = None) -> str:
+    """Return the encoder without what the recipe drops and narrows: a folder in the given one, or the encoder's name.
+
+    Args:
+        job: As ``drop`` and ``narrow`` take it.
+        folder: What it has already is not made again.
+        dropping: The job whose texts choose what is dropped; None = the same.
+    """
+    model, dropped, narrowed = job.recipe.encoder, folder / "dropped", folder / "narrowed"
+    if numbers_to_drop(job.recipe):
+        if not dropped.is_dir():
+            drop(dropping or job, dropped)
+        model = str(dropped)
+    if job.recipe.slim.narrow:
+        if not narrowed.is_dir():
+            narrow(job, narrowed, model=model)
+        model = str(narrowed)
+    return model
+
+
 def fine_tune(job: Job, folder: Path, *, model: str | None = None) -> None:
     """Fine-tune a model and save it; None = the one that the last stage has left."""
     recipe, model = job.recipe, model or job.model

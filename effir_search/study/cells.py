@@ -9,7 +9,7 @@ from pathlib import Path
 
 from effir_search.compression.compress import job_settings
 from effir_search.compression.recipe import format_recipe
-from effir_search.compression.stages import CALIBRATION_FILE, Job, drop, fine_tune, narrow
+from effir_search.compression.stages import CALIBRATION_FILE, Job, cut, fine_tune
 from effir_search.encoding.encoder import Encoder
 from effir_search.evaluation.benchmark import collection_files, ndcg_of_queries, search_collection
 from effir_search.files.job import job_folder, read_settings, same_settings
@@ -176,17 +176,8 @@ def _start_model(study: Study, start: Cell) -> str:
     folder = study.folder / MODELS / start.name
     settings = cell_settings(study, start)
     with job_folder(folder, settings, restart=is_of_other(folder, settings)):
-        model, dropped, narrowed = None, folder / "dropped", folder / "narrowed"
-        if start.plan.drops:
-            if not dropped.is_dir():
-                # Parts are chosen on the same sample for all seeds.
-                drop(study.job(replace(start, seed=study.first_seed)), dropped)
-            model = str(dropped)
-        if start.plan.narrow:
-            if not narrowed.is_dir():
-                narrow(study.job(start), narrowed, model=model or study.recipe.base.encoder)
-            model = str(narrowed)
-    return model
+        # Parts are chosen on the same sample for all seeds.
+        return cut(study.job(start), folder, dropping=study.job(replace(start, seed=study.first_seed)))
 
 
 def _search(study: Study, job: Job, model: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from effir_search.compression.slim import OF_LOSS, WITHOUT_TEXTS
 from effir_search.compression.stages import Job
 from effir_search.evaluation.benchmark import HITS, collection_files
+from effir_search.pruning.prune import NAMES
 from effir_search.settings import EncoderOptions, Settings
 from effir_search.study.cells import Study
 from effir_search.study.plan import Cell, Collection, start_of
@@ -48,7 +49,7 @@ def _what_no_option_says(job: Job, steps: list[bool]) -> list[str]:
 
 
 def _prune(study: Study, job: Job, model: str) -> list[str]:
-    drops = [word for kind in ("block", "mlp", "attention") for word in _number(job, kind)]
+    drops = [word for kind in NAMES for word in _number(job, kind)]
     recipe = job.recipe
     sample = ["--texts", str(study.calibration), "--num-texts", str(recipe.prune.num_texts)]
     return ["prune", "--encoder", model, *drops, "--criterion", recipe.prune.criterion, *sample, *_reading(job, model)]

@@ -7,6 +7,7 @@ from effir_search.compression.stages import ANALYSIS
 from effir_search.evaluation.bootstrap import RESAMPLES
 from effir_search.files.whole import whole_file
 from effir_search.model.checkpoint import lasting_name
+from effir_search.pruning.prune import NAMES
 from effir_search.study.cells import Study, read_record
 from effir_search.study.commands import commands_of, measuring_commands, scoring_command
 from effir_search.study.figures import as_svg, dropping_figure, pareto_figure
@@ -186,7 +187,7 @@ def _model(study: Study, cell: Cell, whole: Cell) -> str:
     lines += [line for c in study.collections if (line := scoring_command(study, cell, c))]
     lost = ""
     if step := next((step for step in record["pruned"] if set(step) & {"mlp", "attention", "block"}), None):
-        lost = "; ".join(f"{kind} of layers {step[kind]}" for kind in ("block", "mlp", "attention") if kind in step)
+        lost = "; ".join(f"{kind} of layers {step[kind]}" for kind in NAMES if kind in step)
         lost = f"<p>Dropped: {escape(lost)}. Units by layer: {escape(str(record['shape']['widths']))}.</p>"
     return (
         f"<details><summary>{escape(words)}: {escape(figures)}</summary>{lost}"

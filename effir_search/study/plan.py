@@ -15,6 +15,7 @@ from effir_search.compression.recipe import as_compression, check_names, first_p
 from effir_search.errors import UserError
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.model.layers import mlp_widths, parts_of
+from effir_search.pruning.prune import NAMES
 from effir_search.settings import CompressionSettings, PartKind, StudySettings, StudyTable
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,12 @@ class Plan:
     @property
     def drops(self) -> dict[PartKind, int]:
         """How many parts go by kind, those of which none go left out."""
-        return {kind: number for kind in ("block", "mlp", "attention") if (number := getattr(self, kind))}
+        return {kind: number for kind in NAMES if (number := getattr(self, kind))}
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The same as ``arithmetic.planned`` takes it."""
+        return {f"drop_{kind}": number for kind, number in self.drops.items()}
 
     @property
     def is_whole(self) -> bool:
@@ -70,7 +76,8 @@ class Plan:
         parts = [f"{kind}-{number}" for kind, number in self.drops.items()]
         parts += [self.criterion] if self.criterion else []
         if self.narrow:
-            parts += [f"{'uniform' if self.uniform else 'narrow'}-{self.narrow:.6g}", str(self.unit_criterion)]
+            parts += [f"{'uniform' if self.uniform else 'narrow'}-{self.narrow:.6g}"]
+            parts += [self.unit_criterion] if self.unit_criterion else []
         return "-".join(parts) or "full"
 
 
@@ -153,7 +160,7 @@ def as_study(recipe: Recipe, *, where: str = "the recipe") -> StudyRecipe:
 
 def _as_recipe(plan: Plan) -> dict[str, object]:
     """Return what a plan says in the words of a recipe."""
-    prune: dict[str, object] = {f"drop_{kind}": getattr(plan, kind) for kind in ("block", "mlp", "attention")}
+    prune: dict[str, object] = {f"drop_{kind}": getattr(plan, kind) for kind in NAMES}
     slim: dict[str, object] = {"narrow": plan.narrow}
     if plan.criterion:
         prune["criterion"] = plan.criterion
@@ -175,7 +182,7 @@ class Planner:
     def __init__(self, study: StudyRecipe, config: PretrainedConfig) -> None:
         self.study, self.settings, self.config = study, study.settings, config
         model = empty_model(config)
-        self.available = {kind: len(parts_of(model, kind)) for kind in ("block", "mlp", "attention")}
+        self.available = {kind: len(parts_of(model, kind)) for kind in NAMES}
         self.widths = [width for width in mlp_widths(model) if width]
         self.full_size = count(model).without_embeddings
         numbers = study.base.prune
@@ -202,8 +209,8 @@ class Planner:
 
     def share_left(self, plan: Plan) -> float:
         """Return the share of the parameters outside the embeddings that a plan leaves."""
-        drops = {f"drop_{kind}": number for kind, number in plan.drops.items()}
-        return count(empty_model(planned(self.config, **drops, narrow=plan.narrow))).without_embeddings / self.full_size
+        config = planned(self.config, **plan.numbers, narrow=plan.narrow)
+        return count(empty_model(config)).without_embeddings / self.full_size
 
     def is_possible(self, kind: PartKind, number: int) -> bool:
         """Return whether a model has so many parts to lose."""

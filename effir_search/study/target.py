@@ -25,7 +25,7 @@ from effir_search.compression.compress import (
     prepare_job,
     stages_of,
 )
-from effir_search.compression.stages import ANALYSIS, CALIBRATION_FILE, Job, analyze_parts, drop, fine_tune, narrow
+from effir_search.compression.stages import ANALYSIS, CALIBRATION_FILE, Job, analyze_parts, cut, fine_tune
 from effir_search.encoding.devices import chosen_device, computes_in_bf16
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
@@ -35,8 +35,9 @@ from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.model.save import TRAINING_FILE
 from effir_search.settings import CompressionSettings, EncoderOptions, PartKind
+from effir_search.study.plan import Plan
 from effir_search.study.speed import SpeedRecords
-from effir_search.study.target_plans import KINDS, Planner, Reduction, Target, parse_target
+from effir_search.study.target_plans import Planner, Target, parse_target, words_of
 from effir_search.text.corpus import document_text, read_corpus
 from effir_search.training.data import DATA, hashes, load
 from effir_search.training.dev import ndcg, read_dev_split
@@ -65,7 +66,7 @@ class Candidate(NamedTuple):
         figures: What was measured after each brief training, longer and longer; the last of those it took part in.
     """
 
-    plan: Reduction
+    plan: Plan
     parameters: float
     speedup: float
     figures: list[float]
@@ -196,7 +197,7 @@ class _Search:
         spent = 0
         while len(left) > 1:
             for plan in left:
-                logger.info("candidate %s: %d steps", plan, steps)
+                logger.info("candidate %s: %d steps", words_of(plan), steps)
                 found[plan].figures.append(self._figure(plan, steps))
                 spent += steps
             left = sorted(left, key=lambda plan: -found[plan].figures[-1])[: math.ceil(len(left) / 2)]
@@ -235,12 +236,12 @@ class _Search:
     def _size_folder(self, size: float) -> Path:
         return self.folder / f"size-{size:g}"
 
-    def _analyze(self, plans: Sequence[Reduction]) -> None:
+    def _analyze(self, plans: Sequence[Plan]) -> None:
         """Measure the order of dropping on the full model, as far as any plan needs it."""
         folder = self.folder / ANALYSIS.name
         numbers: dict[PartKind, int] = {}
         for plan in plans:
-            first = next((kind for kind in KINDS if getattr(plan, kind)), None)
+            first = next(iter(plan.drops), None)
             if first:
                 numbers[first] = max(getattr(plan, first), numbers.get(first, 0))
         record = folder / "numbers.json"
@@ -251,30 +252,22 @@ class _Search:
         with whole_file(record) as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def _recipe(self, plan: Reduction) -> CompressionSettings:
+    def _recipe(self, plan: Plan) -> CompressionSettings:
         recipe = self.recipe
-        prune = replace(recipe.prune, **plan.drops)
+        prune = replace(recipe.prune, **plan.numbers)
         slim = replace(recipe.slim, narrow=plan.narrow)
-        if not any(plan.drops.values()) and slim.criterion == "taylor" and recipe.data.teacher == recipe.encoder:
+        if not plan.drops and slim.criterion == "taylor" and recipe.data.teacher == recipe.encoder:
             # Nothing is dropped, so the model is at no distance from itself.
             slim = replace(slim, criterion="activation")
         return replace(recipe, prune=prune, slim=slim)
 
-    def _figure(self, plan: Reduction, steps: int) -> float:
+    def _figure(self, plan: Plan, steps: int) -> float:
         """Return how good a plan's model is after so many steps."""
         recipe = self._recipe(plan)
         folder = self.folder / "plans" / plan.name
         folder.mkdir(parents=True, exist_ok=True)
         job = replace(self.job, recipe=recipe)
-        model, dropped, narrowed = None, folder / "dropped", folder / "narrowed"
-        if any(plan.drops.values()):
-            if not dropped.is_dir():
-                drop(job, dropped)
-            model = str(dropped)
-        if plan.narrow:
-            if not narrowed.is_dir():
-                narrow(job, narrowed, model=model or recipe.encoder)
-            model = str(narrowed)
+        model = cut(job, folder)
         output = folder / f"{steps}-steps"
         if not output.is_dir():
             brief = replace(recipe.finetune, max_steps=steps, eval_steps=steps)
@@ -311,14 +304,14 @@ def _steps(job: Job) -> int:
     return min(steps, settings.max_steps or steps)
 
 
-def _table(candidates: Sequence[Candidate], best: Reduction, spent: int, steps: int) -> str:
+def _table(candidates: Sequence[Candidate], best: Plan, spent: int, steps: int) -> str:
     """Return the candidates as a Markdown table, the best last figure first."""
     rounds = max(len(candidate.figures) for candidate in candidates)
     header = ["dropped", "parameters", "documents/s", *(f"round {number}" for number in range(1, rounds + 1))]
     ordered = sorted(candidates, key=lambda one: (one.plan == best, len(one.figures), one.figures[-1:]), reverse=True)
     rows = [
         [
-            f"{candidate.plan}{' (chosen)' if candidate.plan == best else ''}",
+            f"{words_of(candidate.plan)}{' (chosen)' if candidate.plan == best else ''}",
             f"{candidate.parameters:.1%}",
             f"{candidate.speedup:.2f}x",
             *(f"{figure:.4f}" for figure in candidate.figures),

@@ -4,7 +4,7 @@ import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
@@ -12,6 +12,8 @@ from transformers import PretrainedConfig
 from effir_search.errors import UserError
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.model.layers import parts_of
+from effir_search.pruning.prune import NAMES
+from effir_search.study.plan import Plan
 from effir_search.study.speed import Shape
 
 TargetKind = Literal["parameters", "bytes", "speedup", "quality"]
@@ -34,8 +36,6 @@ SHARES: tuple[tuple[float | None, float | None, float], ...] = (
     (0, 1 / 2, 1 / 6),
 )
 
-KINDS = ("block", "mlp", "attention")
-
 # Of the units that are left, at most so many are cut; more would leave layers that are hardly there.
 MOST_NARROW = 0.75
 
@@ -54,38 +54,11 @@ class Target(NamedTuple):
     value: float
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """What a candidate loses.
-
-    Attributes:
-        block: Whole layers.
-        mlp: MLPs.
-        attention: Attentions.
-        narrow: Share of the units of the MLPs left.
-    """
-
-    block: int = 0
-    mlp: int = 0
-    attention: int = 0
-    narrow: float = 0.0
-
-    @property
-    def drops(self) -> dict[str, int]:
-        """How many parts go, as ``arithmetic.planned`` takes it."""
-        return {f"drop_{kind}": getattr(self, kind) for kind in KINDS}
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        parts = [f"{kind}-{number}" for kind in KINDS if (number := getattr(self, kind))]
-        return "-".join([*parts, f"narrow-{self.narrow:.4g}"] if self.narrow else parts)
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        words = {"block": "blocks", "mlp": "MLPs", "attention": "attentions"}
-        parts = [f"{number} {word}" for kind, word in words.items() if (number := getattr(self, kind))]
-        return ", ".join([*parts, f"{self.narrow:.1%} of the units"] if self.narrow else parts)
+def words_of(plan: Plan) -> str:
+    """Return what a plan drops and narrows, in words."""
+    parts = [f"{number} {NAMES[kind]}" for kind, number in plan.drops.items()]
+    share = f"{plan.narrow:.1%}" if plan.narrow >= 0.0005 else "under 0.1%"
+    return ", ".join([*parts, f"{share} of the units"] if plan.narrow else parts)
 
 
 def parse_target(text: str) -> Target:
@@ -145,20 +118,20 @@ class Planner:
 
     def __init__(self, config: PretrainedConfig, *, bytes_a_parameter: int, speedup: Callable[[Shape], float]) -> None:
         self.config, self.bytes_a_parameter, self.speedup = config, bytes_a_parameter, speedup
-        self._sizes: dict[Reduction, Sizes] = {}
+        self._sizes: dict[Plan, Sizes] = {}
         model = empty_model(config)
-        self.available = {kind: len(parts_of(model, kind)) for kind in KINDS}
+        self.available = {kind: len(parts_of(model, kind)) for kind in NAMES}
         self.full_size = count(model).without_embeddings
 
-    def share_left(self, plan: Reduction) -> float:
+    def share_left(self, plan: Plan) -> float:
         """Return the share of the parameters outside the embeddings that a plan leaves."""
         return self._count(plan).without_embeddings / self.full_size
 
-    def speedup_of(self, plan: Reduction) -> float:
+    def speedup_of(self, plan: Plan) -> float:
         """Return how many times as many documents a second a plan's model encodes, measured."""
         return self.speedup(self._shape(plan))
 
-    def plans(self, target: Target) -> list[Reduction]:
+    def plans(self, target: Target) -> list[Plan]:
         """Return the plans that meet a target, each narrowed no more than it must be.
 
         Raises:
@@ -177,21 +150,19 @@ class Planner:
             )
         return plans
 
-    def _numbers(self, shares: tuple[float | None, float | None, float], target: Target) -> Iterator[Reduction]:
+    def _numbers(self, shares: tuple[float | None, float | None, float], target: Target) -> Iterator[Plan]:
         """Give the numbers of parts for some shares of them; where None stands, the fewest that meet the target."""
         block, mlp, attention = shares
         if None not in shares:
-            yield Reduction(
-                *(round(s * self.available[k]) for s, k in zip(shares, ("block", "mlp", "attention"), strict=True))
-            )
+            yield Plan(*(round(share * self.available[kind]) for share, kind in zip(shares, NAMES, strict=True)))
             return
         kind = "block" if block is None else "mlp"
-        plans = [Reduction(**{kind: number}) for number in range(1, self.available[kind] + (kind != "block"))]
+        plans = [Plan(**{kind: number}) for number in range(1, self.available[kind] + (kind != "block"))]
         first = self._first(plans, target)
         if first is not None:
             yield first
 
-    def _narrowed(self, plan: Reduction, target: Target) -> Reduction | None:
+    def _narrowed(self, plan: Plan, target: Target) -> Plan | None:
         """Return a plan narrowed as little as the target asks for; None where no narrowing, or too much, is needed."""
         if self._meets(plan, target):
             before = [
@@ -209,19 +180,19 @@ class Planner:
         first = self._first(steps, target)
         return first and replace(first, narrow=math.ceil(first.narrow * 1e6) / 1e6)
 
-    def _first(self, plans: Sequence[Reduction], target: Target) -> Reduction | None:
+    def _first(self, plans: Sequence[Plan], target: Target) -> Plan | None:
         """Return the first plan that meets the target, of plans that lose more and more; None if none does."""
         place = bisect.bisect_left(plans, True, key=lambda plan: self._meets(plan, target))
         return plans[place] if place < len(plans) else None
 
-    def _meets(self, plan: Reduction, target: Target) -> bool:
+    def _meets(self, plan: Plan, target: Target) -> bool:
         if target.kind == "speedup":
             return self.speedup_of(plan) >= target.value
         if target.kind == "bytes":
             return self._count(plan).parameters * self.bytes_a_parameter <= target.value
         return self.share_left(plan) <= target.value
 
-    def _count(self, plan: Reduction) -> Sizes:
+    def _count(self, plan: Plan) -> Sizes:
         """Count a plan's parameters exactly: of the units left just the rounded share goes, from whatever layers."""
         dropped = self._dropped(replace(plan, narrow=0.0))
         gone = dropped.a_unit * round(plan.narrow * dropped.units)
@@ -229,24 +200,24 @@ class Planner:
             parameters=dropped.parameters - gone, without_embeddings=dropped.without_embeddings - gone
         )
 
-    def _dropped(self, plan: Reduction) -> Sizes:
+    def _dropped(self, plan: Plan) -> Sizes:
         """Return the sizes of a model that parts are dropped from and nothing is narrowed of."""
         if plan not in self._sizes:
             self._sizes[plan] = self._counted(plan)
         return self._sizes[plan]
 
-    def _counted(self, plan: Reduction) -> Sizes:
-        config = planned(self.config, **plan.drops)
+    def _counted(self, plan: Plan) -> Sizes:
+        config = planned(self.config, **plan.numbers)
         sizes, units, a_unit = count(empty_model(config)), sum(config.mlp_widths), 0
         if units:
             config.mlp_widths[next(i for i, width in enumerate(config.mlp_widths) if width)] -= 1
             a_unit = sizes.parameters - count(empty_model(config)).parameters
         return Sizes(sizes.parameters, sizes.without_embeddings, units, a_unit)
 
-    def _shape(self, plan: Reduction) -> Shape:
-        config = planned(self.config, **plan.drops, narrow=plan.narrow)
+    def _shape(self, plan: Plan) -> Shape:
+        config = planned(self.config, **plan.numbers, narrow=plan.narrow)
         attentions = tuple(i not in config.dropped_attention for i in range(config.num_hidden_layers))
         return Shape(tuple(config.mlp_widths), attentions)
 
-    def _smallest(self) -> Reduction:
-        return Reduction(block=self.available["block"] - 1, narrow=MOST_NARROW)
+    def _smallest(self) -> Plan:
+        return Plan(block=self.available["block"] - 1, narrow=MOST_NARROW)

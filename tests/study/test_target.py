@@ -10,7 +10,9 @@ from transformers import AutoConfig
 
 from effir_search.cli import cli as command
 from effir_search.model.arithmetic import count, empty_model
-from effir_search.study.target_plans import KINDS, MOST_NARROW, Planner, Reduction, Target, parse_target
+from effir_search.pruning.prune import NAMES
+from effir_search.study.plan import Plan
+from effir_search.study.target_plans import MOST_NARROW, Planner, Target, parse_target
 
 OPTIONS = ["--max-steps", 24, "--batch-size", 8, "--device", "cpu"]
 
@@ -84,15 +86,15 @@ def test_plans_for_a_size_meet_it_and_cut_no_unit_that_could_stay(bert_folder, s
         assert makes.share_left(plan) <= share
         assert 0 <= plan.narrow <= MOST_NARROW + 1e-6
         if plan.narrow:
-            units = makes._dropped(Reduction(plan.block, plan.mlp, plan.attention)).units
-            one_more = Reduction(plan.block, plan.mlp, plan.attention, (round(plan.narrow * units) - 1) / units)
+            units = makes._dropped(Plan(plan.block, plan.mlp, plan.attention)).units
+            one_more = Plan(plan.block, plan.mlp, plan.attention, (round(plan.narrow * units) - 1) / units)
             assert makes.share_left(one_more) > share
             # Less than one unit of an MLP below the target: gate, up and down, or two matrices with their biases.
             assert share - makes.share_left(plan) < (3 * config.hidden_size + 2) / full
         else:
             fewer = [
-                Reduction(**{other: getattr(plan, other) - (other == kind) for other in KINDS})
-                for kind in KINDS
+                Plan(**{other: getattr(plan, other) - (other == kind) for other in NAMES})
+                for kind in NAMES
                 if getattr(plan, kind)
             ]
             assert all(makes.share_left(one) > share for one in fewer)
