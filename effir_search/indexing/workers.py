@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from effir_search.errors import UserError
@@ -87,7 +88,7 @@ def run_workers(
         OSError: A worker raised it, or was killed.
         RuntimeError: A worker raised any other error. The worker's own traceback is a note of what is raised.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context(work.__module__)
     workers = []
     try:
         for number, job in enumerate(jobs):
@@ -117,6 +118,18 @@ def run_workers(
         for worker, _ in workers:
             worker.join(GRACE)
             worker.kill()
+
+
+def _context(module: str) -> BaseContext:
+    """Return what starts workers: on Linux forked from one process that imports a module, and all it needs, only once.
+
+    That process is asked for the first time here, so it has no thread and nothing on a GPU that a fork would break.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def _error_of(connection: Connection) -> Exception | None:
