@@ -16,7 +16,7 @@ from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE
 from effir_search.indexing.shard import WHOLE, Shard
 from effir_search.indexing.store import Part, Store, documents_in, number_of_parts
-from effir_search.text.corpus import CorpusHasher, Document, document_text
+from effir_search.text.corpus import CorpusHasher, Document, document_text, documents_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,6 @@ def in_parts(documents: Iterable[Document], part_size: int = PART_SIZE) -> Itera
     iterator = iter(documents)
     while part := list(islice(iterator, part_size)):
         yield part
-
-
-def documents_sha256(documents: Iterable[Document]) -> str:
-    """Return the hash of some documents, as of a corpus that has only these."""
-    hasher = CorpusHasher()
-    for document in documents:
-        hasher.add(document)
-    return hasher.hexdigest()
 
 
 class PreparedPart(NamedTuple):
@@ -125,9 +117,11 @@ def _prepare(
             hasher.add(document)
         if numbers is not None and number not in numbers:
             yield None
-        elif number not in finished:
-            yield _tokenize(number, part, encoder)
-        elif finished[number].documents_sha256 == documents_sha256(part):
+            continue
+        sha256 = documents_sha256(part)
+        if number not in finished:
+            yield _tokenize(number, part, sha256, encoder)
+        elif finished[number].documents_sha256 == sha256:
             yield None
         else:
             raise UserError(
@@ -136,10 +130,10 @@ def _prepare(
     yield CorpusRead(num_parts, hasher.hexdigest())
 
 
-def _tokenize(number: int, documents: list[Document], encoder: Encoder) -> PreparedPart:
+def _tokenize(number: int, documents: list[Document], sha256: str, encoder: Encoder) -> PreparedPart:
     texts = [document_text(document) for document in documents]
     tokens = encoder.tokenize(texts, prompt=encoder.config.document_prompt)
-    record = Part(len(documents), texts.count(""), tokens.num_truncated, documents_sha256(documents))
+    record = Part(len(documents), texts.count(""), tokens.num_truncated, sha256)
     return PreparedPart(number, documents, record, tokens)
 
 

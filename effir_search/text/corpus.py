@@ -147,6 +147,14 @@ class CorpusHasher:
         return self._sha256.hexdigest()
 
 
+def documents_sha256(documents: Iterable[Document]) -> str:
+    """Return the hash of some documents, as of a corpus that has only these."""
+    hasher = CorpusHasher()
+    for document in documents:
+        hasher.add(document)
+    return hasher.hexdigest()
+
+
 def find_documents(sources: Mapping[str | Path, CorpusFields], doc_ids: Iterable[str]) -> dict[str, Document]:
     """Return the documents of these ids, reading no further than the last of them.
 

@@ -16,7 +16,7 @@ from processes import Command, run_command
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import Source, build_index, index_corpus, rebuild_index
 from effir_search.indexing.copies import digests
-from effir_search.indexing.encode import documents_sha256, encode_corpus, in_parts
+from effir_search.indexing.encode import encode_corpus, in_parts
 from effir_search.indexing.index_record import read_index, read_index_info, store_of
 from effir_search.indexing.read_ahead import read_ahead
 from effir_search.indexing.resume import PART_SIZE, processor_name, settings_of
@@ -25,7 +25,7 @@ from effir_search.indexing.store import KEPT, Part, Store
 from effir_search.searching.info import describe
 from effir_search.searching.searcher import load_encoder
 from effir_search.settings import EncoderOptions, IndexSettings, PlanSettings
-from effir_search.text.corpus import Document, read_corpus, scan_corpus
+from effir_search.text.corpus import Document, documents_sha256, read_corpus, scan_corpus
 
 
 @pytest.fixture(scope="module")
