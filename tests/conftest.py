@@ -1,5 +1,6 @@
 """Tiny real models, a word-level tokenizer and a toy collection, all built in code."""
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(100_000, 50, 100)
 
 WORDS = (
     "a an and apple banana bread butter cat cheese chases cream dog drinks eats egg fish flour fresh fruit "

@@ -8,22 +8,32 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from multiprocessing.context import BaseContext
-from multiprocessing.forkserver import ensure_running
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
+from types import MappingProxyType
 from unittest import mock
 
 TESTS = Path(__file__).parent
+NONE: Mapping[str, str] = MappingProxyType({})
+
+# By the variables that they were started with; the first one is that which multiprocessing itself asks.
+_servers = {(): forkserver._forkserver}
 
 
-def fork_server() -> BaseContext:
-    """Start what forks processes, of one thread each, unless it runs; return the context that asks it to."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"):
-        ensure_running()
-    return context
+def fork_server(variables: Mapping[str, str] = NONE) -> ForkServer:
+    """Start what forks processes, of one thread each, unless it runs.
+
+    Args:
+        variables: Those that a library reads when it is imported, which it is only once.
+    """
+    server = _servers.setdefault(tuple(sorted(variables.items())), ForkServer())
+    server.set_forkserver_preload(["warm"])
+    path = f"{TESTS.parent}{os.pathsep}{TESTS}"
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}):
+        server.ensure_running()
+    return server
 
 
 class Command:
@@ -31,7 +41,8 @@ class Command:
 
     Args:
         arguments: Of ``effir``.
-        environment: Variables to add. Those that a library reads when it is imported have no effect.
+        environment: Variables to add; of those that a library reads when it is imported see the next.
+        server: What forks the process, from ``fork_server``; None = the one that all share.
         cwd: Folder to work in.
         prepare: What the process calls first.
     """
@@ -40,6 +51,7 @@ class Command:
         self,
         *arguments: object,
         environment: dict[str, str] | None = None,
+        server: ForkServer | None = None,
         cwd: Path | None = None,
         prepare: Callable[[], object] | None = None,
     ) -> None:
@@ -52,8 +64,10 @@ class Command:
             prepare,
             self._outputs,
         )
-        self._process = fork_server().Process(target=_work, args=job)
-        self._process.start()
+        self._process = multiprocessing.get_context("forkserver").Process(target=_work, args=job)
+        connect = (server or fork_server()).connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            self._process.start()
 
     @property
     def returncode(self) -> int | None:

@@ -1,18 +1,16 @@
 import csv
 import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import ir_measures
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import WORDS, kill_when_there, write_jsonl
+from processes import Command, start_ranks
 
 from effir_search.cli import cli as command
 from effir_search.compression.defaults_without_labels import merged
@@ -227,21 +225,21 @@ def test_weights_are_deleted_unless_they_are_to_be_kept(tmp_path, recipe, whole)
     assert list(whole[0].glob("cells/*-trained/model/model.safetensors"))
 
 
+@pytest.mark.processes
 def test_a_killed_study_goes_on_where_it_was(tmp_path, recipe):
     file = toml(narrow_recipe(recipe), tmp_path / "study.toml")
     folder = tmp_path / "study"
-    line = [sys.executable, "-m", "effir_search", "study", "--recipe", file, "--output", folder, "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*map(str, line)], stderr=subprocess.PIPE, text=True, env=environment)
-    kill_when_there(process, folder / "cells" / "mlp-2-greedy-seed-0-untrained" / "record.json")
+    line = ["study", "--recipe", file, "--output", folder, "--device", "cpu"]
+    kill_when_there(Command(*line), folder / "cells" / "mlp-2-greedy-seed-0-untrained" / "record.json")
     before = times(folder)
     assert 0 < len(before) < 3
-    result = CliRunner().invoke(command, [*map(str, line[3:])])
+    result = CliRunner().invoke(command, [*map(str, line)])
     assert result.exit_code == 0, result.output
     after = times(folder)
     assert len(after) == 3 and {name: after[name] for name in before} == before
 
 
+@pytest.mark.processes
 def test_processes_share_the_models_and_find_the_same(tmp_path, recipe, whole):
     study = opened(narrow_recipe(recipe), tmp_path / "study")
     cells = cells_in(study)
@@ -357,10 +355,10 @@ def test_models_that_another_process_is_at_work_at_are_told(tmp_path, recipe):
     assert (study.cell_folder(cells[0]) / "record.json").is_file()
 
 
+@pytest.mark.processes
 def test_a_launcher_of_several_processes_is_refused(tmp_path, recipe):
     file = toml(recipe, tmp_path / "study.toml")
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "effir_search", "study"]
-    line += ["--recipe", file, "--output", tmp_path / "study", "--device", "cpu"]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0 and "was started as 2: give --devices, no launcher" in done.stderr
+    for rank in start_ranks(2, "study", "--recipe", file, "--output", tmp_path / "study", "--device", "cpu"):
+        _, told = rank.communicate()
+        assert rank.returncode == 1 and "was started as 2: give --devices, no launcher" in told
     assert not (tmp_path / "study").exists()
