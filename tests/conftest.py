@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# With so much imported, a pass of the collector over all objects takes a tenth of a second.
 gc.set_threshold(100_000, 50, 100)
 
 WORDS = (

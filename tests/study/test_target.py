@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from effir_search.cli import cli as command
 from effir_search.model.arithmetic import count, empty_model
 from effir_search.pruning.prune import NAMES
+from effir_search.study import target
 from effir_search.study.plan import Plan
 from effir_search.study.target_plans import MOST_NARROW, Planner, Target, parse_target
 
@@ -180,7 +181,8 @@ def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, whole, ber
     assert plans[0] == plans[1]
 
 
-def test_the_smallest_that_keeps_a_quality_is_found(tmp_path, collection, bert_folder, texts, recipe):
+def test_the_smallest_that_keeps_a_quality_is_found(tmp_path, collection, bert_folder, texts, recipe, monkeypatch):
+    monkeypatch.setattr(target, "SIZES", (0.4, 0.6, 0.8))  # fewer, for time
     output = tmp_path / "small"
     arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, "--output", output, *OPTIONS]
     measured = ["--dev", collection, "--target", "quality=0.2"]
