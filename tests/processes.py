@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.forkserver import ForkServer
 from pathlib import Path
@@ -18,8 +18,8 @@ from unittest import mock
 TESTS = Path(__file__).parent
 NONE: Mapping[str, str] = MappingProxyType({})
 
-# By the variables that they were started with; the first one is that which multiprocessing itself asks.
-_servers = {(): forkserver._forkserver}
+# By the variables that they were started with; none is that which multiprocessing itself asks, as workers do.
+_servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
 
 
 def fork_server(variables: Mapping[str, str] = NONE) -> ForkServer:
@@ -34,6 +34,13 @@ def fork_server(variables: Mapping[str, str] = NONE) -> ForkServer:
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}):
         server.ensure_running()
     return server
+
+
+@contextlib.contextmanager
+def forked_by(server: ForkServer) -> Iterator[None]:
+    """Let processes that start in the block, by the method forkserver, be forked by this one."""
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        yield
 
 
 class Command:
@@ -65,8 +72,7 @@ class Command:
             self._outputs,
         )
         self._process = multiprocessing.get_context("forkserver").Process(target=_work, args=job)
-        connect = (server or fork_server()).connect_to_new_process
-        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+        with forked_by(server or fork_server()):
             self._process.start()
 
     @property

@@ -171,7 +171,7 @@ def slim(encoder: str, output: Path, restart: bool, **options: object) -> None:
     help={"max_length": "Tokens of a text that the saved model reads."},
 )
 @click.option(
-    "--bidirectional", is_flag=True, help="Of a GGUF file: let each token see those after it, too; to be trained so."
+    "--bidirectional", is_flag=True, help="Of a GGUF file: let tokens see those after them, too; then fine-tune it."
 )
 def convert(source: str, output: Path, bidirectional: bool, **options: object) -> None:
     """Make a model folder of an LLM-Drop or EffiR checkpoint, or of the language model in a GGUF file."""

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from typing import TypeVar
 
 from effir_search.errors import UserError
@@ -88,14 +89,17 @@ def run_workers(
         OSError: A worker raised it, or was killed.
         RuntimeError: A worker raised any other error. The worker's own traceback is a note of what is raised.
     """
-    context = _context(work.__module__)
+    context = _context(work.__module__, len(jobs))
     workers = []
     try:
         for number, job in enumerate(jobs):
             ours, theirs = context.Pipe(duplex=False)
             level = logging.ERROR if number else logging.getLogger().getEffectiveLevel()
-            worker = context.Process(target=_work, args=(work, job, level, theirs), daemon=True)
-            worker.start()
+            worker = context.Process(target=_work, args=(work, job, level, theirs, dict(os.environ)), daemon=True)
+            try:
+                worker.start()
+            except EOFError as error:
+                raise OSError("a worker could not be started; the same command continues") from error
             theirs.close()  # so that a worker's end is seen here
             workers.append((worker, ours))
         at_work = {worker.sentinel: (worker, connection) for worker, connection in workers}
@@ -120,15 +124,28 @@ def run_workers(
             worker.kill()
 
 
-def _context(module: str) -> BaseContext:
-    """Return what starts workers: on Linux forked from one process that imports a module, and all it needs, only once.
+def _context(module: str, count: int) -> BaseContext:
+    """Return what starts workers: several ones on Linux are forked from a process that imports a module only once.
 
-    That process is asked for the first time here, so it has no thread and nothing on a GPU that a fork would break.
+    That process begins here, unless it is there already; it computes nothing, has nothing on a GPU, and ends with this
+    one. Elsewhere, and where it cannot begin, each worker is a new process.
     """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context = multiprocessing.get_context("spawn")
+    if sys.platform != "linux" or count == 1:
+        return context
+    before = dict(os.environ)
+    # Else it would take modules from the folder that it begins in first (CPython before 3.12.8).
+    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload([module])
+        ensure_running()
+        context = forking
+    except OSError as error:  # such as a TMPDIR too long for the name of a socket
+        logger.debug("workers are not forked: %s", error)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 
@@ -154,7 +171,11 @@ class _NotATerminal(io.TextIOWrapper):
         return False
 
 
-def _work(work: Callable[[Job], object], job: Job, level: int, connection: Connection) -> None:
+def _work(
+    work: Callable[[Job], object], job: Job, level: int, connection: Connection, variables: dict[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

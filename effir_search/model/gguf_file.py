@@ -30,6 +30,7 @@ from effir_search.errors import UserError
 from effir_search.files.reading import file_sha256
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.checkpoint import check_tokenizer, named_errors, quiet_transformers
+from effir_search.model.families import FAMILIES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -93,7 +94,8 @@ def convert_gguf(source: Path, output: Path, *, bidirectional: bool = False) -> 
 
     Raises:
         ValueError: gguf is not installed, or the file is cut, of another format, one part of several, of a model that
-            transformers cannot read or not in full, or without a tokenizer.
+            transformers cannot read or not in full, or without a tokenizer; or it is to be bidirectional and of a
+            family that may not heed that.
         OSError: The file cannot be read, or ``output`` exists or cannot be written.
     """
     refuse_existing(output, replaces=())
@@ -103,11 +105,11 @@ def convert_gguf(source: Path, output: Path, *, bidirectional: bool = False) -> 
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "model.gguf").symlink_to(source.resolve())
         config = _config(source, Path(place), reader)
+        if bidirectional:
+            _let_see_all(config, source)
         model = _model(source, Path(place), config, reader)
         tokenizer = _tokenizer(source, Path(place), reader)
     check_tokenizer(tokenizer, model, source)
-    if bidirectional:
-        model.config.is_causal = False
     _split_as_trained(tokenizer, source, reader)
     read = Read(type(model).__name__, model.num_parameters(), types)
     with whole_folder(output) as folder, quiet_transformers():
@@ -162,6 +164,13 @@ def _config(source: Path, place: Path, reader: "GGUFReader") -> PretrainedConfig
         raise UserError(f"{source}: its RoPE is scaled ({scaling}), which transformers does not read from GGUF")
     _scale_rope(source, config, reader)
     return config
+
+
+def _let_see_all(config: PretrainedConfig, source: Path) -> None:
+    causal = [name for name, family in FAMILIES.items() if family.causal]
+    if config.model_type not in causal:
+        raise UserError(f"{source}: --bidirectional goes with {', '.join(causal)}, and this is a {config.model_type}")
+    config.is_causal = False
 
 
 def _scale_rope(source: Path, config: PretrainedConfig, reader: "GGUFReader") -> None:

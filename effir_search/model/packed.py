@@ -74,7 +74,9 @@ def short_attention(
         ``(batch, seq, heads, head_dim)``, and None for the attention's weights.
     """
     unusual = options.get("dropout") or options.get("position_bias") is not None or query.shape != key.shape
-    all_seen = attention_mask is None and not getattr(module, "is_causal", True)
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    all_seen = attention_mask is None and not causal
     masked = attention_mask is not None and attention_mask.dtype == torch.bool
     if unusual or query.shape[2] > SHORT or not (all_seen or masked):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)

@@ -186,7 +186,7 @@ def _model(study: Study, cell: Cell, whole: Cell) -> str:
     lines = commands_of(study, cell, cell.name)
     lines += [line for c in study.collections if (line := scoring_command(study, cell, c))]
     lost = ""
-    if step := next((step for step in record["pruned"] if set(step) & {"mlp", "attention", "block"}), None):
+    if step := next((step for step in record["pruned"] if set(step) & set(NAMES)), None):
         lost = "; ".join(f"{kind} of layers {step[kind]}" for kind in NAMES if kind in step)
         lost = f"<p>Dropped: {escape(lost)}. Units by layer: {escape(str(record['shape']['widths']))}.</p>"
     return (

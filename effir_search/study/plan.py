@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The same as ``arithmetic.planned`` takes it."""
+        """The same, by the names that ``arithmetic.planned`` has for them."""
         return {f"drop_{kind}": number for kind, number in self.drops.items()}
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import NUM_DOCUMENTS
 from test_embeddings import files_of, kill_after, run
-from worker_jobs import fail_or_wait, kill_itself, leave
+from worker_jobs import fail_or_wait, kill_itself, leave, write_variable
 
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import store_of
@@ -87,6 +87,35 @@ def test_workers_die_with_their_parent(tmp_path, how):
     parent.send_signal(how)
     parent.wait()
     assert all(map(wait_for_end, pids))
+
+
+@pytest.mark.processes
+def test_a_module_in_the_folder_of_the_moment_is_not_taken_for_one_that_workers_need(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from effir_search.indexing.workers import run_workers\n"
+        "from worker_jobs import write_variable\n"
+        "if __name__ == '__main__':\n"
+        f"    run_workers(write_variable, [Path({str(tmp_path)!r}) / name for name in 'ab'])\n"
+    )
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "program.py").write_text(program)
+    (tmp_path / "worker_jobs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close()")
+    path = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])
+    subprocess.run(
+        [sys.executable, tmp_path / "programs" / "program.py"],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        check=True,
+    )
+    assert (tmp_path / "b").is_file() and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.processes
+def test_workers_have_the_variables_that_this_process_has_at_the_moment(tmp_path, monkeypatch):
+    for value in "12":
+        monkeypatch.setenv("EFFIR_TEST", value)
+        run_workers(write_variable, [tmp_path / f"a{value}", tmp_path / f"b{value}"])
+        assert [(tmp_path / f"{name}{value}").read_text() for name in "ab"] == [value, value]
 
 
 @pytest.mark.processes

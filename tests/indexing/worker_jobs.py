@@ -19,6 +19,11 @@ def fail_or_wait(job):
     write_pid_and_wait(job)
 
 
+def write_variable(path):
+    with whole_file(path) as file:
+        file.write(os.environ.get("EFFIR_TEST", "none"))
+
+
 def leave(status):
     os._exit(status)
 

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from effir_search.cli import cli
 from effir_search.encoding.encoder import Encoder
+from effir_search.model.families import FAMILIES
 from effir_search.model.gguf_file import LLAMA3, convert_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -192,6 +193,14 @@ def test_bidirectional_is_for_language_models_alone(tmp_path):
     arguments = ["convert", "--from", str(tmp_path), "--output", str(tmp_path / "out"), "--bidirectional"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2 and "--bidirectional goes with a GGUF file" in result.output
+
+
+def test_a_family_that_may_not_heed_it_is_not_made_bidirectional(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", language_model())
+    monkeypatch.delitem(FAMILIES, "llama")
+    with pytest.raises(ValueError, match="--bidirectional goes with mistral, .*, and this is a llama"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model", bidirectional=True)
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_scaled_rope_of_llama_3_is_read(tmp_path):

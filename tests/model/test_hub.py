@@ -31,7 +31,8 @@ class Hub(ThreadingHTTPServer):
         fetched: The files that were fetched.
         address: Of the hub.
         cache: The home of those who ask it.
-        forks: What forks commands that ask it: both of these are read when huggingface_hub is imported.
+        variables: What tells them of both, read when huggingface_hub is imported.
+        forks: What forks commands that ask it.
     """
 
     def __init__(self, cache):
@@ -89,6 +90,7 @@ def running(tmp_path_factory):
     Thread(target=hub.serve_forever, daemon=True).start()
     yield hub
     hub.shutdown()
+    hub.server_close()
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def hub(tmp_path, running):
 @pytest.fixture
 def effir(tmp_path, hub):
     """Run a command that asks the hub."""
-    return lambda *arguments: run_command(*arguments, server=hub.forks, cwd=tmp_path)
+    return lambda *arguments: run_command(*arguments, server=hub.forks, environment=hub.variables, cwd=tmp_path)
 
 
 def offline(tmp_path, hub, *arguments):

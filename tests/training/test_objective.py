@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import DOCUMENTS, save_model, save_sentence_files
-from processes import fork_server
+from processes import fork_server, forked_by
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -450,8 +450,8 @@ def in_a_process(rank: int, folder: str, teacher: str, store: str, results: str)
 def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path, bert_folder):
     teacher = str(save_model(tmp_path / "teacher", "roberta"))
     job = (str(bert_folder), teacher, str(tmp_path / "store"), str(tmp_path / "result"))
-    fork_server()
-    mp.start_processes(in_a_process, job, nprocs=2, start_method="forkserver")
+    with forked_by(fork_server()):
+        mp.start_processes(in_a_process, job, nprocs=2, start_method="forkserver")
     found = [torch.load(tmp_path / f"result-{rank}") for rank in (0, 1)]
     retrieval, imitation, over_batch = (
         RetrievalObjective(load(bert_folder), SETTINGS),
