@@ -55,6 +55,7 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
         raise UserError(
             f"which encoder is compressed? give --encoder, or encoder in {where}, a model folder or hub name"
         )
+    recipe = _with_one_name(recipe)
     data = recipe.get("data", {})
     has_texts = data.get("texts") or data.get("queries")
     if not data.get("train") and not has_texts:
@@ -68,6 +69,16 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
         return TypeAdapter(CompressionSettings).validate_json(json.dumps(recipe, default=str), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {first_problem(error)}") from error
+
+
+def _with_one_name(recipe: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a recipe whose teacher, where that is the encoder's folder by another path, has the encoder's name."""
+    encoder, teacher = recipe["encoder"], recipe.get("data", {}).get("teacher")
+    if not (
+        isinstance(encoder, str) and isinstance(teacher, str) and Path(encoder).is_dir() and Path(teacher).is_dir()
+    ):
+        return recipe
+    return merged(recipe, {"data": {"teacher": encoder}}) if Path(encoder).samefile(teacher) else recipe
 
 
 def first_problem(error: ValidationError) -> str:

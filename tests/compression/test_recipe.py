@@ -58,6 +58,18 @@ def test_units_of_a_whole_model_that_imitates_itself_are_told_apart_by_what_they
     assert as_compression(merged(whole, {"slim": {"criterion": "random"}})).slim.criterion == "random"
 
 
+def test_the_encoders_folder_by_another_path_is_the_encoder(tmp_path, monkeypatch):
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("./model", str(tmp_path / "model"), "other/../model"):
+        whole = {"encoder": "model", "data": {"texts": ["x"], "teacher": path}, "prune": {"drop_mlp": 0}}
+        compression = as_compression(whole)
+        assert compression.data.teacher == "model" and compression.slim.criterion == "activation"
+    another = as_compression({"encoder": "model", "data": {"texts": ["x"], "teacher": "./other"}})
+    assert another.data.teacher == "./other"
+
+
 def test_a_seed_is_that_of_every_section():
     compression = as_compression(merged(LABELS, {"seed": 5}))
     assert {compression.seed, compression.slim.seed, compression.finetune.seed} == {5}
