@@ -74,11 +74,9 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
 def _with_one_name(recipe: Mapping[str, object]) -> Mapping[str, object]:
     """Return a recipe whose teacher, where that is the encoder's folder by another path, has the encoder's name."""
     encoder, teacher = recipe["encoder"], recipe.get("data", {}).get("teacher")
-    if not (
-        isinstance(encoder, str) and isinstance(teacher, str) and Path(encoder).is_dir() and Path(teacher).is_dir()
-    ):
-        return recipe
-    return merged(recipe, {"data": {"teacher": encoder}}) if Path(encoder).samefile(teacher) else recipe
+    if all(isinstance(name, str) and Path(name).is_dir() for name in (encoder, teacher)):
+        return merged(recipe, {"data": {"teacher": encoder}}) if Path(encoder).samefile(teacher) else recipe
+    return recipe
 
 
 def first_problem(error: ValidationError) -> str:
