@@ -496,6 +496,7 @@ class CompressionSettings(Settings):
         encoder: The model that is compressed, folder or hub name.
         output: The new folder; None = it is said elsewhere.
         target: What the model is to be, in place of what goes: see ``study.target.Target``.
+        native: Drop whole blocks alone, cut all MLPs to one width, and save the model as one of its family's own class.
         max_length: Tokens of a text that are read in scoring and training; None = the model's.
         seed: Of samples, order, dropout, LoRA's start.
         stock_architecture: See ``EncoderOptions``, for every model of the recipe.
@@ -515,6 +516,9 @@ class CompressionSettings(Settings):
     )
     target: str | None = setting(
         None, help="Find what to drop and narrow: parameters=0.5, bytes=40MB, speedup=2, or with --dev quality=0.98."
+    )
+    native: bool = setting(
+        False, help="Whole blocks and one width for all MLPs, saved as a stock model that every server runs."
     )
     max_length: Count | None = setting(
         None, help="Tokens of a text that analysis and training read.", default_text=MODELS

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import PretrainedConfig
 
+from effir_search.compression.native import check_native, save_native, with_native_numbers
 from effir_search.compression.recipe import RECIPE_FILE, format_recipe
 from effir_search.compression.slim import OF_LOSS, check_cut
 from effir_search.compression.stages import CALIBRATION_FILE, STAGES, Job, run_stage, unchanged_names
@@ -96,6 +97,8 @@ def compress(
                 process.wait_for_everyone()
             if main or stage.by_all_processes:
                 measured = run_stage(stage, job)
+            if compression.native:
+                check_native(job.model)
         if not main:
             return None
         _save(job, measured, output, section)
@@ -169,6 +172,8 @@ def with_numbers(compression: CompressionSettings) -> CompressionSettings:
         raise UserError(
             f"target {compression.target}: what goes is found by effir compress --target, without --plan, in no study"
         )
+    if compression.native:
+        return with_native_numbers(compression, config_of(compression))
     if compression.prune.drop_mlp is not None:
         return compression
     half = len(parts_of(empty_model(config_of(compression)), "mlp")) // 2
@@ -240,7 +245,8 @@ def _save(job: Job, measured: Benchmark, output: Path, more: str) -> None:
     section = f"## Beside {name}\n\n```\n{format_benchmark(measured)}\n```\n"
     training = read_json(model / TRAINING_FILE) | {"model": f"{name}, pruned as above"}
     sections = "\n".join(filter(None, [more, section]))
-    copy_model(model, output, training=training, beside=beside, measured=sections)
+    save = save_native if job.recipe.native else copy_model
+    save(model, output, training=training, beside=beside, measured=sections)
 
 
 def describe_compression(measured: Benchmark, output: Path) -> str:

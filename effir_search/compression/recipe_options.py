@@ -5,6 +5,7 @@ IN_RECIPE = {
     "--encoder": ("", "encoder"),
     "--output": ("", "output"),
     "--target": ("", "target"),
+    "--native": ("", "native"),
     "--drop-mlp": ("prune", "drop_mlp"),
     "--drop-attention": ("prune", "drop_attention"),
     "--drop-block": ("prune", "drop_block"),

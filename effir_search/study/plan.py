@@ -26,6 +26,7 @@ OF_ONE_MODEL = {
     "evaluate": f"collections in [{SECTION}]",
     "seed": f"seeds in [{SECTION}]",
     "output": "a folder of its own, --output",
+    "native": f"a table native, in tables of [{SECTION}]",
     "target": f"kinds, numbers and shares in [{SECTION}]",
 }
 # A criterion that reads neither texts nor chance: units have the same scores for every seed.

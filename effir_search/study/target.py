@@ -141,6 +141,8 @@ def check_target(compression: CompressionSettings, target: Target) -> None:
             f"--target {compression.target} finds what to drop and to narrow; leave out --drop-mlp, --drop-attention, "
             "--drop-block and --narrow"
         )
+    if compression.native:
+        raise UserError(f"--target {compression.target} tries shapes of every kind; leave out --native")
     if target.kind == "quality" and not compression.data.dev:
         raise UserError(
             f"--target {compression.target} is measured on a dev split: give --dev, a BEIR folder that is no test"
