@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import PretrainedConfig
 
-from effir_search.compression.native import check_native, save_native, with_native_numbers
+from effir_search.compression.native import check_native, save_native, shape_in_words, with_native_numbers
 from effir_search.compression.recipe import RECIPE_FILE, format_recipe
 from effir_search.compression.slim import OF_LOSS, check_cut
 from effir_search.compression.stages import CALIBRATION_FILE, STAGES, Job, run_stage, unchanged_names
@@ -24,6 +24,7 @@ from effir_search.model.checkpoint import lasting_name, resolve_model, weights_s
 from effir_search.model.layers import mlp_widths, parts_of
 from effir_search.model.save import TRAINING_FILE, copy_model
 from effir_search.model.sentence_files import prunable_config, read_sentence_files
+from effir_search.model.stock import stock_config
 from effir_search.settings import CompressionSettings, EncoderOptions
 from effir_search.training.data import (
     DATA,
@@ -243,7 +244,8 @@ def _save(job: Job, measured: Benchmark, output: Path, more: str) -> None:
         BENCHMARK_FILE: json.dumps(asdict(measured), indent=1) + "\n",
     }
     section = f"## Beside {name}\n\n```\n{format_benchmark(measured)}\n```\n"
-    training = read_json(model / TRAINING_FILE) | {"model": f"{name}, pruned as above"}
+    where = "below" if job.recipe.native else "above"
+    training = read_json(model / TRAINING_FILE) | {"model": f"{name}, pruned as {where}"}
     sections = "\n".join(filter(None, [more, section]))
     save = save_native if job.recipe.native else copy_model
     save(model, output, training=training, beside=beside, measured=sections)
@@ -260,4 +262,5 @@ def describe_plan(compression: CompressionSettings) -> str:
     full = config_of(compression)
     compressed = planned(full, narrow=compression.slim.narrow, **_drops(compression))
     sizes = format_facts(facts(empty_model(full)), facts(empty_model(compressed)), names=("full", "compressed"))
-    return f"{format_recipe(compression)}\n{sizes}"
+    native = f"\n\nIt becomes {shape_in_words(stock_config(compressed))}." if compression.native else ""
+    return f"{format_recipe(compression)}\n{sizes}{native}"

@@ -56,6 +56,8 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
             f"which encoder is compressed? give --encoder, or encoder in {where}, a model folder or hub name"
         )
     recipe = _with_one_name(recipe)
+    if recipe.get("native") and "drop_block" in recipe.get("prune", {}):  # then no number is left to be found
+        recipe = merged({"prune": {"drop_mlp": 0}}, recipe)
     data = recipe.get("data", {})
     has_texts = data.get("texts") or data.get("queries")
     if not data.get("train") and not has_texts:

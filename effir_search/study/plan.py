@@ -168,7 +168,7 @@ def _as_recipe(plan: Plan) -> dict[str, object]:
     if plan.unit_criterion:
         slim["criterion"] = plan.unit_criterion
     if plan.uniform:
-        slim |= {"floor": round(1 - plan.narrow, 9), "multiple": 1}
+        slim |= {"floor": 1 - plan.narrow, "multiple": 1}
     return {"prune": prune, "slim": slim}
 
 
@@ -302,7 +302,7 @@ class Planner:
 
     def uniform(self, width: int) -> Plan:
         """Return the plan of one width for all layers, which have the same one."""
-        return self.plan(narrow=round(1 - width / self.widths[0], 9), uniform=True)
+        return self.plan(narrow=1 - width / self.widths[0], uniform=True)
 
     def blocks(self, number: int) -> Plan:
         """Return the plan of whole layers alone."""

@@ -2,10 +2,12 @@ import logging
 from collections import Counter
 
 import pytest
+import torch
 from conftest import tiny_config
 
 from effir_search.compression.defaults_without_labels import merged
 from effir_search.model.arithmetic import count, empty_model
+from effir_search.pruning.choose_units import choose_units
 from effir_search.study.plan import (
     Cell,
     Plan,
@@ -173,3 +175,15 @@ def test_a_recipe_that_cannot_be_is_told(recipe, message):
 def test_two_collections_of_one_name_are_told():
     with pytest.raises(ValueError, match="two of them have the name toy"):
         collections_of(["a/toy", "b/toy"])
+
+
+@pytest.mark.parametrize("full", [48, 1152, 1536, 3072, 14336])
+def test_one_width_for_all_layers_is_that_width_also_where_its_share_has_no_end(full):
+    config = tiny_config("bert")
+    config.intermediate_size = full
+    planner = Planner(as_study(RECIPE), config)
+    scores = {layer_idx: torch.arange(float(full)) for layer_idx in range(2)}
+    for width in range(1, full, max(1, full // 97)):
+        slim = planner.study.compression(planner.uniform(width), seed=0).slim
+        masks = choose_units(scores, slim.narrow, floor=slim.floor, multiple=slim.multiple)
+        assert [int(mask.sum()) for mask in masks.values()] == [width, width]
