@@ -197,7 +197,8 @@ def test_bidirectional_is_for_language_models_alone(tmp_path):
 
 def test_a_family_that_may_not_heed_it_is_not_made_bidirectional(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf", language_model())
-    monkeypatch.delitem(FAMILIES, "llama")
+    others = {name: family for name, family in FAMILIES.items() if name != "llama"}
+    monkeypatch.setattr("effir_search.model.gguf_file.FAMILIES", others)
     with pytest.raises(ValueError, match="--bidirectional goes with .*mistral.*, and this is a llama"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model", bidirectional=True)
     assert not (tmp_path / "model").exists()
