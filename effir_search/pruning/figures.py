@@ -57,8 +57,8 @@ def order_figure(analysis: Analysis) -> Figure:
             panel.set_title(f"{kind}, {name}", loc="left", fontsize="medium", fontweight="bold")
             panel.yaxis.set_major_locator(MaxNLocator(integer=True))
             _tidy(panel)
-    figure.supxlabel("layer", fontsize="medium")
-    figure.supylabel("number of parts dropped (longest bar = first to go)", fontsize="medium")
+    figure.supxlabel("layer (the longest bar is the first to go)", fontsize="medium")
+    figure.supylabel("parts dropped", fontsize="medium")
     return figure
 
 
