@@ -518,7 +518,8 @@ class CompressionSettings(Settings):
         None, help="Find what to drop and narrow: parameters=0.5, bytes=40MB, speedup=2, or with --dev quality=0.98."
     )
     native: bool = setting(
-        False, help="Whole blocks and one width for all MLPs, saved as a stock model that every server runs."
+        False,
+        help="Drop whole blocks, a third or --drop-block, cut all MLPs to one width, and save a stock model.",
     )
     max_length: Count | None = setting(
         None, help="Tokens of a text that analysis and training read.", default_text=MODELS

@@ -255,6 +255,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that makes a compression of a tiny model short."""
+    path = tmp_path_factory.mktemp("recipe") / "short.toml"
+    path.write_text("[prune]\nnum_texts = 16\n[slim]\nsteps = 2\nbatch_size = 8\n[finetune]\nbf16 = false\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the BEIR layout: 12 documents, 3 topics, 6 judgments."""
     folder = tmp_path_factory.mktemp("collection")

@@ -189,6 +189,8 @@ def check_compression(compression: CompressionSettings, device: str) -> None:
     drops = _drops(compression)
     dropped = empty_model(planned(config_of(compression), **drops))
     resolved_training(compression.finetune, data, dropped, chosen_device(device))
+    if compression.native:
+        stock_config(dropped.config)  # raises for an encoder that lacks single parts already
     if slim.narrow:
         check_cut({layer_idx: width for layer_idx, width in enumerate(mlp_widths(dropped)) if width}, slim)
         own = not data.train and resolve_model(data.teacher).resolve() == resolve_model(compression.encoder).resolve()

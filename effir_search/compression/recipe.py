@@ -56,7 +56,8 @@ def as_compression(recipe: Mapping[str, object], *, where: str = "the recipe") -
             f"which encoder is compressed? give --encoder, or encoder in {where}, a model folder or hub name"
         )
     recipe = _with_one_name(recipe)
-    if recipe.get("native") and "drop_block" in recipe.get("prune", {}):  # then no number is left to be found
+    # A number of blocks that is given counts, 0 as well; without drop_mlp one would be chosen instead.
+    if recipe.get("native") and "drop_block" in recipe.get("prune", {}):
         recipe = merged({"prune": {"drop_mlp": 0}}, recipe)
     data = recipe.get("data", {})
     has_texts = data.get("texts") or data.get("queries")

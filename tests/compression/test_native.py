@@ -21,22 +21,15 @@ from effir_search.pruning.prune import Measurement
 OPTIONS = ["--max-steps", 4, "--batch-size", 8, "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "short.toml"
-    path.write_text("[prune]\nnum_texts = 16\n[slim]\nsteps = 3\nbatch_size = 8\n[finetune]\nbf16 = false\n")
-    return path
-
-
 def run(*arguments):
     return CliRunner().invoke(command, ["compress", "--native", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma3"])
-def test_the_model_is_a_stock_one_and_encodes_as_the_one_that_was_tuned(tmp_path, texts, recipe, family):
+def test_the_model_is_a_stock_one_and_encodes_as_the_one_that_was_tuned(tmp_path, texts, short, family):
     encoder = save_sentence_files(save_model(tmp_path / family, family))
     output = tmp_path / "small"
-    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", recipe, "--output", output, *OPTIONS]
+    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", short, "--output", output, *OPTIONS]
     result = run(*arguments, "--narrow", 0.3)
     assert result.exit_code == 0, result.output
     config = AutoConfig.from_pretrained(output)  # without code of ours, and without leave to run any
@@ -125,10 +118,19 @@ def test_other_shapes_are_refused(tmp_path, bert_folder, texts, options, message
     assert not (tmp_path / "small.stages").exists()
 
 
-def test_a_shape_that_the_class_lacks_ends_the_job_before_anything_is_learned(tmp_path, texts, recipe, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_an_encoder_that_lacks_an_mlp_already_is_refused_at_once(tmp_path, bert_folder, texts, more):
+    pruning = ["prune", "--encoder", bert_folder, "--drop-mlp-layers", 1, "--output", tmp_path / "pruned"]
+    assert CliRunner().invoke(command, [*map(str, pruning)]).exit_code == 0
+    result = run("--encoder", tmp_path / "pruned", "--texts", texts, "--output", tmp_path / "small", *more)
+    assert result.exit_code == 1 and "layer 1 has no MLP, which the class of a bert always has" in result.output
+    assert not (tmp_path / "small.stages").exists()
+
+
+def test_a_shape_that_the_class_lacks_ends_the_job_before_anything_is_learned(tmp_path, texts, short, monkeypatch):
     encoder = save_sentence_files(save_model(tmp_path / "modernbert", "modernbert"))
     monkeypatch.setattr(Measurement, "order", lambda *_args, **_options: [RankedPart(0, 0.1)])
-    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", recipe, "--output", tmp_path / "small", *OPTIONS]
+    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", short, "--output", tmp_path / "small", *OPTIONS]
     result = run(*arguments)
     assert result.exit_code == 1 and "the first layer of a modernbert" in result.output
     assert not (tmp_path / "small.stages" / "3-slimmed").exists()

@@ -18,13 +18,6 @@ from effir_search.study.target_plans import MOST_NARROW, Planner, Target, parse_
 OPTIONS = ["--max-steps", 24, "--batch-size", 8, "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "short.toml"
-    path.write_text("[prune]\nnum_texts = 16\n[slim]\nsteps = 2\nbatch_size = 8\n[finetune]\nbf16 = false\n")
-    return path
-
-
 def planner(config, speedup=lambda shape: 1.0):
     return Planner(config, bytes_a_parameter=4, speedup=speedup)
 
@@ -141,10 +134,10 @@ def check_result(result, output, texts):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, bert_folder, texts, recipe):
+def whole(tmp_path_factory, bert_folder, texts, short):
     """The output of a job that nothing stopped, and what it printed."""
     output = tmp_path_factory.mktemp("whole") / "small"
-    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, *OPTIONS]
+    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", short, *OPTIONS]
     return output, run(*arguments, "--output", output, "--target", "parameters=0.6")
 
 
@@ -169,8 +162,8 @@ def test_the_best_candidate_is_compressed_and_the_card_shows_them_all(whole, tex
 
 
 @pytest.mark.processes
-def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, whole, bert_folder, texts, recipe):
-    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, *OPTIONS, "--target", "parameters=0.6"]
+def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, whole, bert_folder, texts, short):
+    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", short, *OPTIONS, "--target", "parameters=0.6"]
     output = tmp_path / "small"
     killed = Command("compress", *map(str, arguments), "--output", str(output))
     kill_when_there(killed, tmp_path / "small.candidates" / "1-analysis" / "numbers.json")
@@ -181,14 +174,14 @@ def test_a_job_that_was_killed_goes_on_and_chooses_the_same(tmp_path, whole, ber
     assert plans[0] == plans[1]
 
 
-def test_the_smallest_that_keeps_a_quality_is_found(tmp_path, collection, bert_folder, texts, recipe, monkeypatch):
+def test_the_smallest_that_keeps_a_quality_is_found(tmp_path, collection, bert_folder, texts, short, monkeypatch):
     monkeypatch.setattr(target, "SIZES", (0.4, 0.6, 0.8))  # fewer, for time
     output = tmp_path / "small"
-    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", recipe, "--output", output, *OPTIONS]
+    arguments = ["--encoder", bert_folder, "--texts", texts, "--recipe", short, "--output", output, *OPTIONS]
     measured = ["--dev", collection, "--target", "quality=0.2"]
     split = tmp_path / "split.toml"
-    split.write_text(recipe.read_text() + '[data]\ndev_split = "test"\n')
-    arguments[arguments.index(recipe)] = split
+    split.write_text(short.read_text() + '[data]\ndev_split = "test"\n')
+    arguments[arguments.index(short)] = split
     result = run(*arguments, *measured)
     assert result.exit_code == 0, result.output
     assert "% of the parameters: " in (output / "README.md").read_text()
@@ -214,8 +207,8 @@ def test_a_target_beside_what_it_is_to_find_is_an_error(tmp_path, bert_folder, t
 
 
 @pytest.mark.parametrize("family", ["llama"])
-def test_a_decoder_meets_a_target_too(tmp_path, texts, recipe, family):
+def test_a_decoder_meets_a_target_too(tmp_path, texts, short, family):
     encoder = save_sentence_files(save_model(tmp_path / family, family), pooling="lasttoken")
     output = tmp_path / "small"
-    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", recipe, "--output", output, *OPTIONS]
+    arguments = ["--encoder", encoder, "--texts", texts, "--recipe", short, "--output", output, *OPTIONS]
     check_result(run(*arguments, "--target", "parameters=0.6"), output, texts)
