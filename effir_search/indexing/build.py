@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
+from effir_search.encoding.fastest import TRIED_TEXTS, fastest_options
 from effir_search.errors import UserError
 from effir_search.indexing.encode import CorpusRead, encode_corpus
 from effir_search.indexing.faiss_kinds import new_index, training_size
@@ -28,7 +30,7 @@ from effir_search.indexing.store import Store, documents_in, number_of_parts
 from effir_search.indexing.workers import run_workers
 from effir_search.model.checkpoint import dtype_name
 from effir_search.settings import EncoderOptions, IndexSettings
-from effir_search.text.corpus import CorpusSummary, Document, read_corpus, scan_corpus
+from effir_search.text.corpus import CorpusSummary, Document, document_text, read_corpus, scan_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +116,8 @@ def _is_built(index_dir: Path, encoder: Encoder, kind: str, corpus_sha256: str |
     """Whether a folder holds the index of this corpus, encoder and kind."""
     info = read_index_info(index_dir) if (index_dir / INDEX_FILE).is_file() else None
     return info is not None and (
-        (info.corpus_sha256, info.model_sha256, info.encoder, info.dtype, info.kind)
-        == (corpus_sha256, encoder.weights_sha256, encoder.config, dtype_name(encoder.dtype), kind)
+        (info.corpus_sha256, info.model_sha256, info.encoder, info.dtype, info.backend, info.kind)
+        == (corpus_sha256, encoder.weights_sha256, encoder.config, dtype_name(encoder.dtype), encoder.backend, kind)
     )
 
 
@@ -186,6 +188,7 @@ def _write_index(
         corpus_sha256=corpus_sha256,
         kind=settings.kind,
         stock_architecture=encoder.stock_architecture,
+        backend=encoder.backend,
     )
     if source.num_documents is None:
         announce(info.dimension, info.num_documents, settings)
@@ -282,6 +285,8 @@ def index_corpus(
         settings, options = settings.with_defaults(threads=begun.threads), _as_begun(options, begun)
     if len(devices) == 1:
         options = replace(options, device=devices[0])
+    if options.backend == "auto":
+        options = _with_fastest(corpus, encoder_name, settings, options)
     job = _Job(corpus, summary, encoder_name, index_dir, settings, options, shard)
     if len(devices) > 1:
         _index_with_workers(job, devices)
@@ -292,8 +297,21 @@ def index_corpus(
 
 def _as_begun(options: EncoderOptions, begun: StoreSettings) -> EncoderOptions:
     """Return the options with those of the job that began a store, where nothing else is asked for."""
-    options = options.with_defaults(dtype=begun.dtype, batch_tokens=begun.batch_tokens)
+    if options.backend == "auto":
+        options = replace(options, backend=begun.backend)
+    options = options.with_defaults(dtype=begun.dtype, batch_tokens=begun.batch_tokens, backend=begun.backend)
     return replace(options, device="cpu") if options.device == "auto" and begun.device == "cpu" else options
+
+
+def _with_fastest(corpus: str, encoder_name: str, settings: IndexSettings, options: EncoderOptions) -> EncoderOptions:
+    """Return the options with the backend that encodes the first documents fastest."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    documents = read_corpus(
+        corpus, fields=settings.fields or None, id_field=settings.id_field, on_bad_line=lambda _complaint: None
+    )
+    texts = [document_text(document) for document in islice(documents, TRIED_TEXTS)]
+    return fastest_options(encoder_name, texts, options)
 
 
 def _built(job: _Job) -> IndexInfo | None:
@@ -318,7 +336,8 @@ def _index_shard(job: _Job) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     encoder = Encoder.from_pretrained(job.encoder_name, job.options).pack()
-    logger.info("%d documents, encoded in %s on %s", summary.num_documents, encoder.dtype, encoder.device)
+    by = "" if encoder.backend == "torch" else f" by {encoder.backend}"
+    logger.info("%d documents, encoded in %s on %s%s", summary.num_documents, encoder.dtype, encoder.device, by)
     on_bad_line = (lambda _complaint: None) if settings.skip_bad else None
     documents = read_corpus(
         job.corpus, fields=settings.fields or None, id_field=settings.id_field, on_bad_line=on_bad_line

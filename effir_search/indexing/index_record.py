@@ -41,6 +41,7 @@ class IndexInfo:
         created: UTC time, ISO 8601.
         versions: Of Python and of the packages that the vectors depend on.
         stock_architecture: Whether the model's own code, if it has any, was passed over, see ``Encoder``.
+        backend: What computed, likewise.
     """
 
     model: str
@@ -64,6 +65,7 @@ class IndexInfo:
     created: str = ""
     versions: dict[str, str] | None = None
     stock_architecture: bool = False
+    backend: str = "torch"
 
 
 def store_of(index_dir: Path) -> Store:

@@ -8,6 +8,7 @@ import torch
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.checkpoint import dtype_name
+from effir_search.model.graph_model import PACKAGES
 
 # Documents of a part: few enough that a stopped job loses little, enough that texts of one length find each other.
 PART_SIZE = 1024
@@ -31,6 +32,7 @@ class StoreSettings:
         corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
         versions: Of the packages that do the arithmetic.
         processor: Of the job that began the store, see ``processor_name``.
+        backend: What computes, see ``Encoder``.
     """
 
     model_sha256: str
@@ -44,6 +46,7 @@ class StoreSettings:
     corpus_sha256: str | None
     versions: dict[str, str]
     processor: str
+    backend: str = "torch"
 
 
 ARITHMETIC = ("torch", "transformers", "tokenizers")
@@ -61,8 +64,9 @@ def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
         dimension=encoder.dimension,
         part_size=PART_SIZE,
         corpus_sha256=corpus_sha256,
-        versions={package: version(package) for package in ARITHMETIC},
+        versions={package: version(package) for package in (*ARITHMETIC, *_packages(encoder.backend))},
         processor=processor_name(encoder.device),
+        backend=encoder.backend,
     )
 
 
@@ -73,3 +77,7 @@ def processor_name(device: torch.device) -> str:
     able = torch.cpu.get_capabilities()
     sets = [torch.backends.cpu.get_cpu_capability(), *(name for name in ("avx512_bf16", "amx_bf16") if able.get(name))]
     return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
+
+
+def _packages(backend: str) -> list[str]:
+    return [PACKAGES[backend]] if backend in PACKAGES else []

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from effir_search.errors import UserError
 from effir_search.files.reading import file_sha256, read_json
+from effir_search.model.graph_model import GRAPH_FILES, OWN_CONFIG, graph_backend, graph_files
 from effir_search.model.modeling_effir import EffirConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -154,19 +155,24 @@ def load_transformer(
 
 
 def empty_transformer(folder: Path, *, stock_architecture: bool = False) -> PreTrainedModel:
-    """Return a folder's transformer on the meta device: all shapes, no weights, no memory."""
+    """Return a folder's transformer on the meta device: all shapes, no weights, no memory.
+
+    Of an exported model, whose weights are in a graph, that is what it was made from.
+    """
     config = _read_config(folder, stock_architecture)
     with named_errors(folder), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=False)
 
 
 def _read_config(folder: Path, stock_architecture: bool) -> PretrainedConfig:
-    for names in (("config.json",), WEIGHTS, TOKENIZERS):
+    graphs = tuple(map(str, GRAPH_FILES.values()))
+    for names in (("config.json",), (*WEIGHTS, *graphs), TOKENIZERS):
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{folder}: no {' or '.join(names[:3])} in it, so it is not a Hugging Face text encoder")
-    check_config(folder / "config.json", stock_architecture=stock_architecture)
+    file = folder / (OWN_CONFIG if (folder / OWN_CONFIG).is_file() else "config.json")
+    check_config(file, stock_architecture=stock_architecture)
     with named_errors(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     config.__dict__.pop("auto_map", None)  # the code it names will not lie beside a copy that is saved
     config.use_cache = False
     return config
@@ -304,13 +310,18 @@ def weights_sha256(folder: Path, places: Sequence[Path]) -> str:
 
 
 def weight_files(place: Path) -> list[Path]:
-    """Return the weight files that loading reads from one folder, in the order of their names."""
+    """Return the weight files that loading reads from one folder, in the order of their names; else its graph's."""
     name = next((name for name in WEIGHTS if (place / name).is_file()), None)
     if name is None:
-        return []
+        return graph_files(place)
     if name.endswith(".index.json"):
         return [place / shard for shard in sorted(set(read_json(place / name).get("weight_map", {}).values()))]
     return [place / name]
+
+
+def exported_backend(place: Path) -> str | None:
+    """Return the backend whose graph a folder has in place of weights, as ``effir export`` writes it; None = it has."""
+    return None if any((place / name).is_file() for name in WEIGHTS) else graph_backend(place)
 
 
 def check_whole(path: Path) -> None:

@@ -50,7 +50,7 @@ def sample_texts(sources: Sequence[str], *, size: int = NUM_TEXTS, seed: int = 0
         share = size * (number + 1) // len(sources) - size * number // len(sources)
         sample = sampled((text for text in read_texts(source) if text.strip()), share, seed)
         if not sample:
-            raise UserError(f"{source}: no text in it to measure importance on")
+            raise UserError(f"{source}: no text in it to measure on")
         texts += sample
     digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
     return Calibration(texts, [Path(source).name for source in sources], seed, digest)

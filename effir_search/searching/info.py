@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from effir_search.encoding.config import EncoderConfig, own_config
 from effir_search.encoding.devices import DTYPES
 from effir_search.errors import UserError
+from effir_search.files.reading import read_json
 from effir_search.indexing.copies import read_copies
 from effir_search.indexing.index_record import DOCID_FILE, INFO_FILE, describe_store, read_index, read_index_info
 from effir_search.indexing.store import Store
@@ -19,6 +20,7 @@ from effir_search.model.arithmetic import facts as sizes_of
 from effir_search.model.checkpoint import (
     check_whole,
     empty_transformer,
+    exported_backend,
     load_tokenizer,
     read_config_file,
     resolve_model,
@@ -26,6 +28,7 @@ from effir_search.model.checkpoint import (
     weights_sha256,
 )
 from effir_search.model.families import FAMILIES
+from effir_search.model.graph_model import EXPORT_FILE
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.settings import PlanSettings, WeightDtype
@@ -168,9 +171,13 @@ def describe_model(
     weights = [file for place in files.weight_folders for file in weight_files(place)]
     for file in weights:
         check_whole(file)
-    if isinstance(config, EffirConfig):
+    exported = exported_backend(files.transformer_folder)
+    if isinstance(config, EffirConfig) and not exported:
         _check_tensors(files.transformer_folder, config)
     facts: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
+    if exported:
+        record = read_json(files.transformer_folder / EXPORT_FILE)
+        facts |= {"exported_to": record["to"], "exported_from": record["model"], "int8": record["int8"]}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         facts[size] = getattr(config, size, None)
     facts |= {

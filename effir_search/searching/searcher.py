@@ -17,6 +17,7 @@ from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.faiss_kinds import largest_cosine, short_list_advice
 from effir_search.indexing.index_record import IndexInfo, read_index_info, require_index
+from effir_search.model.checkpoint import exported_backend
 from effir_search.searching.pyserini_bridge import open_searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.trec import FLOAT32_MAX, Query, strictly_decreasing
@@ -238,9 +239,14 @@ def _load(index_dir: Path, info: IndexInfo | None, name: str | None, options: En
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
     recorded = asdict(info.encoder)
+    if options.backend == "auto":
+        options = replace(options, backend=None)
     user_options = options.given().keys()
     accepted = {field.name for field in fields(EncoderOptions)}
-    as_built = recorded | {"dtype": info.dtype, "stock_architecture": info.stock_architecture}
+    as_built = recorded | {"stock_architecture": info.stock_architecture}
+    exported = exported_backend(Path(name or info.model))
+    if (exported or options.backend or info.backend) == info.backend:  # another one may not compute in that type
+        as_built |= {"dtype": info.dtype, "backend": info.backend}
     changes = {name: value for name, value in as_built.items() if name in accepted and name not in user_options}
     encoder = Encoder.from_pretrained(name or info.model, replace(options, **changes))
     # What a model's files say and no option does is the record's too: with normalize its similarity changed.

@@ -1,0 +1,31 @@
+"""``effir export``: models for other programs."""
+
+from pathlib import Path
+
+import click
+
+from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken
+from effir_search.settings import EncoderOptions, EvaluationSettings, ExportSettings, TextSettings
+
+
+@click.command()
+@click.argument("model")
+@options_of(ExportSettings)
+@click.option("--output", type=PATH, required=True, help="New model folder; of GGUF a new file.")
+@options_of(EvaluationSettings)
+@options_of(EncoderOptions, only=[*TextSettings.__dataclass_fields__, "max_length", "stock_architecture"])
+def export(model: str, output: Path, **options: object) -> None:
+    """Write a model for ONNX Runtime, OpenVINO or llama.cpp.
+
+    A folder of --to onnx or openvino is an encoder for all commands that encode, and for sentence-transformers with
+    backend="onnx" or "openvino". In int8 vectors are a little other ones: --evaluate tells what that costs.
+    """
+    from effir_search.export.export import compare_export, describe_export, export_graph
+
+    evaluation, settings = taken(EvaluationSettings, options), taken(ExportSettings, options)
+    if not settings.int8:
+        refuse(["num_texts"], "goes with --int8")
+    how = encoder_options(options)
+    exported = export_graph(model, output, settings, how)
+    measured = compare_export(model, output, settings, evaluation, how)
+    click.echo(describe_export(exported, measured, output))

@@ -1,0 +1,80 @@
+"""A torch transformer written as an ONNX graph, which ONNX Runtime and OpenVINO read."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from effir_search.errors import UserError
+from effir_search.model.graph_model import OUTPUT_NAME
+
+# ONNX's files hold at most 2 GB; larger weights lie beside the graph.
+LARGE_BYTES = 1_500_000_000
+
+
+class _States(nn.Module):
+    """A transformer that takes its inputs in order and returns the last layer's states alone."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, tensors, strict=True))).last_hidden_state
+
+
+def write_onnx(model: PreTrainedModel, tokens: Mapping[str, Tensor], file: Path) -> None:
+    """Write a model as an ONNX file that takes any number of texts of any length.
+
+    Args:
+        model: In float32, on the CPU, in eval mode, not packed. What was dropped of it is not in the graph.
+        tokens: What it takes, ``(batch, seq)`` each, two texts of two tokens at least; the names become the inputs'.
+        file: The new file; more than 1.5 GB of weights lie in another beside it.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is missing.
+        ValueError: torch cannot write this model as a graph.
+    """
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            advice = "pip install 'effir_search[export]' has it"
+            raise ModuleNotFoundError(f"{package} is not installed; {advice}", name=package)
+    states = _States(model, list(tokens)).eval()
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with warnings.catch_warnings(), _quiet_exporter(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                states,
+                tuple(tokens.values()),
+                dynamo=True,
+                dynamic_shapes={"tensors": (any_size,) * len(tokens)},
+                input_names=list(tokens),
+                output_names=[OUTPUT_NAME],
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            kind = model.config.model_type
+            raise UserError(f"torch cannot write a {kind} as an ONNX graph: {str(error).splitlines()[0]}") from error
+    program.save(file, external_data=size > LARGE_BYTES)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep what the exporter remarks on its own work out of the answer."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

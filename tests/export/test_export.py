@@ -1,0 +1,223 @@
+"""Exports beside the models they were made from, through both runtimes, ours and by hand."""
+
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import torch
+from conftest import PRUNABLE, QUERIES, TEXTS, save_model, save_sentence_files
+from processes import run_command
+from transformers import AutoConfig, AutoTokenizer
+
+from effir_search.encoding import fastest
+from effir_search.encoding.encoder import Encoder
+from effir_search.errors import UserError
+from effir_search.export.export import export_graph
+from effir_search.indexing.build import index_corpus
+from effir_search.indexing.index_record import read_index_info
+from effir_search.model import graph_model
+from effir_search.model.surgery import prune
+from effir_search.searching.info import describe_model
+from effir_search.searching.searcher import Searcher
+from effir_search.settings import EncoderOptions, ExportSettings
+from effir_search.text.trec import read_topics
+
+TO_ONNX, TO_OPENVINO = ExportSettings(to="onnx"), ExportSettings(to="openvino")
+FEW = ("bert", "modernbert", "llama")
+
+
+def pruned_folder(folder, family):
+    """A model with every kind of cut: layer 0 narrowed, 1 without MLP, 2 without attention, 3 gone."""
+    pooling = "lasttoken" if family == "llama" else "mean"
+    source = save_sentence_files(
+        save_model(folder / "source", family), pooling=pooling, prompts={"query": "red ? "}, max_length=20
+    )
+    encoder = Encoder.from_pretrained(source, device="cpu", dtype="fp32")
+    units = {0: torch.arange(48) % 3 > 0}
+    encoder.model = prune(encoder.model, mlp=[1], attention=[2], block=[3], units=units, base_model="org/base")
+    encoder.save(folder / "pruned")
+    return folder / "pruned"
+
+
+def vectors(folder, **options):
+    encoder = Encoder.from_pretrained(folder, **{"dtype": "fp32", "device": "cpu", **options})
+    one_by_one = [encoder.encode_documents([text]) for text in TEXTS[:3]]
+    return np.concatenate([encoder.encode_documents(TEXTS), encoder.encode_queries(QUERIES), *one_by_one])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, bert_folder):
+    """The tiny BERT for each backend."""
+    folder = tmp_path_factory.mktemp("exported")
+    for settings in (TO_ONNX, TO_OPENVINO):
+        export_graph(str(bert_folder), folder / settings.to, settings)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in PRUNABLE]
+)
+def test_an_export_of_a_pruned_model_gives_its_vectors(tmp_path, family):
+    source = pruned_folder(tmp_path, family)
+    wanted = vectors(source)
+    for settings in (TO_ONNX, TO_OPENVINO):
+        export_graph(str(source), tmp_path / settings.to, settings)
+        np.testing.assert_allclose(vectors(tmp_path / settings.to), wanted, atol=1e-5)
+        of_export, of_source = (Encoder.from_pretrained(folder) for folder in (tmp_path / settings.to, source))
+        assert (of_export.config, of_export.backend) == (of_source.config, settings.to)
+    _, facts = describe_model(str(source))
+    _, exported_facts = describe_model(str(tmp_path / "onnx"))
+    assert exported_facts["parameters"] == facts["parameters"]
+    assert (exported_facts["exported_to"], exported_facts["int8"]) == ("onnx", False)
+
+
+def test_whoever_reads_an_export_finds_a_plain_config_and_a_graph_of_token_states(tmp_path, exported, bert_folder):
+    """As another program does it: tokenizer, graph, mean of the tokens' states, length 1; nothing of ours."""
+    texts = ["a fresh apple grows", "cat"]
+    folder = exported / "onnx"
+    assert AutoConfig.from_pretrained(folder).model_type == "bert"
+    tokens = dict(AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="np"))
+    by_onnx = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [value.name for value in by_onnx.get_inputs()]
+    arrays = {name: tokens.get(name, np.zeros_like(tokens["input_ids"])) for name in names}
+    (states,) = by_onnx.run(["last_hidden_state"], arrays)
+    by_openvino = openvino.Core().compile_model(exported / "openvino" / "openvino" / "openvino_model.xml", "CPU")
+    np.testing.assert_allclose(by_openvino(arrays)["last_hidden_state"], states, atol=2e-2)  # maybe in bfloat16
+    mask = tokens["attention_mask"][:, :, None]
+    pooled = (states * mask).sum(axis=1) / mask.sum(axis=1)
+    by_hand = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        by_hand, Encoder.from_pretrained(bert_folder, dtype="fp32").encode_documents(texts), atol=1e-5
+    )
+
+
+def test_in_int8_weights_are_a_quarter_and_vectors_are_close(tmp_path, bert_folder, exported, texts):
+    settings = ExportSettings(to="openvino", int8=True, texts=(texts,), num_texts=20)
+    export = export_graph(str(bert_folder), tmp_path / "int8", settings)
+    ours, wanted = vectors(tmp_path / "int8"), vectors(bert_folder)
+    cosine = fastest.mean_cosine(ours, wanted)
+    assert 0.97 < cosine < 0.999999 and 0.97 < export.cosine < 1
+    assert (export.calibration["texts"], export.compared) == (20, 10)
+    record = json.loads((tmp_path / "int8" / "effir_export.json").read_text())
+    assert record["int8"] is True and record["cosine"] == export.cosine
+    graph = openvino.Core().read_model(tmp_path / "int8" / "openvino" / "openvino_model.xml")
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    in_int8 = sum(
+        node.get_output_size() and node.data.size for node in constants if "8" in str(node.output(0).element_type)
+    )
+    # 4 layers: 4 square matrices of attention and 2 of the MLP.
+    assert in_int8 >= 4 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert vectors(exported / "openvino").shape == ours.shape
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_plain_model_is_computed_by_another_backend_to_the_same_vectors(bert_folder, backend):
+    by_backend = Encoder.from_pretrained(bert_folder, backend=backend, dtype="fp32")
+    assert (by_backend.backend, by_backend.dtype) == (backend, torch.float32)
+    by_torch = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    np.testing.assert_allclose(by_backend.encode_documents(TEXTS), by_torch.encode_documents(TEXTS), atol=1e-5)
+    assert by_backend.pack().dimension == by_torch.dimension
+    assert by_backend.weights_sha256 == by_torch.weights_sha256
+
+
+def test_an_index_says_what_computed_it_and_is_searched_by_that(tmp_path, exported, bert_folder, collection, toy_index):
+    corpus = str(collection / "corpus.jsonl")
+    index_corpus(corpus, str(exported / "onnx"), tmp_path / "by export")
+    index_corpus(corpus, str(bert_folder), tmp_path / "by backend", options=EncoderOptions(backend="onnx"))
+    topics = list(read_topics(str(collection / "queries.jsonl")))
+    wanted = [(hit.query_id, hit.doc_id) for hit in Searcher(toy_index).search(topics)]
+    for name in ("by export", "by backend"):
+        info = read_index_info(tmp_path / name)
+        assert (info.backend, info.dtype) == ("onnx", "float32")
+    searcher = Searcher(tmp_path / "by export")
+    assert searcher.encoder.backend == "onnx"
+    assert [(hit.query_id, hit.doc_id) for hit in searcher.search(topics)] == wanted
+    # Of the very same weights, torch may encode the queries as well; of "auto" it is the index's.
+    by_torch = Searcher(tmp_path / "by backend", options=EncoderOptions(backend="torch"))
+    assert by_torch.encoder.backend == "torch"
+    assert [(hit.query_id, hit.doc_id) for hit in by_torch.search(topics)] == wanted
+    assert Searcher(tmp_path / "by backend", options=EncoderOptions(backend="auto")).encoder.backend == "onnx"
+    # The weights of an export are its graph: another model, for all that an index knows.
+    with pytest.raises(UserError, match="this encoder is not the index's: weights"):
+        Searcher(toy_index, str(exported / "onnx"))
+
+
+def test_a_job_that_one_backend_began_is_not_continued_by_another(tmp_path, bert_folder, corpus):
+    from effir_search.indexing.resume import settings_of
+    from effir_search.indexing.store import Store
+
+    by_torch = Encoder.from_pretrained(bert_folder, dtype="fp32")
+    by_onnx = by_torch.as_graph("onnx", torch.float32)
+    store = Store(tmp_path / "index.parts")
+    store.path.mkdir()
+    store.begin(settings_of(by_torch, "of a corpus"))
+    with pytest.raises(UserError, match="backend is 'torch' there and 'onnx' now|versions"):
+        store.begin(settings_of(by_onnx, "of a corpus"))
+    assert settings_of(by_onnx, None).versions["onnxruntime"] == onnxruntime.__version__
+
+
+def test_auto_takes_the_fastest_backend_that_keeps_the_vectors(tmp_path, monkeypatch, bert_folder, collection, caplog):
+    caplog.set_level("INFO")
+    auto = EncoderOptions(backend="auto", dtype="fp32")
+    index_corpus(str(collection / "corpus.jsonl"), str(bert_folder), tmp_path / "index", options=auto)
+    (message,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("documents a sec")]
+    speeds = {backend: float(message.split(f"{backend} ")[1].split()[0]) for backend in ("torch", "onnx", "openvino")}
+    chosen = read_index_info(tmp_path / "index").backend
+    assert message.endswith(f"{chosen} encodes")
+    assert speeds[chosen] == max(speeds.values())
+    monkeypatch.setattr(fastest, "LEAST_COSINE", 1.1)  # which none can have
+    assert fastest.fastest_options(str(bert_folder), TEXTS, auto).backend == "torch"
+
+
+def test_what_an_export_cannot_do_is_told(tmp_path, monkeypatch, exported, bert_folder, collection, texts):
+    with pytest.raises(UserError, match="was exported to onnx and has no weights, so --backend torch cannot"):
+        Encoder.from_pretrained(exported / "onnx", backend="torch")
+    with pytest.raises(UserError, match="the backend onnx computes in fp32, not in bfloat16"):
+        Encoder.from_pretrained(exported / "onnx", dtype="bf16")
+    with pytest.raises(UserError, match="computes on the CPU alone"):
+        Encoder.from_pretrained(bert_folder, backend="openvino", device="cuda")
+    for command in (
+        ("prune", "--encoder", exported / "onnx", "--drop-mlp-layers", "1"),
+        ("compress", "--encoder", exported / "onnx", "--texts", texts),
+        ("finetune", "--encoder", exported / "onnx", "--texts", texts),
+    ):
+        done = run_command(*command, "--output", tmp_path / command[0])
+        assert done.returncode == 1
+        assert "has no weights, which are needed here; give the model it was made from" in done.stderr.splitlines()[-1]
+    with pytest.raises(FileExistsError):
+        export_graph(str(bert_folder), exported / "onnx", TO_ONNX)
+    found = graph_model.importlib.util.find_spec
+    monkeypatch.setattr(
+        graph_model.importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name)
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'effir_search\[export\]'"):
+        export_graph(str(bert_folder), tmp_path / "new", TO_OPENVINO)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_cut_graph_is_one_line(tmp_path, exported, backend):
+    folder = shutil.copytree(exported / backend, tmp_path / "cut")
+    file = folder / graph_model.GRAPH_FILES[backend]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="cut, damaged or no .* model; export it again") as raised:
+        Encoder.from_pretrained(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_tells_what_it_made_and_refuses_what_would_be_ignored(tmp_path, bert_folder, collection, texts):
+    places = [bert_folder, "--output", tmp_path / "out", "--evaluate", collection]
+    done = run_command("export", *places, "--to", "openvino", "--int8", "--texts", texts, "--num-texts", 20)
+    assert done.returncode == 0, done.stderr
+    assert "for openvino, int8" in done.stdout and "nDCG@10" in done.stdout and "documents/s" in done.stdout
+    assert "parameters" not in done.stdout  # which int8 does not change, and whose bytes torch would count
+    for options, why in (
+        (["--to", "onnx", "--int8", "--texts", texts], "--int8 goes with --to openvino"),
+        (["--to", "openvino", "--int8"], "give --texts"),
+        (["--to", "onnx", "--num-texts", 5], "goes with --int8"),
+    ):
+        done = run_command("export", bert_folder, "--output", tmp_path / "other", *options)
+        assert done.returncode != 0 and why in done.stderr and not (tmp_path / "other").exists()
