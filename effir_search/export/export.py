@@ -11,6 +11,7 @@ from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.encoding.fastest import mean_cosine
 from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.export.int8 import write_int8
+from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.graph_model import EXPORT_FILE, GRAPH_FILES, OWN_CONFIG, graph_files, require_backend
@@ -139,6 +140,12 @@ def _write_settings(encoder: Encoder, folder: Path) -> None:
         else:
             config.to_json_file(folder / "config.json")
         encoder.tokenizer.save_pretrained(folder)
+    # The runtimes' bridges to sentence-transformers want transformers 4, which has another name for the same class.
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_sentence_files(folder, encoder.described_files(), hidden_size=config.hidden_size)
 
 

@@ -182,7 +182,7 @@ def test_what_an_export_cannot_do_is_told(tmp_path, monkeypatch, exported, bert_
     for command in (
         ("prune", "--encoder", exported / "onnx", "--drop-mlp-layers", "1"),
         ("compress", "--encoder", exported / "onnx", "--texts", texts),
-        ("finetune", "--encoder", exported / "onnx", "--texts", texts),
+        ("finetune", "--encoder", exported / "onnx", "--texts", texts, "--teacher", bert_folder),
     ):
         done = run_command(*command, "--output", tmp_path / command[0])
         assert done.returncode == 1
