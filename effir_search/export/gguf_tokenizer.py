@@ -103,7 +103,8 @@ def _kind(state: dict) -> Callable[[dict, list[str], list[int]], Vocabulary]:
 def _special_ids(tokenizer: PreTrainedTokenizerBase, *, wordpiece: bool) -> tuple[dict[str, int], dict[str, bool]]:
     """Return the ids of special tokens, and whether each text gets one before it and one behind it."""
     bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    before = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    places = (place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    before = next(places, len(whole))
     start, end = whole[:before], whole[before + len(bare) :]
     if len(start) > 1 or len(end) > 1 or (wordpiece and not (start and end)):
         shown = " ".join([*tokenizer.convert_ids_to_tokens(start), "TEXT", *tokenizer.convert_ids_to_tokens(end)])

@@ -132,12 +132,17 @@ def _window(config: PretrainedConfig) -> int | None:
     return window if slides and getattr(config, "use_sliding_window", True) else None
 
 
+def _context(config: PretrainedConfig) -> int:
+    """Return how many tokens of a text llama.cpp reads as the model does."""
+    return min(config.max_position_embeddings, _window(config) or config.max_position_embeddings)
+
+
 def _left_to_the_caller(encoder: Encoder, words: Vocabulary) -> list[str]:
     """Return what a caller of llama.cpp has to do for the same vectors."""
     config = encoder.config
     prompts = {"query": config.query_prompt, "document": config.document_prompt}
     left = [f"put {prompt!r} before each {kind}" for kind, prompt in prompts.items() if prompt]
-    longest = encoder.model.config.max_position_embeddings
+    longest = _context(encoder.model.config)
     if config.max_length < longest:
         left.append(f"cut texts to {config.max_length:,} tokens, special ones included (the file says {longest:,})")
     if words.normalises:
@@ -221,8 +226,7 @@ def _add_shape(writer: "GGUFWriter", config: PretrainedConfig, encoder: Encoder)
     """Add what the model is and how its vectors are made."""
     from gguf import PoolingType
 
-    positions, window = config.max_position_embeddings, _window(config)
-    writer.add_context_length(positions if window is None else min(positions, window))
+    writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
