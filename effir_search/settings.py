@@ -26,6 +26,7 @@ Pooling = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_t
 Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
 Backend = Literal["auto", "torch", "onnx", "openvino"]
 ExportFormat = Literal["onnx", "openvino", "gguf"]
+GgufWeights = Literal["f32", "f16", "bf16", "q8_0"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
 UnitCriterion = Literal["gates", "activation", "taylor", "magnitude", "random"]
@@ -507,6 +508,7 @@ class ExportSettings(Settings):
         texts: Where these are, each as ``texts.read_texts`` takes it.
         num_texts: How many; half as many others are what the cosine to the model is told of.
         seed: Of their sample.
+        weights: Of GGUF, what matrices are stored as.
     """
 
     to: ExportFormat = setting(help="Format.")
@@ -514,6 +516,7 @@ class ExportSettings(Settings):
     texts: tuple[str, ...] = setting((), help="Corpus, topics or text file: ranges for int8, and what is compared on.")
     num_texts: Count = setting(300, help="Texts that ranges are read off; half as many others are compared.")
     seed: CountFrom0 = setting(0, help="Of their sample.")
+    weights: GgufWeights = setting("f32", only="--to gguf", help="What matrices are stored as.")
 
     def __post_init__(self) -> None:
         if self.int8 and self.to != "openvino":

@@ -20,12 +20,17 @@ def export(model: str, output: Path, **options: object) -> None:
     A folder of --to onnx or openvino is an encoder for all commands that encode, and for sentence-transformers with
     backend="onnx" or "openvino". In int8 vectors are a little other ones: --evaluate tells what that costs.
     """
-    from effir_search.export.export import compare_export, describe_export, export_graph
+    from effir_search.export.export import compare_export, describe_export, export_gguf, export_graph
 
     evaluation, settings = taken(EvaluationSettings, options), taken(ExportSettings, options)
+    how = encoder_options(options)
+    if settings.to == "gguf":
+        refuse([*EvaluationSettings.__dataclass_fields__, "num_texts", "seed"], "does not go with --to gguf")
+        click.echo(export_gguf(model, output, settings, how))
+        return
+    refuse(["weights"], "goes with --to gguf")
     if not settings.int8:
         refuse(["num_texts"], "goes with --int8")
-    how = encoder_options(options)
     exported = export_graph(model, output, settings, how)
     measured = compare_export(model, output, settings, evaluation, how)
     click.echo(describe_export(exported, measured, output))

@@ -1,1 +1,5 @@
-"""Models written for other programs: an ONNX or OpenVINO graph in a folder, in int8 on request; a GGUF file."""
+"""Models written for other programs.
+
+What comes in is a model, pruned or not; what goes out is a folder with an ONNX or OpenVINO graph, in int8 on request, or
+a GGUF file for llama.cpp. Open ``export.py`` first, then ``int8.py``; ``gguf_writer.py``, then ``gguf_tokenizer.py``.
+"""

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.encoding.fastest import mean_cosine
 from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
+from effir_search.export.gguf_writer import write_gguf
 from effir_search.export.int8 import write_int8
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_folder
@@ -95,6 +96,20 @@ def export_graph(
         (folder / EXPORT_FILE).write_text(json.dumps(asdict(export), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(export, output.name), encoding="utf-8")
     return export
+
+
+def export_gguf(name: str, output: Path, settings: ExportSettings, options: EncoderOptions = DEFAULT_OPTIONS) -> str:
+    """Write a model as a GGUF file, see ``gguf_writer.write_gguf``; return what it is.
+
+    Args:
+        name: Model folder or hub name.
+        output: The new file.
+        settings: What matrices are stored as.
+        options: As for ``export_graph``.
+    """
+    encoder = Encoder.from_pretrained(name, options, backend="torch", device="cpu", dtype="saved")
+    write_gguf(encoder, output, weights=settings.weights)
+    return f"{lasting_name(name)} for llama.cpp, {settings.weights}, {output.stat().st_size:,} bytes -> {output}"
 
 
 def _texts(settings: ExportSettings) -> tuple[Calibration | None, Sequence[str]]:

@@ -163,6 +163,8 @@ def _config(source: Path, place: Path, reader: "GGUFReader") -> PretrainedConfig
     if scaling != "none" and scaling not in str(config.rope_parameters):
         raise UserError(f"{source}: its RoPE is scaled ({scaling}), which transformers does not read from GGUF")
     _scale_rope(source, config, reader)
+    if _value(reader, f"{architecture}.attention.causal") is False:
+        _let_see_all(config, source)
     return config
 
 
