@@ -1,5 +1,6 @@
 """Models written for other programs.
 
-What comes in is a model, pruned or not; what goes out is a folder with an ONNX or OpenVINO graph, in int8 on request, or
-a GGUF file for llama.cpp. Open ``export.py`` first, then ``int8.py``; ``gguf_writer.py``, then ``gguf_tokenizer.py``.
+What comes in is a model, pruned or not; what goes out is a folder with an ONNX or OpenVINO graph, in int8 on request,
+or a GGUF file for llama.cpp. Open ``export.py`` first, then ``int8.py``; ``gguf_writer.py``, then
+``gguf_tokenizer.py``.
 """
