@@ -10,7 +10,7 @@ from effir_search.cli.compression import compress, demo
 from effir_search.cli.errors import OneLineErrors
 from effir_search.cli.evaluation import compare, evaluate
 from effir_search.cli.pruning import analyze, convert, prune, slim
-from effir_search.cli.retrieval import index, info, search, verify
+from effir_search.cli.retrieval import index, info, pair, search, verify
 from effir_search.cli.study import study
 from effir_search.cli.training import finetune, mine
 from effir_search.log_messages import show_messages
@@ -27,6 +27,7 @@ COMMANDS = (
     finetune,
     compress,
     study,
+    pair,
     convert,
     info,
     verify,

@@ -204,9 +204,13 @@ class Encoder:
         Raises:
             OSError: ``output`` exists, or cannot be written.
         """
-        settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
-        files = self.files._replace(**settings)
+        files = self.own_files()
         save_model(self.model, self.tokenizer, files, output, training=training, beside=beside, measured=measured)
+
+    def own_files(self) -> SentenceFiles:
+        """Return what the files of a folder are to say from which this encoder is loaded; EOS is the tokenizer's."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
+        return self.files._replace(**settings)
 
     @property
     def dimension(self) -> int:
