@@ -70,7 +70,7 @@ def _teacher(student: Encoder, documents: str) -> Encoder:
     if space is None:
         raise UserError(
             f"{student.name}: does not say that it gives the vectors of {documents} ({SPACES_FIELD} in its "
-            f"{TRAINING_FILE}); make it by effir compress or effir finetune, with --texts and --teacher {documents}"
+            f"{TRAINING_FILE}); train it with --texts and that as --teacher"
         )
     reading = {name: value for name, value in vars(space.encoder).items() if name not in FREE}
     if reading["append_eos"]:

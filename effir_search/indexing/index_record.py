@@ -191,7 +191,7 @@ def check_query_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> N
         return
     space = next((space for space in spaces_of(encoder) if space.model_sha256 == info.model_sha256), None)
     if space is None:
-        advice = "give the model that the index was made with as --encoder, or one that learned to give its vectors"
+        advice = "give the model that the index was made with as --encoder, or a student of it"
         raise _other_weights(info, encoder, index_dir, f"{advice} ({SPACES_FIELD} in its {TRAINING_FILE})")
     of_index, of_teacher = asdict(info.encoder), asdict(space.encoder)
     if changed := [name for name in of_index if name not in FREE and of_index[name] != of_teacher[name]]:

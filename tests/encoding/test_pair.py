@@ -119,7 +119,7 @@ def test_models_that_share_no_space_make_no_pair(tmp_path, texts, bert_folder):
     for queries, documents in (
         (student, other), (tmp_path / "small-dropped", bert_folder), (bert_folder, student), (student, student)
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="does not say that it gives the vectors of .* --teacher "):
+        with pytest.raises(ValueError, match="does not say that it gives the vectors of .* as --teacher"):
             pair(str(queries), str(documents), tmp_path / "pair")
     shutil.copytree(student, tmp_path / "half")
     record = json.loads((student / "training.json").read_text())
