@@ -1,4 +1,4 @@
-"""``effir index``, ``search``, ``verify`` and ``info``: from a corpus to an index to a run."""
+"""``effir index``, ``search``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
 
 from pathlib import Path
 
@@ -149,3 +149,15 @@ def verify(index_dir: Path, encoder: str | None, corpus: str | None, **options: 
 
     model = load_encoder(index_dir, encoder, encoder_options(options))
     click.echo(describe_verified(verify_index(index_dir, model, corpus=corpus), index_dir))
+
+
+@click.command()
+@click.option("--queries", required=True, help="Model for queries: folder or hub name of one that imitates the other.")
+@click.option("--documents", required=True, help="Model for documents: folder or hub name of the one it imitates.")
+@click.option("--output", type=PATH, required=True, help="New folder of both.")
+def pair(queries: str, documents: str, output: Path) -> None:
+    """Save a small model and the one it imitates as one for sentence-transformers: queries by the first."""
+    from effir_search.encoding.pair import pair
+
+    pair(queries, documents, output)
+    click.echo(f"queries by {queries}, documents by {documents} -> {output}")

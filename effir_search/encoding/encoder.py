@@ -189,12 +189,12 @@ class Encoder:
         """
         place = self.files.transformer_folder
         if exported_backend(place):
-            graph = load_graph(place / GRAPH_FILES[backend], backend, self.model.config, dtype)
+            graph = load_graph(place / GRAPH_FILES[backend], backend, self.model, dtype)
         else:
             require_backend(backend)
             with tempfile.TemporaryDirectory() as folder:
                 self.write_onnx(Path(folder, "model.onnx"))
-                graph = load_graph(Path(folder, "model.onnx"), backend, self.model.config, dtype)
+                graph = load_graph(Path(folder, "model.onnx"), backend, self.model, dtype)
         encoder = self.with_model(graph)
         encoder.backend = backend
         return encoder
@@ -250,11 +250,11 @@ class Encoder:
         Raises:
             OSError: ``output`` exists, or cannot be written.
         """
-        files = self.described_files()
+        files = self.own_files()
         save_model(self.model, self.tokenizer, files, output, training=training, beside=beside, measured=measured)
 
-    def described_files(self) -> SentenceFiles:
-        """Return what sentence-transformers' files of a copy are to say: the settings as they are now."""
+    def own_files(self) -> SentenceFiles:
+        """Return what the files of a folder are to say from which this encoder is loaded; EOS is the tokenizer's."""
         settings = {name: value for name, value in asdict(self.config).items() if name != "append_eos"}
         return self.files._replace(**settings)
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.encoding.fastest import mean_cosine
+from effir_search.encoding.same_space import learned_spaces
 from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.export.gguf_writer import write_gguf
 from effir_search.export.int8 import write_int8
@@ -17,7 +18,7 @@ from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.graph_model import EXPORT_FILE, GRAPH_FILES, OWN_CONFIG, graph_files, require_backend
 from effir_search.model.modeling_effir import EffirConfig
-from effir_search.model.save import HEADER
+from effir_search.model.save import HEADER, SPACES_FIELD, WEIGHTS_FIELD
 from effir_search.model.sentence_files import write_sentence_files
 from effir_search.pruning.calibration import Calibration, sample_texts
 from effir_search.settings import EncoderOptions, EvaluationSettings, ExportSettings, TextSettings
@@ -34,7 +35,7 @@ LEAST_COSINE = 0.99999
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported, as ``effir_export.json`` has it.
+    """What was exported, as ``effir_export.json`` has it, which says besides whose vectors it gives, see ``same_space``.
 
     Attributes:
         model: Folder or hub name of the source, without its path.
@@ -93,7 +94,9 @@ def export_graph(
             compared=len(compared),
             calibration=sample.record(encoder.config.max_length) if settings.int8 else None,
         )
-        (folder / EXPORT_FILE).write_text(json.dumps(asdict(export), indent=1) + "\n", encoding="utf-8")
+        spaces = [asdict(space) for space in learned_spaces(encoder, encoder.dimension)]
+        record = asdict(export) | {WEIGHTS_FIELD: graph.weights_sha256, SPACES_FIELD: spaces}
+        (folder / EXPORT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(export, output.name), encoding="utf-8")
     return export
 
@@ -161,7 +164,7 @@ def _write_settings(encoder: Encoder, folder: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_sentence_files(folder, encoder.described_files(), hidden_size=config.hidden_size)
+    write_sentence_files(folder, encoder.own_files(), hidden_size=config.hidden_size)
 
 
 def _card(export: Export, name: str) -> str:

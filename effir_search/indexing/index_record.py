@@ -7,10 +7,12 @@ import faiss
 
 from effir_search.encoding.config import EncoderConfig
 from effir_search.encoding.encoder import Encoder
+from effir_search.encoding.same_space import FREE, changed_reading, spaces_of
 from effir_search.errors import UserError
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.indexing.copies import COPIES_FILE
 from effir_search.indexing.store import Store
+from effir_search.model.save import SPACES_FIELD, TRAINING_FILE
 
 INDEX_FILE, DOCID_FILE, INFO_FILE = "index", "docid", "effir.json"
 
@@ -156,19 +158,60 @@ def read_index_info(index_dir: Path) -> IndexInfo | None:
 
 def check_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
     """Raise ValueError, naming the field and both values, if an encoder is not the one the index was built with."""
-    pairs = [("weights", info.model_sha256, encoder.weights_sha256), ("dimension", info.dimension, encoder.dimension)]
+    if info.model_sha256 != encoder.weights_sha256:
+        raise _other_weights(info, encoder, index_dir, "give the model that the index was made with as --encoder")
     ours, theirs = asdict(info.encoder), asdict(encoder.config)
-    for name, of_index, of_encoder in pairs + [(name, ours[name], theirs[name]) for name in ours]:
+    for name, of_index, of_encoder in (
+        ("dimension", info.dimension, encoder.dimension),
+        *((name, ours[name], theirs[name]) for name in ours),
+    ):
         if of_index != of_encoder:
-            advice = "search with what the index has"
-            if name == "weights":
-                advice = "give the model that the index was made with as --encoder"
-                # The first digits tell two hashes apart, and the advice still fits the line.
-                of_index, of_encoder = of_index[:12], of_encoder[:12]
             raise UserError(
                 f"{index_dir}: this encoder is not the index's: {name} is {of_index!r} in the index "
-                f"and {of_encoder!r} in the encoder; {advice}, or index again"
+                f"and {of_encoder!r} in the encoder; search with what the index has, or index again"
             )
+
+
+def _other_weights(info: IndexInfo, encoder: Encoder, index_dir: Path, advice: str) -> UserError:
+    # The first digits tell two hashes apart, and the advice still fits the line.
+    of_index, of_encoder = info.model_sha256[:12], encoder.weights_sha256[:12]
+    return UserError(
+        f"{index_dir}: this encoder is not the index's: weights is {of_index!r} in the index and {of_encoder!r} in the "
+        f"encoder; {advice}, or index again"
+    )
+
+
+def check_query_encoder(info: IndexInfo, encoder: Encoder, index_dir: Path) -> None:
+    """Raise ValueError unless an encoder's queries go with an index's documents.
+
+    It is the one that the index was built with, or a student that learned to give the vectors of that. A student reads
+    a query by its own files, as it learned it. The documents must have been read as its teacher read them, and their
+    vectors have no more components than it learned.
+    """
+    if encoder.weights_sha256 == info.model_sha256:
+        check_encoder(info, encoder, index_dir)
+        return
+    space = next((space for space in spaces_of(encoder) if space.model_sha256 == info.model_sha256), None)
+    if space is None:
+        advice = "give the model that the index was made with as --encoder, or a student of it"
+        raise _other_weights(info, encoder, index_dir, f"{advice} ({SPACES_FIELD} in its {TRAINING_FILE})")
+    of_index, of_teacher = asdict(info.encoder), asdict(space.encoder)
+    if changed := [name for name in of_index if name not in FREE and of_index[name] != of_teacher[name]]:
+        raise UserError(
+            f"{index_dir}: {changed[0]} is {of_index[changed[0]]!r} in the index, and was {of_teacher[changed[0]]!r} "
+            f"when {encoder.name} learned the vectors of {space.model}; index again with that"
+        )
+    # The index says how many components are kept; all else is the student's.
+    if (name := changed_reading(encoder.with_config(dimension=encoder.files.dimension))) is not None:
+        raise UserError(
+            f"{index_dir}: {encoder.name} learned the vectors of {space.model} with the {name} of its own files, and "
+            f"{getattr(encoder.config, name)!r} is asked for; leave that out"
+        )
+    if info.dimension > space.dimension:
+        raise UserError(
+            f"{index_dir}: {encoder.name} learned the first {space.dimension} components of the vectors of "
+            f"{space.model}, and the index has {info.dimension}; index again with --dimension {space.dimension}"
+        )
 
 
 def absolute_name(name: str) -> str:

@@ -9,13 +9,13 @@ Such a folder is what ``effir export`` writes, in the layout that sentence-trans
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from effir_search.errors import UserError
@@ -47,10 +47,15 @@ class GraphModel:
         self,
         run: Callable[[Mapping[str, np.ndarray]], np.ndarray],
         input_names: list[str],
-        config: PretrainedConfig,
+        source: PreTrainedModel,
         dtype: torch.dtype,
     ) -> None:
-        self._run, self.input_names, self.config, self.dtype = run, input_names, config, dtype
+        self._run, self.input_names, self._source, self.dtype = run, input_names, source, dtype
+        self.config = source.config
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the modules of the model that the graph was made from; their weights may be on the meta device."""
+        return self._source.modules()
 
     def __call__(self, **tokens: Tensor) -> BaseModelOutput:
         """Return the last layer's states, ``(batch, seq, hidden_size)`` float32, for ``(batch, seq)`` tokens."""
@@ -81,13 +86,13 @@ def require_backend(backend: str) -> None:
         )
 
 
-def load_graph(file: Path, backend: str, config: PretrainedConfig, dtype: torch.dtype) -> GraphModel:
+def load_graph(file: Path, backend: str, source: PreTrainedModel, dtype: torch.dtype) -> GraphModel:
     """Return a graph that is ready to run.
 
     Args:
         file: ``.onnx``, or of OpenVINO also ``.xml``.
         backend: A key of ``GRAPH_FILES``.
-        config: Of the model that it was made from.
+        source: The model that it was made from, which may be on the meta device.
         dtype: Of the arithmetic; ONNX Runtime has float32 alone.
 
     Raises:
@@ -104,7 +109,7 @@ def load_graph(file: Path, backend: str, config: PretrainedConfig, dtype: torch.
     run, names, outputs = load(file, dtype)
     if OUTPUT_NAME not in outputs or not {"input_ids", "attention_mask"} <= set(names):
         raise UserError(f"{file}: takes {', '.join(names)} and gives {', '.join(outputs)}, so it is no text encoder")
-    return GraphModel(run, names, config, dtype)
+    return GraphModel(run, names, source, dtype)
 
 
 def _load_onnx(file: Path, _dtype: torch.dtype) -> tuple[Callable, list[str], list[str]]:

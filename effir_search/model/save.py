@@ -12,11 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from effir_search.files.whole import whole_folder
 from effir_search.model.arithmetic import count, empty_model
-from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers, read_config_file
+from effir_search.model.checkpoint import dtype_name, lasting_name, quiet_transformers, read_config_file, weights_sha256
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import SentenceFiles, write_sentence_files
 
 TRAINING_FILE = "training.json"
+# Its fields with the hash of the weights that were trained, which lie beside it, and with the models whose vectors
+# these have learned to give, see ``encoding.same_space``.
+WEIGHTS_FIELD, SPACES_FIELD = "weights_sha256", "same_space_as"
 HEADER = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -51,7 +54,8 @@ def save_model(
         tokenizer: Its tokenizer.
         files: What the folder is to say; see ``write_sentence_files``.
         output: The new folder.
-        training: How it was trained, which becomes ``training.json`` and a part of the card; JSON types.
+        training: How it was trained, which becomes ``training.json``, with the hash of the weights as they are saved,
+            and a part of the card; JSON types.
         beside: Text files to lie beside it, by name.
         measured: A last section of the card.
 
@@ -67,6 +71,9 @@ def save_model(
         except SafetensorError as error:
             raise OSError(f"{output}: the weights cannot be written: {error}") from error
         write_sentence_files(folder, files, hidden_size=model.config.hidden_size)
+        if training is not None:
+            places = [folder, *sorted(folder.glob("[0-9]_Dense"))]
+            training = training | {WEIGHTS_FIELD: weights_sha256(folder, places)}
         card = model_card(model.config, model.dtype, output.name, training=training)
         _write_texts(folder, card, training=training, beside=beside, measured=measured)
 
@@ -77,7 +84,7 @@ def copy_model(source: Path, output: Path, *, training: dict, beside: Mapping[st
     Args:
         source: What ``save_model`` wrote.
         output: The new folder.
-        training: See ``save_model``.
+        training: What its ``training.json`` says, hash of the weights included.
         beside: Likewise.
         measured: Likewise.
 
@@ -162,6 +169,7 @@ def _trained(training: dict) -> str:
         "Queries": _names(*data["queries"]),
         "Teacher": _names(data["teacher"], data["reranker"]),
         "Tokens of a text read": training["encoder"]["max_length"],
+        "Gives the vectors of": ", ".join(space["model"] for space in training.get(SPACES_FIELD, [])),
     }
     of_labels = {"contrastive_weight", "distillation_weight", "distill_over", "teacher_temperature"}
     unused = {"score_weight", "token_weight"} if data["train"] else of_labels

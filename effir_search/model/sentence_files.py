@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 TRANSFORMER_CONFIGS = ("sentence_bert_config.json",) + tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+# The parts of a pair of models, see ``encoding.pair``: names of folders and of routes of a Router.
+ROUTES = ("query", "document")
 SETTINGS_FILE = "config_sentence_transformers.json"
 # Flags of a pooling in config.json before it had one name, in the order in which several are put behind one another.
 LEGACY_POOLING = {
@@ -244,6 +246,9 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     for position, (name, place) in enumerate(_entries(folder)):
         kind = name.rpartition(".")[2]
         allowed = {0: ("Transformer",), 1: ("Pooling",)}.get(position, ("Dense", "Normalize"))
+        if kind == "Router" and all((folder / route / "modules.json").is_file() for route in ROUTES):
+            query, document = (folder / route for route in ROUTES)
+            raise UserError(f"{folder}: is a pair of models: give {document} to index and {query} to search")
         if kind not in allowed:
             raise UserError(
                 f"{path}: module {position} is {name}, which is not supported; expected {' or '.join(allowed)}"

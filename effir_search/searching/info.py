@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from effir_search.encoding.config import EncoderConfig, own_config
 from effir_search.encoding.devices import DTYPES
+from effir_search.encoding.same_space import read_spaces
 from effir_search.errors import UserError
 from effir_search.files.reading import read_json
 from effir_search.indexing.copies import read_copies
@@ -187,6 +188,8 @@ def describe_model(
         "weights_sha256": weights_sha256(folder, files.weight_folders),
         **_settings(settings),
     }
+    if spaces := read_spaces(folder, facts["weights_sha256"]):
+        facts["same_space_as"] = [f"{space.model} {space.model_sha256}" for space in spaces]
     if config.model_type in FAMILIES:
         facts |= {"flops_per_text": flops(empty_model(config), length), "text_length": length}
     return config, facts

@@ -20,7 +20,7 @@ from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
-from effir_search.indexing.index_record import IndexInfo, check_encoder, read_index, read_index_info
+from effir_search.indexing.index_record import IndexInfo, check_query_encoder, read_index, read_index_info
 from effir_search.indexing.nearest import nearest_rows
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
@@ -134,7 +134,7 @@ class _CheckedSearch:
         self, index_dir: Path, encoder: Encoder, info: IndexInfo | None, ef_search: int | None, nprobe: int | None
     ) -> None:
         if info is not None:
-            check_encoder(info, encoder, index_dir)
+            check_query_encoder(info, encoder, index_dir)
         super().__init__(str(index_dir), query_encoder(encoder))
         if self.index.d != encoder.dimension:
             raise UserError(
@@ -224,7 +224,7 @@ def faiss_searcher(
 
     Args:
         index_dir: The folder.
-        encoder: The one it was built with.
+        encoder: The one it was built with, or a student of that, see ``index_record.check_query_encoder``.
         ef_search: Of an HNSW index, see ``faiss_kinds.set_search_parameters``.
         nprobe: Of an IVF index, likewise.
 

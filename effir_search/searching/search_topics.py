@@ -51,7 +51,7 @@ def search(
 
     Args:
         index_dir: A folder of ``build_index``, or of Pyserini; or several, which are searched as if they were one.
-        encoder: The encoder they were built with; any other is an error.
+        encoder: The encoder they were built with, or a student of it; any other is an error.
         topics: What is searched for.
         k: Hits a topic; fewer where the index holds fewer.
         threads: Of FAISS; None = one for each core this process may use.

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
+from effir_search.encoding.same_space import read_spaces
 from effir_search.errors import UserError
 from effir_search.indexing.faiss_kinds import largest_cosine, short_list_advice
 from effir_search.indexing.index_record import IndexInfo, read_index_info, require_index
-from effir_search.model.checkpoint import exported_backend
+from effir_search.model.checkpoint import exported_backend, model_configs
 from effir_search.searching.pyserini_bridge import open_searcher
 from effir_search.settings import EncoderOptions, SearchSettings
 from effir_search.text.trec import FLOAT32_MAX, Query, strictly_decreasing
@@ -82,7 +83,8 @@ class Searcher:
 
         Args:
             index_dir: A folder of ``build_index``, or of Pyserini; or several.
-            encoder: The encoder they were built with, or its folder or hub name; None = the one the first index names.
+            encoder: The encoder they were built with, or a student of it, see ``index_record.check_query_encoder``; or
+                its folder or hub name; None = the one the first index names.
             settings: How they are searched.
             options: How an encoder is loaded that is not there yet; what is None is as the first index was built.
 
@@ -103,6 +105,9 @@ class Searcher:
         self.encoder = encoder
         _check_alike(self.folders, self.infos)
         self._indexes = [self._open(*pair) for pair in zip(self.folders, self.infos, strict=True)]
+        teacher = next((info for info in self.infos if info and info.model_sha256 != encoder.weights_sha256), None)
+        if teacher is not None:
+            logger.info("queries are encoded by the student %s; the documents were by %s", encoder.name, teacher.model)
         if len(self.folders) > 1:
             _check_disjoint(self.folders, [index.faiss.doc_ids() for index in self._indexes])
         # A tokenizer and an HNSW keep in themselves what the search at hand is.
@@ -217,6 +222,8 @@ def _check_disjoint(folders: Sequence[Path], doc_ids: Sequence[Sequence[str]]) -
 def load_encoder(index_dir: Path, name: str | None = None, options: EncoderOptions = DEFAULT_OPTIONS) -> Encoder:
     """Return the encoder for an index: the one ``effir.json`` names or the one that is given, with its settings.
 
+    A student of the index's encoder has its own settings, see ``index_record.check_query_encoder``.
+
     Args:
         index_dir: The index folder.
         name: Model folder or hub name; None = the index's own.
@@ -238,19 +245,29 @@ def _load(index_dir: Path, info: IndexInfo | None, name: str | None, options: En
         return Encoder.from_pretrained(name, options).pack()
     if name is None and Path(info.model).is_absolute() and not Path(info.model).is_dir():
         raise FileNotFoundError(f"{index_dir}: its model {info.model} is not there; if it has moved, give --encoder")
-    recorded = asdict(info.encoder)
     if options.backend == "auto":
         options = replace(options, backend=None)
+    # Another backend may not compute in the index's type of numbers.
+    backend = exported_backend(Path(name or info.model)) or options.backend or info.backend
+    arithmetic = {"dtype": info.dtype, "backend": info.backend} if backend == info.backend else {}
+    if name is not None and _imitates(name, info):
+        return Encoder.from_pretrained(
+            name, options.with_defaults(dimension=info.encoder.dimension, **arithmetic)
+        ).pack()
+    recorded = asdict(info.encoder)
     user_options = options.given().keys()
     accepted = {field.name for field in fields(EncoderOptions)}
-    as_built = recorded | {"stock_architecture": info.stock_architecture}
-    exported = exported_backend(Path(name or info.model))
-    if (exported or options.backend or info.backend) == info.backend:  # another one may not compute in that type
-        as_built |= {"dtype": info.dtype, "backend": info.backend}
+    as_built = recorded | {"stock_architecture": info.stock_architecture} | arithmetic
     changes = {name: value for name, value in as_built.items() if name in accepted and name not in user_options}
     encoder = Encoder.from_pretrained(name or info.model, replace(options, **changes))
     # What a model's files say and no option does is the record's too: with normalize its similarity changed.
     return encoder.with_config(**{key: recorded[key] for key in recorded.keys() - user_options}).pack()
+
+
+def _imitates(name: str, info: IndexInfo) -> bool:
+    """Return whether a model says that it gives the vectors of an index's encoder, and so reads by its own files."""
+    with model_configs(name) as folder:
+        return any(space.model_sha256 == info.model_sha256 for space in read_spaces(folder))
 
 
 def available_cores() -> int:

@@ -27,6 +27,7 @@ from effir_search.files.job import job_folder
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_file
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
+from effir_search.model.save import SPACES_FIELD
 from effir_search.settings import DataSettings, EncoderOptions, LossSettings, TrainingSettings
 from effir_search.text.examples import Example
 from effir_search.training.data import (
@@ -176,8 +177,9 @@ def finetune(
             time.monotonic() - start,
         )
         if main:
+            learned = {SPACES_FIELD: [asdict(space) for space in job.objective.spaces()]}
             plain = make_plain(job.objective.encoder, saved_dtype)
-            plain.save(output, training=job.record | {"result": result._asdict(), "log": outcome.log})
+            plain.save(output, training=job.record | learned | {"result": result._asdict(), "log": outcome.log})
         process.wait_for_everyone()
     if main and not keep_checkpoints:
         shutil.rmtree(folder)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effir_search.encoding.encoder import Encoder, vectors
+from effir_search.encoding.same_space import Space, learned_spaces, scaled_alike
 from effir_search.errors import UserError
 from effir_search.settings import LossSettings
 from effir_search.training.gathering import gathered
@@ -40,6 +41,13 @@ class ImitationObjective(Objective):
         super().__init__(encoder, settings, alone=alone)
         self.teacher = teacher
         self.by_token = bool(settings.token_weight) and read_differently(teacher, encoder) is None
+
+    def spaces(self) -> list[Space]:
+        """Return the teacher's space and those it shares, if its embeddings are what was matched, lengths included."""
+        teacher, student = self.teacher, self.encoder
+        if teacher.dimension != student.dimension or not scaled_alike(teacher.config, student.config):
+            return []
+        return learned_spaces(teacher, max(self.settings.dimensions, default=student.dimension))
 
     def check(self, dataset: Sequence[PlainText], batch_size: int) -> None:
         """Raise ValueError if nothing can be learned: a teacher of another dimension is matched in its scores alone."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from effir_search.encoding.encoder import Encoder, embed
+from effir_search.encoding.same_space import Space
 from effir_search.errors import UserError
 from effir_search.settings import LossSettings
 
@@ -31,6 +32,10 @@ class Objective(nn.Module):
         self.model = encoder.model
         if too_many := [size for size in settings.dimensions if not 0 < size <= encoder.dimension]:
             raise UserError(f"--matryoshka {too_many[0]}: embeddings have {encoder.dimension} components")
+
+    def spaces(self) -> list[Space]:
+        """Return whose vectors the encoder gives once it has learned: nobody's, where embeddings are not the target."""
+        return []
 
     def embed_texts(self, texts: Sequence[str], prompt: str) -> Tensor:
         """Return ``(texts, dimension)`` float32 in the texts' order, as ``Encoder.encode`` would; gradients flow.

@@ -487,7 +487,8 @@ def test_the_encoder_of_an_index_may_be_named(toy_index, bert_folder):
 def test_another_encoder_than_the_indexs_is_one_line(toy_index, llama_folder, error_of):
     error = error_of("search", "--index", toy_index, "--query", "cat", "--encoder", llama_folder)
     assert error.startswith(f"{toy_index}: this encoder is not the index's: weights is ")
-    assert error.endswith("; give the model that the index was made with as --encoder, or index again")
+    student = "or a student of it (same_space_as in its training.json)"
+    assert error.endswith(f"; give the model that the index was made with as --encoder, {student}, or index again")
     error = error_of("search", "--index", toy_index, "--query", "cat", "--pooling", "cls")
     assert error.endswith("'cls' in the encoder; search with what the index has, or index again")
 

@@ -140,9 +140,12 @@ def test_an_index_says_what_computed_it_and_is_searched_by_that(tmp_path, export
     assert by_torch.encoder.backend == "torch"
     assert [(hit.query_id, hit.doc_id) for hit in by_torch.search(topics)] == wanted
     assert Searcher(tmp_path / "by backend", options=EncoderOptions(backend="auto")).encoder.backend == "onnx"
-    # The weights of an export are its graph: another model, for all that an index knows.
+    # An export gives the vectors of its model, so it may encode queries for that one's index; not the other way round.
+    by_export = Searcher(toy_index, str(exported / "onnx"))
+    assert by_export.encoder.backend == "onnx"
+    assert [(hit.query_id, hit.doc_id) for hit in by_export.search(topics)] == wanted
     with pytest.raises(UserError, match="this encoder is not the index's: weights"):
-        Searcher(toy_index, str(exported / "onnx"))
+        Searcher(tmp_path / "by export", str(bert_folder))
 
 
 def test_a_job_that_one_backend_began_is_not_continued_by_another(tmp_path, bert_folder, corpus):
