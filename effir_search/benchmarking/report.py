@@ -107,9 +107,7 @@ def _of_machine(record: BenchmarkRecord) -> str:
 
 def _notes_on_worth(record: BenchmarkRecord, figures: Sequence[Figures]) -> list[str]:
     rounds, (number, source) = len(record.encoders[0].seconds), record.num_queries
-    notes = [
-        f"Speed is the median of {rounds} rounds in turns of {TURN} documents, a speedup that of the rounds' ratios."
-    ]
+    notes = [f"Speed is the median of {rounds} rounds in turns of {TURN} documents, a speedup of the rounds' ratios."]
     if number:
         notes.append(
             f"A query is timed from its text to its vector, one at a time, in turns: {number} {source} a round."
