@@ -23,7 +23,7 @@ from effir_search.benchmarking.report import write_report
 from effir_search.encoding.devices import DTYPES
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
-from effir_search.evaluation.benchmark import ndcg_of_queries, search_collection
+from effir_search.evaluation.benchmark import check_topics, ndcg_of_queries, search_collection
 from effir_search.evaluation.turns import answer_in_turns, encode_in_turns
 from effir_search.files.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, flops
@@ -112,6 +112,7 @@ def benchmark(
         collection = None
         if topics is not None and qrels is not None:
             collection = Collection(corpus, topics, qrels, summary.sha256, settings.remove_query)
+            check_topics(Path(corpus), corpus, topics, qrels, remove_query=settings.remove_query)
         ndcg = [_ndcg(contender, collection, output / RUNS) for contender in contenders] if collection else []
         torch.set_num_threads(threads)
         record = BenchmarkRecord(
