@@ -115,7 +115,7 @@ def test_quality_is_that_of_index_search_and_evaluate(done, tmp_path, bert_folde
     ):
         assert CliRunner().invoke(cli, list(map(str, words))).exit_code == 0
     qrels = str(collection / "qrels" / "test.tsv")
-    expected = evaluate_run(found, qrels, "nDCG@10").means[parse_measures("nDCG@10")[0]]
+    expected = evaluate_run(found, qrels, "nDCG@10").mean[parse_measures("nDCG@10")[0]]
     assert record_in(done[1])["figures"][0]["ndcg"] == pytest.approx(expected)
 
 
