@@ -6,6 +6,7 @@ A field's type says what it may be: ``Literal`` lists the choices, ``Annotated``
 The file is long because it is one list, to be read a class at a time.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -93,6 +94,23 @@ class Settings:
         """Return the fields that ask for something, by name: those that are neither None nor a flag that is off."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None and value is not False}
+
+    def as_options(self, *, without: Collection[str] = ()) -> list[str]:
+        """Return these settings as options of a command, those that have their defaults left out."""
+        words: list[str] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in without or value == f.default or value is None:
+                continue
+            name = f.metadata["option"] or f"--{f.name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(name if value else f"--no-{name.removeprefix('--')}")
+            elif f.name in ("dimensions", "log_to"):
+                words += [name, ",".join(map(str, value))]
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [word for one in values for word in (name, str(one))]
+        return words
 
 
 MODELS = "the model's"
@@ -620,6 +638,27 @@ class StudySettings(Settings):
                 raise UserError(f"{name}: at least one is needed")
             if len(set(values)) < len(values):
                 raise UserError(f"{name}: {', '.join(map(str, values))} names one of them twice")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(Settings):
+    """How encoders are measured side by side.
+
+    Attributes:
+        dtypes: Arithmetic; each model is measured in each of them. Empty = "auto".
+        limit: Documents that speed and memory are measured on, the first ones of the corpus.
+        rounds: How often these are encoded, and queries are asked.
+        threads: Of torch; None = all cores.
+        remove_query: Leave out the document whose id is the query's.
+    """
+
+    dtypes: tuple[Dtype, ...] = setting(
+        (), option="--dtype", help="Arithmetic; fp32,bf16 measures every model in both.", default_text="auto"
+    )
+    limit: Count = setting(1000, help="Documents to measure speed and memory on, the first ones.")
+    rounds: Count = setting(5, help="Rounds of encoding, of which the median counts.")
+    threads: Count | None = setting(None, help="Threads of torch.", default_text="all cores")
+    remove_query: bool = setting(False, help="Drop the document whose id is the query's.")
 
 
 # The sections of a recipe, and what each holds.

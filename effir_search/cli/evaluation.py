@@ -1,11 +1,11 @@
-"""``effir evaluate`` and ``compare``: from runs and qrels to measures and tests."""
+"""``effir evaluate``, ``compare`` and ``benchmark``: from runs to measures and tests, encoders side by side."""
 
 from pathlib import Path
 
 import click
 
-from effir_search.cli.options import PATH
-from effir_search.settings import ComparisonFormat, ReportFormat, choices
+from effir_search.cli.options import PATH, encoder_options, options_of, taken
+from effir_search.settings import BenchmarkSettings, ComparisonFormat, EncoderOptions, ReportFormat, choices
 
 
 @click.command()
@@ -64,3 +64,26 @@ def compare(
     if figure is not None:
         draw_figure(comparison, figure)
     click.echo(format_comparison(comparison, form, alpha=alpha))
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--corpus", required=True, help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
+@click.option("--topics", help="BEIR JSONL, TSV or TREC topics, or irds:NAME: queries to time, and to search for.")
+@click.option("--qrels", help="BEIR TSV or TREC qrels, or irds:NAME: measure nDCG@10 too.")
+@click.option("--output", type=PATH, required=True, help="Folder; an existing report is replaced, its runs stay.")
+@options_of(BenchmarkSettings)
+@options_of(EncoderOptions, without=["dtype"])
+def benchmark(
+    models: tuple[str, ...], corpus: str, topics: str | None, qrels: str | None, output: Path, **options: object
+) -> None:
+    """Measure encoders side by side: speed, latency, memory, work, energy, quality; tables, a picture, a page.
+
+    MODELS are folders or hub names; ratios are to the first one. What was searched before a stop is not searched again;
+    speeds are always measured anew, all together.
+    """
+    from effir_search.benchmarking.benchmark import benchmark
+
+    settings, how = taken(BenchmarkSettings, options), encoder_options(options)
+    files = {"corpus": corpus, "topics": topics, "qrels": qrels}
+    click.echo(benchmark(models, output, **files, settings=settings, options=how))

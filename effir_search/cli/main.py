@@ -8,7 +8,7 @@ import click
 
 from effir_search.cli.compression import compress, demo
 from effir_search.cli.errors import OneLineErrors
-from effir_search.cli.evaluation import compare, evaluate
+from effir_search.cli.evaluation import benchmark, compare, evaluate
 from effir_search.cli.export import export
 from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import index, info, pair, search, verify
@@ -21,6 +21,7 @@ COMMANDS = (
     search,
     evaluate,
     compare,
+    benchmark,
     mine,
     analyze,
     prune,

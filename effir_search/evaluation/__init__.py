@@ -3,5 +3,6 @@
 What comes in are runs and qrels; what goes out are means, values of each query, tests, tables and figures. Open
 ``measures.py`` first, then ``compare.py`` with its tests in ``significance.py``, and ``comparison_tables.py`` and
 ``comparison_figure.py``, which show what it found. ``bootstrap.py`` gives means their intervals. ``benchmark.py`` sets
-two models side by side; it alone needs any.
+a compressed model beside the full one, ``turns.py`` times encoders; these two alone need any. ``pages.py`` makes tables
+and figures a page.
 """

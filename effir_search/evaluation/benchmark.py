@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
-from effir_search.evaluation.bootstrap import resample
+from effir_search.evaluation.bootstrap import interval, resample
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
+from effir_search.evaluation.turns import ROUNDS, encode_in_turns
 from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
@@ -29,9 +29,6 @@ from effir_search.text.trec import Qrel, read_qrels, read_run, read_topics, writ
 
 logger = logging.getLogger(__name__)
 
-# Rounds of encoding, of which the median counts, and the texts that a model encodes before it is the other's turn: so
-# many that those of a batch are of like lengths, as they are while a corpus is encoded.
-ROUNDS, TURN = 3, 256
 HITS = 100
 DEFAULT_SETTINGS, OWN_TEXT = EvaluationSettings(), TextSettings()
 # In the folder of the runs: by collection the hashes of its files.
@@ -98,13 +95,14 @@ def benchmark(
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
     sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
-    speeds, cosine = encode_in_turns(encoders, texts)
+    turns = encode_in_turns(encoders, texts)
+    speeds = len(texts) / turns.seconds
     return Benchmark(
         sizes=(sizes[0], sizes[1]),
         tokens=length,
         speed=(statistics.median(speeds[:, 0]), statistics.median(speeds[:, 1])),
         speedup=statistics.median(speeds[:, 1] / speeds[:, 0]),
-        cosine=cosine,
+        cosine=turns.cosines[1],
         ndcg={name: tuple(values.mean(axis=1).tolist()) for name, values in ndcg_by_collection.items()},
         queries={name: values.shape[1] for name, values in ndcg_by_collection.items()},
         kept=_share_kept(ndcg_by_collection, seed),
@@ -132,13 +130,23 @@ def _evaluate(
 
 def _share_kept(ndcg_by_collection: Mapping[str, np.ndarray], seed: int) -> tuple[float, float, float] | None:
     """Return the share of the full model's mean that the other keeps, see ``Benchmark``."""
-    if not ndcg_by_collection:
-        return None
-    means = resampled_means(ndcg_by_collection, seed=seed)
+    shares = shares_kept(ndcg_by_collection, seed=seed) if ndcg_by_collection else None
+    return shares[1] if shares else None
+
+
+def shares_kept(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> list[tuple[float, float, float]] | None:
+    """Return the share of the first model's mean over collections that each model keeps, with its 95 % interval's ends.
+
+    None where the first model finds nothing, in the queries as they are or in a sample of them.
+
+    Args:
+        figures: By collection ``(models, queries)``.
+        seed: Of the paired bootstrap.
+    """
+    means = resampled_means(figures, seed=seed)
     if not means[:, 0].all():
         return None
-    shares = means[:, 1] / means[:, 0]
-    return (float(shares[0]), *np.percentile(shares[1:], [2.5, 97.5]).tolist())
+    return [(float(shares[0]), *interval(shares)) for shares in (means / means[:, :1]).T]
 
 
 def _remove_other_runs(folder: Path, collections: Sequence[Path], split: str) -> None:
@@ -235,28 +243,6 @@ def resampled_means(figures: Mapping[str, np.ndarray], *, seed: int = 0) -> np.n
         seed: Of the draws.
     """
     return resample(figures, seed=seed).macro
-
-
-def encode_in_turns(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[np.ndarray, float]:
-    """Return documents a second, ``(rounds, models)``, and the mean cosine of two models' embeddings.
-
-    Both encode in turns after every few texts, so that a slow moment of the machine meets both. They can then be
-    neither trained nor saved.
-    """
-    for encoder in encoders:
-        encoder.pack().encode_documents(texts[:TURN])  # warm up
-    seconds = np.zeros((ROUNDS, len(encoders)))
-    cosines = []
-    for round_seconds in seconds:
-        for start in range(0, len(texts), TURN):
-            turn, embeddings = texts[start : start + TURN], []
-            for column, encoder in enumerate(encoders):
-                begun = time.perf_counter()
-                embeddings.append(encoder.encode_documents(turn))
-                round_seconds[column] += time.perf_counter() - begun
-            a, b = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in embeddings)
-            cosines += (a * b).sum(axis=1).tolist()
-    return len(texts) / seconds, statistics.mean(cosines)
 
 
 def read_benchmark(path: Path) -> Benchmark:

@@ -35,7 +35,7 @@ LEAST_COSINE = 0.99999
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported, as ``effir_export.json`` has it, which says besides whose vectors it gives, see ``same_space``.
+    """What was exported, as ``effir_export.json`` has it; beside these it says whose vectors the graph gives.
 
     Attributes:
         model: Folder or hub name of the source, without its path.

@@ -1,14 +1,12 @@
 """The command lines that make and measure a model of a study by hand."""
 
 import shlex
-from collections.abc import Collection as Names
 from dataclasses import fields, replace
 
 from effir_search.compression.slim import OF_LOSS, WITHOUT_TEXTS
 from effir_search.compression.stages import Job
 from effir_search.evaluation.benchmark import HITS, collection_files
 from effir_search.pruning.prune import NAMES
-from effir_search.settings import EncoderOptions, Settings
 from effir_search.study.cells import Study
 from effir_search.study.plan import Cell, Collection, start_of
 
@@ -63,9 +61,9 @@ def _number(job: Job, kind: str) -> list[str]:
 def _slim(_study: Study, job: Job, model: str) -> list[str]:
     recipe = job.recipe
     cut = ["--narrow", str(recipe.slim.narrow), "--criterion", recipe.slim.criterion]
-    data = _options(recipe.data, without=[f.name for f in fields(recipe.data) if f.name.startswith("dev")])
-    width = _options(recipe.slim, without=["narrow", "criterion", *_unused(job)])
-    losses = _options(recipe.loss, without=NOT_OF_SLIM) if recipe.slim.criterion in OF_LOSS else []
+    data = recipe.data.as_options(without=[f.name for f in fields(recipe.data) if f.name.startswith("dev")])
+    width = recipe.slim.as_options(without=["narrow", "criterion", *_unused(job)])
+    losses = recipe.loss.as_options(without=NOT_OF_SLIM) if recipe.slim.criterion in OF_LOSS else []
     return ["slim", "--encoder", model, *cut, *data, *width, *losses, *_reading(job, model)]
 
 
@@ -80,33 +78,16 @@ def _finetune(_study: Study, job: Job, model: str) -> list[str]:
     recipe, rank = job.recipe, job.recipe.finetune.lora_rank
     weights = ["--lora-rank", str(rank)] if rank else ["--full"]
     without = ["lora_rank", *([] if rank else ["lora_alpha", "lora_dropout"])]
-    training = _options(recipe.finetune, without=without)
+    training = recipe.finetune.as_options(without=without)
     return [
-        *("finetune", "--encoder", model, *_options(recipe.data), *weights, *training, *_options(recipe.loss)),
+        *("finetune", "--encoder", model, *recipe.data.as_options(), *weights, *training, *recipe.loss.as_options()),
         *_reading(job, model),
     ]
 
 
 def _reading(job: Job, model: str) -> list[str]:
     """Return how a model reads its texts, as far as its own files say otherwise."""
-    return _options(job.own_options(model), without=OF_MACHINE)
-
-
-def _options(settings: Settings | EncoderOptions, *, without: Names[str] = ()) -> list[str]:
-    """Return settings as options of a command, those that have their defaults left out."""
-    words: list[str] = []
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if f.name in without or value == f.default or value is None:
-            continue
-        name = f.metadata["option"] or f"--{f.name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{name.removeprefix('--')}")
-        elif f.name in ("dimensions", "log_to"):
-            words += [name, ",".join(map(str, value))]
-        else:
-            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (name, str(one))]
-    return words
+    return job.own_options(model).as_options(without=OF_MACHINE)
 
 
 def measuring_commands(study: Study, collection: Collection, model: str, folder: str) -> list[str]:

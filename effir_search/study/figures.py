@@ -1,10 +1,7 @@
 """The figures of a study: the order of dropping, and quality kept against size and speed."""
 
-import io
-import re
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from effir_search.files.reading import read_json
@@ -91,18 +88,3 @@ def _draw(panel: object, results: Results, places: dict[tuple[Plan, bool], float
 
 def _series(plan: Plan) -> str:
     return MIXED if plan.narrow or len(plan.drops) != 1 else next(iter(plan.drops))
-
-
-def as_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element for a page, which names no address and has ids of its own."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{name}-", svg)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )

@@ -5,19 +5,18 @@ from pathlib import Path
 
 from effir_search.compression.stages import ANALYSIS
 from effir_search.evaluation.bootstrap import RESAMPLES
+from effir_search.evaluation.pages import Table, anchor, as_markdown, as_svg, html_page, html_table
 from effir_search.files.whole import whole_file
 from effir_search.model.checkpoint import lasting_name
 from effir_search.pruning.prune import NAMES
 from effir_search.study.cells import Study, read_record
 from effir_search.study.commands import commands_of, measuring_commands, scoring_command
-from effir_search.study.figures import as_svg, dropping_figure, pareto_figure
+from effir_search.study.figures import dropping_figure, pareto_figure
 from effir_search.study.plan import Cell, Plan
 from effir_search.study.results import Results
 from effir_search.study.tables import (
     ORDER,
     STATES,
-    Table,
-    as_markdown,
     csv_rows,
     difference_rows,
     tables_of,
@@ -29,26 +28,6 @@ FIGURES = {
     "pareto": "nDCG@10 kept against size and speed; bars are 95 % intervals over queries.",
     "order": "Order of dropping, read from below: with N parts dropped, row N, the filled layers lack theirs.",
 }
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto; max-width: 1220px;
-  padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
-p { max-width: 46rem; } li { max-width: 52rem; }
-.wide { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e2e2e2; }
-th { vertical-align: bottom; white-space: normal; min-width: 4.5rem; font-weight: 600; border-bottom: 2px solid #888; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
-td:first-child { white-space: normal; min-width: 7rem; }
-svg { width: 100%; min-width: 620px; height: auto; }
-figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #555; }
-ul { padding-left: 1.1rem; font-size: .92rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .8rem;
-  margin: .3rem 0; }
-details { border-bottom: 1px solid #e2e2e2; padding: .25rem 0; overflow-wrap: anywhere; } summary { cursor: pointer; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; } a { color: #0b5394; }
-"""
 
 
 def write_report(study: Study, results: Results) -> Path:
@@ -124,9 +103,11 @@ def _markdown(study: Study, results: Results, tables: list[Table]) -> str:
 
 
 def _html(study: Study, results: Results, tables: list[Table], figures: dict[str, str]) -> str:
-    title = escape(title_of(study))
-    links = "".join(f'<a href="#{_anchor(table)}">{escape(table.title)}</a>' for table in tables)
-    body = [f"<h1>{title}</h1>", *(f"<p>{escape(text)}</p>" for text in paragraphs_of(study, results))]
+    links = "".join(f'<a href="#{anchor(table)}">{escape(table.title)}</a>' for table in tables)
+    body = [
+        f"<h1>{escape(title_of(study))}</h1>",
+        *(f"<p>{escape(text)}</p>" for text in paragraphs_of(study, results)),
+    ]
     body.append(f'<nav>{links}<a href="#models">Every model and its commands</a></nav>')
     shown = {
         name: f'<figure><div class="wide">{svg}</div><figcaption>{escape(FIGURES[name])}</figcaption></figure>'
@@ -134,30 +115,11 @@ def _html(study: Study, results: Results, tables: list[Table], figures: dict[str
     }
     body.append(shown["pareto"])
     for table in tables:
-        body.append(_html_table(table))
+        body.append(html_table(table))
         if table.title == ORDER:
             body.append(shown["order"])
     body.append(_models(study, results))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
-
-
-def _anchor(table: Table) -> str:
-    return "".join(c if c.isalnum() else "-" for c in table.title.lower())
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    return (
-        f'<h2 id="{_anchor(table)}">{escape(table.title)}</h2>\n<p>{escape(table.text)}</p>\n'
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
-        + (f"<ul>{notes}</ul>" if notes else "")
-    )
+    return html_page(title_of(study), body)
 
 
 def _models(study: Study, results: Results) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from effir_search.encoding.encoder import Encoder
-from effir_search.evaluation.benchmark import encode_in_turns
+from effir_search.evaluation.turns import encode_in_turns
 from effir_search.files.reading import read_json
 from effir_search.files.whole import whole_file
 from effir_search.model.layers import mlp_widths, parts_of
@@ -85,7 +85,8 @@ class SpeedRecords:
     def _measure(self, shape: Shape, dtype: str) -> Speed:
         options = replace(self.options, dtype=dtype)
         full = Encoder.from_pretrained(self.encoder, options)
-        speeds, _cosine = encode_in_turns([full, of_shape(self.encoder, shape, options)], self.texts)
+        turns = encode_in_turns([full, of_shape(self.encoder, shape, options)], self.texts)
+        speeds = len(self.texts) / turns.seconds
         ratios = speeds[:, 1] / speeds[:, 0]
         return Speed(*(statistics.median(column) for column in (speeds[:, 0], speeds[:, 1], ratios)))
 

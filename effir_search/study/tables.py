@@ -3,9 +3,9 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from effir_search.encoding.devices import DTYPES
+from effir_search.evaluation.pages import Table
 from effir_search.files.reading import read_json
 from effir_search.pruning.prune import NAMES
 from effir_search.settings import StudyTable
@@ -29,24 +29,6 @@ EXPLAINED: dict[StudyTable, str] = {
 }
 ORDER = "Order of dropping"
 STATES = ((False, "untrained"), (True, "trained"))
-
-
-class Table(NamedTuple):
-    """A table as it is shown.
-
-    Attributes:
-        title: Above it.
-        text: What it shows, in a sentence or two.
-        header: Names of the columns.
-        rows: Cells; the first one of a row is its name.
-        notes: Sentences below it.
-    """
-
-    title: str
-    text: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str]
 
 
 def tables_of(results: Results, analysis: Path) -> list[Table]:
@@ -242,14 +224,3 @@ def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def as_markdown(table: Table) -> str:
-    """Return a table in Markdown, with its title."""
-    lines = [f"## {table.title}", "", table.text, ""]
-    lines.append(f"| {' | '.join(table.header)} |")
-    lines.append("| --- |" + " ---: |" * (len(table.header) - 1))
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table.rows]
-    if table.notes:
-        lines += ["", *(f"- {note}" for note in table.notes)]
-    return "\n".join(lines) + "\n"
