@@ -26,7 +26,7 @@ from effir_search.settings import EncoderOptions, ExportSettings
 from effir_search.text.trec import read_topics
 
 TO_ONNX, TO_OPENVINO = ExportSettings(to="onnx"), ExportSettings(to="openvino")
-FEW = ("bert", "modernbert", "llama")
+FEW = ("bert", "llama")
 
 
 def pruned_folder(folder, family):
