@@ -27,8 +27,9 @@ from effir_search.evaluation.benchmark import check_topics, ndcg_of_queries, sea
 from effir_search.evaluation.turns import answer_in_turns, encode_in_turns
 from effir_search.files.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, flops
-from effir_search.model.checkpoint import lasting_name
+from effir_search.model.checkpoint import exported_backend, lasting_name
 from effir_search.model.families import FAMILIES
+from effir_search.model.graph_model import graph_files
 from effir_search.searching.search_topics import load_topics
 from effir_search.settings import BenchmarkSettings, EncoderOptions
 from effir_search.text.corpus import document_text, read_corpus, scan_corpus
@@ -208,15 +209,22 @@ class Work(NamedTuple):
 
 
 def _work(encoder: Encoder, texts: Sequence[str]) -> Work:
-    """Return what a model is, and the work of encoding texts: the FLOPs of each text's own tokens, no padding."""
+    """Return what a model is, and the work of encoding texts: the FLOPs of each text's own tokens, no padding.
+
+    The bytes of an exported model are those of its graph, which may be in int8.
+    """
     lengths = [len(ids) for ids in encoder.tokenize(texts, prompt=encoder.config.document_prompt).input_ids]
     config = encoder.model.config
+    place = encoder.files.transformer_folder
+    of_graph = {}
+    if exported_backend(place):
+        of_graph["weights_bytes"] = sum(file.stat().st_size for file in graph_files(place))
     if getattr(config, "base_config", config).model_type not in FAMILIES:
         parameters = encoder.model.num_parameters()
-        sizes = {"parameters": parameters, "weights_bytes": parameters * encoder.dtype.itemsize}
+        sizes = {"parameters": parameters, "weights_bytes": parameters * encoder.dtype.itemsize} | of_graph
         return Work(sizes, sum(lengths), None)
     empty = empty_model(config)
-    sizes = facts(empty, length=round(float(np.mean(lengths))), dtype=encoder.dtype)
+    sizes = facts(empty, length=round(float(np.mean(lengths))), dtype=encoder.dtype) | of_graph
     return Work(sizes, sum(lengths), sum(times * flops(empty, length) for length, times in Counter(lengths).items()))
 
 

@@ -57,6 +57,10 @@ class GraphModel:
         """Return the modules of the model that the graph was made from; their weights may be on the meta device."""
         return self._source.modules()
 
+    def num_parameters(self) -> int:
+        """Return how many parameters the model has that the graph was made from."""
+        return self._source.num_parameters()
+
     def __call__(self, **tokens: Tensor) -> BaseModelOutput:
         """Return the last layer's states, ``(batch, seq, hidden_size)`` float32, for ``(batch, seq)`` tokens."""
         # A text of one sentence has type 0 everywhere, as a BERT takes it that is given none.
