@@ -161,3 +161,23 @@ def test_builtin_topics_without_a_network_are_one_os_error(monkeypatch, tmp_path
     jnius.autoclass("java.lang.System").setProperty("anserini.topics.cache", str(tmp_path))
     with pytest.raises(OSError, match="trec1-adhoc: .*cannot be downloaded"):
         builtin_topics("trec1-adhoc")
+
+
+def test_sklearn_is_imported_once_an_encoder_of_pyserini_calls_it():
+    code = """
+import sys
+import numpy as np
+from effir_search.searching.pyserini_bridge import pyserini_faiss
+
+pyserini_faiss()
+assert not [name for name in sys.modules if name.partition(".")[0] == "sklearn"]
+from pyserini.encode import _auto
+
+rows = np.array([[3.0, 4.0], [0.0, 2.0]])
+np.testing.assert_allclose(_auto.normalize(rows, axis=1, norm="l2"), [[0.6, 0.8], [0.0, 1.0]])
+import sklearn.preprocessing
+
+assert sklearn.preprocessing.__file__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
