@@ -57,6 +57,10 @@ class GraphModel:
         """Return the modules of the model that the graph was made from; their weights may be on the meta device."""
         return self._source.modules()
 
+    def num_parameters(self) -> int:
+        """Return the parameters of the model that the graph was made from."""
+        return self._source.num_parameters()
+
     def __call__(self, **tokens: Tensor) -> BaseModelOutput:
         """Return the last layer's states, ``(batch, seq, hidden_size)`` float32, for ``(batch, seq)`` tokens."""
         # A text of one sentence has type 0 everywhere, as a BERT takes it that is given none.
@@ -107,7 +111,8 @@ def load_graph(file: Path, backend: str, source: PreTrainedModel, dtype: torch.d
         )
     load = _load_onnx if backend == "onnx" else _load_openvino
     run, names, outputs = load(file, dtype)
-    if OUTPUT_NAME not in outputs or not {"input_ids", "attention_mask"} <= set(names):
+    needed = {"input_ids", "attention_mask"}
+    if OUTPUT_NAME not in outputs or not needed <= set(names) <= needed | {"token_type_ids"}:
         raise UserError(f"{file}: takes {', '.join(names)} and gives {', '.join(outputs)}, so it is no text encoder")
     return GraphModel(run, names, source, dtype)
 
