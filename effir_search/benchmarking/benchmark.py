@@ -28,7 +28,7 @@ from effir_search.evaluation.turns import answer_in_turns, encode_in_turns
 from effir_search.files.job import job_folder
 from effir_search.model.arithmetic import empty_model, facts, flops
 from effir_search.model.checkpoint import exported_backend, lasting_name
-from effir_search.model.families import FAMILIES
+from effir_search.model.families import is_prunable
 from effir_search.model.graph_model import graph_files
 from effir_search.searching.search_topics import load_topics
 from effir_search.settings import BenchmarkSettings, EncoderOptions
@@ -101,6 +101,8 @@ def benchmark(
     """
     if qrels is not None and topics is None:
         raise UserError("--qrels goes with --topics")
+    if options.backend == "auto":
+        raise UserError("--backend auto is for effir index; name the one that is to be measured")
     summary = scan_corpus(corpus)
     documents = list(itertools.islice(read_corpus(corpus), settings.limit))
     texts = [document_text(document) for document in documents]
@@ -209,23 +211,21 @@ class Work(NamedTuple):
 
 
 def _work(encoder: Encoder, texts: Sequence[str]) -> Work:
-    """Return what a model is, and the work of encoding texts: the FLOPs of each text's own tokens, no padding.
-
-    The bytes of an exported model are those of its graph, which may be in int8.
-    """
+    """Return what a model is, and the work of encoding texts: the FLOPs of each text's own tokens, no padding."""
     lengths = [len(ids) for ids in encoder.tokenize(texts, prompt=encoder.config.document_prompt).input_ids]
     config = encoder.model.config
-    place = encoder.files.transformer_folder
-    of_graph = {}
-    if exported_backend(place):
-        of_graph["weights_bytes"] = sum(file.stat().st_size for file in graph_files(place))
-    if getattr(config, "base_config", config).model_type not in FAMILIES:
+    if is_prunable(config):
+        empty = empty_model(config)
+        sizes = facts(empty, length=round(float(np.mean(lengths))), dtype=encoder.dtype)
+        operations = sum(times * flops(empty, length) for length, times in Counter(lengths).items())
+    else:
         parameters = encoder.model.num_parameters()
-        sizes = {"parameters": parameters, "weights_bytes": parameters * encoder.dtype.itemsize} | of_graph
-        return Work(sizes, sum(lengths), None)
-    empty = empty_model(config)
-    sizes = facts(empty, length=round(float(np.mean(lengths))), dtype=encoder.dtype) | of_graph
-    return Work(sizes, sum(lengths), sum(times * flops(empty, length) for length, times in Counter(lengths).items()))
+        sizes = {"parameters": parameters, "weights_bytes": parameters * encoder.dtype.itemsize}
+        operations = None
+    place = encoder.files.transformer_folder
+    if exported_backend(place):  # its weights have types of their own, such as int8
+        sizes["weights_bytes"] = sum(file.stat().st_size for file in graph_files(place))
+    return Work(sizes, sum(lengths), operations)
 
 
 def _ndcg(contender: Contender, collection: Collection, folder: Path) -> dict[str, float]:

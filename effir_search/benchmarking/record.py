@@ -19,7 +19,7 @@ class Measured:
         dtype: Of the transformer's arithmetic.
         weights_sha256: Of the files that its weights are in.
         config: How a text becomes a vector.
-        sizes: Parameters and bytes, see ``arithmetic.facts``.
+        sizes: Parameters and bytes, see ``arithmetic.facts``; the bytes of an exported model are those of its graph.
         tokens: Of all texts, special ones included.
         flops: Of encoding all texts; None of a family whose work is not known.
         matmul_flops: Floating-point operations a second of a large product of matrices in this arithmetic.

@@ -4,8 +4,11 @@ import click
 
 from effir_search.errors import UserError
 
-# Packages of the extra "train".
-EXTRA = ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w")
+# The packages of each extra; those of several stand in the first.
+EXTRAS = {
+    "train": ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w"),
+    "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"),
+}
 
 ERROR_LENGTH = 300
 
@@ -39,8 +42,13 @@ class OneLineErrors(click.Group):
 
 def is_for_users(error: Exception) -> bool:
     """Return whether an error is one that a person can put right: a value, a file, a package that is not there."""
-    is_missing_extra = isinstance(error, ModuleNotFoundError) and error.name in EXTRA
+    is_missing_extra = isinstance(error, ModuleNotFoundError) and extra_of(error.name) is not None
     return is_missing_extra or isinstance(error, UserError | OSError | MemoryError)
+
+
+def extra_of(package: str | None) -> str | None:
+    """Return the extra that installs a package; None if there is none."""
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
 
 
 def describe_error(error: Exception) -> str:
@@ -49,7 +57,8 @@ def describe_error(error: Exception) -> str:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return one_line(message, before="this is a bug: ", after="; effir --debug ... shows where, please report that")
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; pip install '.[train]' in a clone of effir_search, or make install"
+        extra = extra_of(error.name)
+        return f"{error.name} is not installed; pip install '.[{extra}]' in a clone of effir_search, or make install"
     if isinstance(error, MemoryError):
         return one_line(f"not enough memory: {error}")
     if isinstance(error, OSError) and error.strerror:

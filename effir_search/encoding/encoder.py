@@ -31,7 +31,7 @@ from effir_search.model.checkpoint import (
     resolve_model,
     weights_sha256,
 )
-from effir_search.model.graph_model import GRAPH_FILES, GraphModel, load_graph, require_backend
+from effir_search.model.graph_model import GRAPH_DTYPES, GRAPH_FILES, PACKAGES, GraphModel, load_graph, require_packages
 from effir_search.model.packed import pack
 from effir_search.model.save import save_model
 from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
@@ -191,7 +191,7 @@ class Encoder:
         if exported_backend(place):
             graph = load_graph(place / GRAPH_FILES[backend], backend, self.model, dtype)
         else:
-            require_backend(backend)
+            require_packages(PACKAGES[backend])
             with tempfile.TemporaryDirectory() as folder:
                 self.write_onnx(Path(folder, "model.onnx"))
                 graph = load_graph(Path(folder, "model.onnx"), backend, self.model, dtype)
@@ -360,6 +360,9 @@ def _arithmetic(place: Path, options: EncoderOptions) -> tuple[str, torch.device
     """
     asked = None if options.backend == "auto" else options.backend
     exported = exported_backend(place)
+    if exported is not None and (asked == "torch" or options.dtype == "saved"):
+        reason = "which torch needs; give the model it was made from"
+        raise UserError(f"{place}: was exported to {exported} and has no weights, {reason}")
     if exported is not None and asked not in (None, exported):
         raise UserError(f"{place}: was exported to {exported} and has no weights, so --backend {asked} cannot run it")
     backend = exported or asked or "torch"
@@ -367,10 +370,7 @@ def _arithmetic(place: Path, options: EncoderOptions) -> tuple[str, torch.device
         device = chosen_device(options.device)
         return backend, device, chosen_dtype(options.dtype or "auto", device)
     if options.dtype == "saved":
-        raise UserError(
-            f"{place}: was exported to {backend} and has no weights, which are needed here; give the model it was made "
-            "from"
-        )
+        raise UserError(f"--dtype saved: the backend {backend} computes in {' and '.join(GRAPH_DTYPES[backend])}")
     if not options.device.startswith(("auto", "cpu")):
         raise UserError(f"--device {options.device}: the backend {backend} computes on the CPU alone")
     device = torch.device("cpu")

@@ -11,6 +11,7 @@ import numpy as np
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.model.graph_model import GRAPH_DTYPES, PACKAGES
+from effir_search.model.to_graph import NoGraphError
 from effir_search.settings import EncoderOptions
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ LEAST_COSINE = 0.999
 
 
 def fastest_options(name: str, texts: Sequence[str], options: EncoderOptions) -> EncoderOptions:
-    """Return options with the backend that encodes texts fastest, of those whose packages are installed.
+    """Return options with the backend that encodes texts fastest, of those that are installed and can run the model.
 
     Each encodes all texts three times, in turns; its median counts. On a GPU, and for an exported model, there is
     nothing to choose.
@@ -41,7 +42,11 @@ def fastest_options(name: str, texts: Sequence[str], options: EncoderOptions) ->
     for backend, package in PACKAGES.items():
         is_able = options.dtype in (None, "auto") or by_torch.dtype in GRAPH_DTYPES[backend].values()
         if is_able and all(find_spec(needed) is not None for needed in (package, "onnx", "onnxscript")):
-            encoders[backend] = Encoder.from_pretrained(name, options, backend=backend, device="cpu")
+            try:
+                encoders[backend] = Encoder.from_pretrained(name, options, backend=backend, device="cpu")
+            except NoGraphError as error:
+                logger.info("torch encodes: %s", error)
+                return replace(options, backend="torch")
     if len(encoders) == 1:
         logger.info("torch encodes, as no other backend is installed (the extra export has them)")
         return replace(options, backend="torch")

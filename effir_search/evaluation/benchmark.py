@@ -19,6 +19,7 @@ from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
 from effir_search.model.arithmetic import aligned, empty_model, facts, facts_rows
+from effir_search.model.families import is_prunable
 from effir_search.searching.search_topics import load_topics
 from effir_search.searching.searcher import Searcher
 from effir_search.settings import EncoderOptions, EvaluationSettings, SearchSettings, TextSettings
@@ -40,7 +41,8 @@ class Benchmark:
     """What was measured; of two figures the first is the full model's.
 
     Attributes:
-        sizes: ``arithmetic.facts``, FLOPs those of a text of the mean length.
+        sizes: ``arithmetic.facts``, FLOPs those of a text of the mean length; None of a family that cannot be pruned,
+            whose parts are not known.
         tokens: Of a text, the mean.
         speed: Documents encoded a second, medians of the rounds.
         speedup: The median of the rounds' ratios.
@@ -51,7 +53,7 @@ class Benchmark:
             interval; None without collections, or where the full model finds nothing.
     """
 
-    sizes: tuple[dict[str, int], dict[str, int]]
+    sizes: tuple[dict[str, int], dict[str, int]] | None
     tokens: float
     speed: tuple[float, float]
     speedup: float
@@ -94,11 +96,13 @@ def benchmark(
     encoders = [Encoder.from_pretrained(*model) for model in models.values()]
     tokens = encoders[0].tokenize(texts, prompt=encoders[0].config.document_prompt)
     length = statistics.mean(map(len, tokens.input_ids))
-    sizes = [facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders]
+    sizes = None
+    if all(is_prunable(encoder.model.config) for encoder in encoders):
+        sizes = tuple(facts(empty_model(e.model.config), length=round(length), dtype=e.dtype) for e in encoders)
     turns = encode_in_turns(encoders, texts)
     speeds = len(texts) / turns.seconds
     return Benchmark(
-        sizes=(sizes[0], sizes[1]),
+        sizes=sizes,
         tokens=length,
         speed=(statistics.median(speeds[:, 0]), statistics.median(speeds[:, 1])),
         speedup=statistics.median(speeds[:, 1] / speeds[:, 0]),
@@ -260,7 +264,10 @@ def format_benchmark(
         names: Of both models.
         sizes: Whether sizes are told, which are counted in torch's types of numbers.
     """
-    rows = [("", *names, ""), *(facts_rows(*measured.sizes, round(measured.tokens)) if sizes else [])]
+    rows = [
+        ("", *names, ""),
+        *(facts_rows(*measured.sizes, round(measured.tokens)) if sizes and measured.sizes else []),
+    ]
     rows.append(("documents/s", *(f"{speed:.0f}" for speed in measured.speed), f"{measured.speedup:.2f}x"))
     for name, (full, compressed) in measured.ndcg.items():
         share = f"{compressed / full:.1%}" if full else "-"

@@ -16,7 +16,7 @@ from effir_search.export.int8 import write_int8
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_folder
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
-from effir_search.model.graph_model import EXPORT_FILE, GRAPH_FILES, OWN_CONFIG, graph_files, require_backend
+from effir_search.model.graph_model import EXPORT_FILE, GRAPH_FILES, OWN_CONFIG, PACKAGES, graph_files, require_packages
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.save import HEADER, SPACES_FIELD, WEIGHTS_FIELD
 from effir_search.model.sentence_files import write_sentence_files
@@ -73,7 +73,7 @@ def export_graph(
         OSError: ``output`` exists, or cannot be written.
     """
     refuse_existing(output, replaces=())
-    require_backend(settings.to)
+    require_packages(PACKAGES[settings.to])
     encoder = Encoder.from_pretrained(name, options, backend="torch", device="cpu", dtype="fp32")
     sample, compared = _texts(settings)
     with whole_folder(output) as folder:
@@ -120,15 +120,15 @@ def _texts(settings: ExportSettings) -> tuple[Calibration | None, Sequence[str]]
     if not settings.texts:
         return None, OWN_TEXTS
     both = sample_texts(settings.texts, size=settings.num_texts * 3 // 2, seed=settings.seed)
-    number = len(both.texts) * 2 // 3
     # Texts of several sources come one source after the other.
     compared = both.texts[2::3]
     calibrated = [text for place, text in enumerate(both.texts) if place % 3 < 2]
     if len(both.texts) < 3:
-        logger.warning("only %d texts to read ranges off, which are compared on as well", len(both.texts))
         calibrated = compared = both.texts
-    elif number < settings.num_texts:
-        logger.warning("ranges are read off %d texts, all that there are", number)
+        if settings.int8:
+            logger.warning("only %d texts to read ranges off, which are compared on as well", len(both.texts))
+    elif settings.int8 and len(calibrated) < settings.num_texts:
+        logger.warning("ranges are read off %d texts, all that there are", len(calibrated))
     return both._replace(texts=calibrated), compared
 
 
@@ -207,12 +207,13 @@ def compare_export(
         output: Its export.
         settings: Where texts are that speed is measured on.
         evaluation: Collections.
-        options: How a text becomes a vector, as for ``export_graph``.
+        options: As for ``export_graph``.
     """
     sources = settings.texts or [str(collection_files(Path(c), evaluation.split)[0]) for c in evaluation.collections]
     if not sources:
         return None
     texts = sample_texts(sources, size=max(TIMED_TEXTS, len(sources)), seed=settings.seed).texts
     text = TextSettings(**{f.name: getattr(options, f.name) for f in fields(TextSettings)})
+    both = EncoderOptions(max_length=options.max_length, stock_architecture=options.stock_architecture)
     with TemporaryDirectory() as folder:
-        return benchmark(name, str(output), Path(folder), texts=texts, settings=evaluation, text=text)
+        return benchmark(name, str(output), Path(folder), texts=texts, settings=evaluation, options=both, text=text)

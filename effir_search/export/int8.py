@@ -6,12 +6,12 @@ quantisation 0.993 (dynamic) and 0.927 (static) at less than half the speed.
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from effir_search.encoding.encoder import Encoder
+from effir_search.model.graph_model import require_packages
 
 
 def write_int8(encoder: Encoder, graph: Path, texts: Sequence[str], output: Path) -> None:
@@ -29,10 +29,7 @@ def write_int8(encoder: Encoder, graph: Path, texts: Sequence[str], output: Path
     Raises:
         ModuleNotFoundError: nncf or openvino is missing.
     """
-    for package in ("openvino", "nncf"):
-        if find_spec(package) is None:
-            advice = "pip install 'effir_search[export]' has it"
-            raise ModuleNotFoundError(f"{package} is not installed; {advice}", name=package)
+    require_packages("openvino", "nncf")
     os.environ.setdefault("NNCF_CI", "1")  # nncf tells its makers what it is used for unless this is set
     import nncf
     import openvino

@@ -134,6 +134,11 @@ FAMILIES = {
 }
 
 
+def is_prunable(config: PretrainedConfig) -> bool:
+    """Whether a model, or the one that a pruned model was made from, is of a family in ``FAMILIES``."""
+    return getattr(config, "base_config", config).model_type in FAMILIES
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a model by its config, of a pruned model that of its base.
 

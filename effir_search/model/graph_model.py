@@ -58,7 +58,7 @@ class GraphModel:
         return self._source.modules()
 
     def num_parameters(self) -> int:
-        """Return how many parameters the model has that the graph was made from."""
+        """Return the parameters of the model that the graph was made from."""
         return self._source.num_parameters()
 
     def __call__(self, **tokens: Tensor) -> BaseModelOutput:
@@ -82,12 +82,11 @@ def graph_files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / GRAPH_FILES[backend]).parent.iterdir() if path.is_file())
 
 
-def require_backend(backend: str) -> None:
-    """Raise ModuleNotFoundError, with what to install, if the package of a backend is not there."""
-    if importlib.util.find_spec(PACKAGES[backend]) is None:
-        raise ModuleNotFoundError(
-            f"{PACKAGES[backend]} is not installed; pip install 'effir_search[export]' has it", name=PACKAGES[backend]
-        )
+def require_packages(*packages: str) -> None:
+    """Raise ModuleNotFoundError for the first of these packages that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def load_graph(file: Path, backend: str, source: PreTrainedModel, dtype: torch.dtype) -> GraphModel:
@@ -103,7 +102,7 @@ def load_graph(file: Path, backend: str, source: PreTrainedModel, dtype: torch.d
         ValueError: A dtype that the backend has not, a file that is damaged or no such graph.
         ModuleNotFoundError: The backend's package is missing.
     """
-    require_backend(backend)
+    require_packages(PACKAGES[backend])
     if dtype not in GRAPH_DTYPES[backend].values():
         able = " and ".join(GRAPH_DTYPES[backend])
         raise UserError(
@@ -111,7 +110,8 @@ def load_graph(file: Path, backend: str, source: PreTrainedModel, dtype: torch.d
         )
     load = _load_onnx if backend == "onnx" else _load_openvino
     run, names, outputs = load(file, dtype)
-    if OUTPUT_NAME not in outputs or not {"input_ids", "attention_mask"} <= set(names):
+    needed = {"input_ids", "attention_mask"}
+    if OUTPUT_NAME not in outputs or not needed <= set(names) <= needed | {"token_type_ids"}:
         raise UserError(f"{file}: takes {', '.join(names)} and gives {', '.join(outputs)}, so it is no text encoder")
     return GraphModel(run, names, source, dtype)
 

@@ -1,10 +1,10 @@
 """A torch transformer written as an ONNX graph, which ONNX Runtime and OpenVINO read."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effir_search.errors import UserError
-from effir_search.model.graph_model import OUTPUT_NAME
+from effir_search.model.graph_model import OUTPUT_NAME, require_packages
 
 # ONNX's files hold at most 2 GB; larger weights lie beside the graph.
 LARGE_BYTES = 1_500_000_000
+
+
+class NoGraphError(UserError):
+    """A model that cannot be written as a graph."""
 
 
 class _States(nn.Module):
@@ -39,12 +43,14 @@ def write_onnx(model: PreTrainedModel, tokens: Mapping[str, Tensor], file: Path)
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing.
-        ValueError: torch cannot write this model as a graph.
+        NoGraphError: torch cannot write this model as a graph, or would write another one.
     """
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            advice = "pip install 'effir_search[export]' has it"
-            raise ModuleNotFoundError(f"{package} is not installed; {advice}", name=package)
+    kind = model.config.model_type
+    # The graph has the angles of one length: it took those of long texts for short ones, too.
+    config = getattr(model.config, "base_config", model.config)
+    if "longrope" in str(getattr(config, "rope_parameters", None)):
+        raise NoGraphError(f"a {kind} with longrope, whose RoPE depends on the length of a text, cannot be a graph")
+    require_packages("onnx", "onnxscript")
     states = _States(model, list(tokens)).eval()
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -61,20 +67,21 @@ def write_onnx(model: PreTrainedModel, tokens: Mapping[str, Tensor], file: Path)
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            kind = model.config.model_type
-            raise UserError(f"torch cannot write a {kind} as an ONNX graph: {str(error).splitlines()[0]}") from error
+            reason = str(error).partition(". ")[0]
+            raise NoGraphError(f"torch cannot write a {kind} as an ONNX graph: {reason}") from error
     program.save(file, external_data=size > LARGE_BYTES)
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Keep what the exporter remarks on its own work out of the answer."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # it prints the whole graph of a model that it cannot write
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -100,7 +100,7 @@ def analyze(
     refuse_existing(output, replaces=())
     config = prunable_config(encoder_name, stock_architecture=options.stock_architecture)
     calibration = sample_texts(sources, size=size, seed=seed)
-    encoder = Encoder.from_pretrained(encoder_name, options.with_defaults(dtype="saved"))
+    encoder = Encoder.from_pretrained(encoder_name, options.with_defaults(dtype="saved"), backend="torch")
     tokens = encoder.tokenize(calibration.texts, prompt=encoder.config.document_prompt)
     rankings = {name: _rankings(name, greedy_numbers) for name in dict.fromkeys(criteria)}
     announce(encoder, tokens, _passes(encoder, rankings, curves=curves))

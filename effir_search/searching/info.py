@@ -177,8 +177,10 @@ def describe_model(
         _check_tensors(files.transformer_folder, config)
     facts: Facts = {"model": name, "architecture": type(model).__name__, "model_type": config.model_type}
     if exported:
-        record = read_json(files.transformer_folder / EXPORT_FILE)
-        facts |= {"exported_to": record["to"], "exported_from": record["model"], "int8": record["int8"]}
+        facts["exported_to"] = exported
+        if (file := files.transformer_folder / EXPORT_FILE).is_file():  # other programs write such folders, too
+            record = read_json(file)
+            facts |= {"exported_from": record["model"], "int8": record["int8"]}
     for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         facts[size] = getattr(config, size, None)
     facts |= {

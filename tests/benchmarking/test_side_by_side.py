@@ -227,6 +227,7 @@ def test_what_cannot_be_measured_is_an_error_before_anything_is(tmp_path, bert_f
     corpus, output = ["--corpus", collection / "corpus.jsonl"], ["--output", tmp_path / "bench"]
     qrels = qrels_of(collection)
     assert "--qrels goes with --topics" in error_of(bert_folder, *corpus, *qrels, *output)
+    assert "--backend auto is for effir index" in error_of(bert_folder, *corpus, "--backend", "auto", *output)
     twice = error_of(bert_folder, bert_folder, *corpus, "--dtype", "fp32", *output)
     assert "fp32 stands twice; name each model and each --dtype once" in twice
     assert "stands twice" in error_of(bert_folder, *corpus, "--dtype", "fp32", "--dtype", "fp32", *output)

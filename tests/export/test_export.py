@@ -1,6 +1,7 @@
 """Exports beside the models they were made from, through both runtimes, ours and by hand."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,26 +9,33 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from conftest import PRUNABLE, QUERIES, TEXTS, save_model, save_sentence_files
+import transformers
+from conftest import PRUNABLE, QUERIES, TEXTS, save_model, save_sentence_files, word_tokenizer
 from processes import run_command
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from effir_search.benchmarking.benchmark import benchmark
+from effir_search.benchmarking.benchmark import _work, benchmark
+from effir_search.cli.errors import describe_error, is_for_users
 from effir_search.encoding import fastest
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
-from effir_search.export.export import export_graph
+from effir_search.export.export import _texts, compare_export, export_graph
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import read_index_info
 from effir_search.model import graph_model
 from effir_search.model.surgery import prune
 from effir_search.searching.info import describe_model
 from effir_search.searching.searcher import Searcher
-from effir_search.settings import BenchmarkSettings, EncoderOptions, ExportSettings
+from effir_search.settings import BenchmarkSettings, EncoderOptions, EvaluationSettings, ExportSettings
 from effir_search.text.trec import read_topics
 
 TO_ONNX, TO_OPENVINO = ExportSettings(to="onnx"), ExportSettings(to="openvino")
 FEW = ("bert", "llama")
+# Of families that cannot be pruned.
+SIZES = dict(
+    vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=96, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 
 
 def pruned_folder(folder, family):
@@ -187,29 +195,72 @@ def test_auto_takes_the_fastest_backend_that_keeps_the_vectors(tmp_path, monkeyp
 
 
 def test_what_an_export_cannot_do_is_told(tmp_path, monkeypatch, exported, bert_folder, collection, texts):
-    with pytest.raises(UserError, match="was exported to onnx and has no weights, so --backend torch cannot"):
+    with pytest.raises(
+        UserError, match="was exported to onnx and has no weights, which torch needs; give the model it was made from"
+    ):
         Encoder.from_pretrained(exported / "onnx", backend="torch")
+    with pytest.raises(UserError, match="was exported to onnx and has no weights, so --backend openvino cannot"):
+        Encoder.from_pretrained(exported / "onnx", backend="openvino")
+    with pytest.raises(UserError, match="--dtype saved: the backend openvino computes in fp32 and bf16"):
+        Encoder.from_pretrained(bert_folder, backend="openvino", dtype="saved")
     with pytest.raises(UserError, match="the backend onnx computes in fp32, not in bfloat16"):
         Encoder.from_pretrained(exported / "onnx", dtype="bf16")
     with pytest.raises(UserError, match="computes on the CPU alone"):
         Encoder.from_pretrained(bert_folder, backend="openvino", device="cuda")
     for command in (
         ("prune", "--encoder", exported / "onnx", "--drop-mlp-layers", "1"),
+        ("analyze", "--encoder", exported / "onnx", "--texts", texts, "--dtype", "fp32"),
+        ("export", exported / "onnx", "--to", "openvino"),
         ("compress", "--encoder", exported / "onnx", "--texts", texts),
         ("finetune", "--encoder", exported / "onnx", "--texts", texts, "--teacher", bert_folder),
     ):
         done = run_command(*command, "--output", tmp_path / command[0])
         assert done.returncode == 1
-        assert "has no weights, which are needed here; give the model it was made from" in done.stderr.splitlines()[-1]
+        assert "has no weights, which torch needs; give the model it was made from" in done.stderr.splitlines()[-1]
     with pytest.raises(FileExistsError):
         export_graph(str(bert_folder), exported / "onnx", TO_ONNX)
     found = graph_model.importlib.util.find_spec
     monkeypatch.setattr(
         graph_model.importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name)
     )
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'effir_search\[export\]'"):
+    with pytest.raises(ModuleNotFoundError) as raised:
         export_graph(str(bert_folder), tmp_path / "new", TO_OPENVINO)
+    assert is_for_users(raised.value)
+    assert describe_error(raised.value).startswith("openvino is not installed; pip install '.[export]'")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            transformers.LongformerConfig(**SIZES, attention_window=8),
+            "torch cannot write a longformer as an ONNX graph: Failed to export the model with torch.export",
+        ),
+        (
+            transformers.Phi3Config(
+                **SIZES,
+                rope_parameters={
+                    **{"rope_type": "longrope", "rope_theta": 100.0, "factor": 6.0},
+                    **{"short_factor": [1.0] * 4, "long_factor": [5.0] * 4, "original_max_position_embeddings": 16},
+                },
+            ),
+            "a phi3 with longrope, whose RoPE depends on the length of a text, cannot be a graph",
+        ),
+    ],
+    ids=["longformer", "longrope"],
+)
+def test_a_model_that_cannot_be_a_graph_is_told_in_a_line_and_auto_takes_torch(tmp_path, capfd, caplog, config, why):
+    caplog.set_level("INFO")
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    word_tokenizer(bos=True, eos=True).save_pretrained(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=re.escape(why)) as raised:
+        Encoder.from_pretrained(tmp_path, backend="onnx")
+    assert "\n" not in str(raised.value) and "def forward" not in capfd.readouterr().err
+    auto = EncoderOptions(backend="auto", dtype="fp32")
+    assert fastest.fastest_options(str(tmp_path), TEXTS, auto).backend == "torch"
+    assert f"torch encodes: {raised.value}" in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -235,3 +286,58 @@ def test_the_command_tells_what_it_made_and_refuses_what_would_be_ignored(tmp_pa
     ):
         done = run_command("export", bert_folder, "--output", tmp_path / "other", *options)
         assert done.returncode != 0 and why in done.stderr and not (tmp_path / "other").exists()
+
+
+def test_a_family_that_cannot_be_pruned_is_compared_and_measured(tmp_path, collection):
+    model = save_sentence_files(save_model(tmp_path / "t5", "t5"))
+    done = run_command("export", model, "--to", "onnx", "--output", tmp_path / "out", "--evaluate", collection)
+    assert done.returncode == 0, done.stderr
+    assert "nDCG@10, mean" in done.stdout
+    work, of_model = (
+        _work(Encoder.from_pretrained(folder, dtype="fp32"), TEXTS) for folder in (tmp_path / "out", model)
+    )
+    assert (work.tokens, work.flops) == (of_model.tokens, None)
+    assert work.sizes["parameters"] == of_model.sizes["parameters"]
+
+
+def test_the_bytes_of_an_export_are_those_of_its_graph(exported):
+    """Not those that its parameters had in torch's types, which int8 is none of."""
+    work = _work(Encoder.from_pretrained(exported / "openvino", dtype="bf16"), TEXTS)
+    files = (exported / "openvino" / "openvino").iterdir()
+    assert work.sizes["weights_bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_the_model_beside_an_export_reads_as_the_export_was_told_to(tmp_path, bert_folder, texts):
+    """Of 5 tokens a text, both give the same vectors; a model of its own length gave others."""
+    to_onnx, options = ExportSettings(to="onnx", texts=(texts,)), EncoderOptions(max_length=5)
+    export_graph(str(bert_folder), tmp_path / "out", to_onnx, options)
+    measured = compare_export(str(bert_folder), tmp_path / "out", to_onnx, EvaluationSettings(), options)
+    assert measured.cosine > 0.999
+
+
+@pytest.mark.parametrize(("number", "warns"), [(5, False), (40, False), (41, True)])
+def test_fewer_texts_than_asked_for_are_warned_of(tmp_path, bert_folder, texts, caplog, number, warns):
+    """There are 60: of three two are for ranges, one is compared on."""
+    settings = ExportSettings(to="openvino", int8=True, texts=(texts,), num_texts=number)
+    calibration, compared = _texts(settings)
+    assert len(calibration.texts) == min(number, 40) and len(compared) == len(calibration.texts) // 2
+    assert ("all that there are" in caplog.text) is warns
+    caplog.clear()
+    _texts(ExportSettings(to="openvino", texts=(texts,)))
+    assert not caplog.records
+
+
+def test_a_graph_of_another_program_is_an_encoder_too_unless_it_takes_more(tmp_path, exported, bert_folder):
+    import onnx
+
+    folder = shutil.copytree(exported / "onnx", tmp_path / "foreign")
+    (folder / "effir_export.json").unlink()
+    np.testing.assert_array_equal(vectors(folder), vectors(exported / "onnx"))
+    _, facts = describe_model(str(folder))
+    assert facts["exported_to"] == "onnx" and "exported_from" not in facts
+    file = folder / graph_model.GRAPH_FILES["onnx"]
+    graph = onnx.load(file)
+    graph.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, [None, None]))
+    onnx.save(graph, file)
+    with pytest.raises(UserError, match="takes .*position_ids and gives last_hidden_state, so it is no text encoder"):
+        Encoder.from_pretrained(folder)
