@@ -283,7 +283,7 @@ def index_corpus(
     settings = replace(settings, restart=False, repair=False)
     if (begun := store.settings()) is not None:
         settings, options = settings.with_defaults(threads=begun.threads), _as_begun(options, begun)
-    if len(devices) == 1:
+    if devices:  # each worker has its own; the first one is where backends are tried
         options = replace(options, device=devices[0])
     if options.backend == "auto":
         options = _with_fastest(corpus, encoder_name, settings, options)
@@ -299,7 +299,9 @@ def _as_begun(options: EncoderOptions, begun: StoreSettings) -> EncoderOptions:
     """Return the options with those of the job that began a store, where nothing else is asked for."""
     if options.backend == "auto":
         options = replace(options, backend=begun.backend)
-    options = options.with_defaults(dtype=begun.dtype, batch_tokens=begun.batch_tokens, backend=begun.backend)
+    options = options.with_defaults(batch_tokens=begun.batch_tokens, backend=begun.backend)
+    if options.backend == begun.backend:  # another one may not compute in that
+        options = options.with_defaults(dtype=begun.dtype)
     return replace(options, device="cpu") if options.device == "auto" and begun.device == "cpu" else options
 
 

@@ -1,7 +1,7 @@
 """What a stopped job and the one that continues it must have in common, to the bit."""
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
 import torch
@@ -23,6 +23,7 @@ class StoreSettings:
     Attributes:
         model_sha256: See ``model.checkpoint.weights_sha256``.
         encoder: The fields of the ``EncoderConfig``.
+        backend: What computes, see ``Encoder``.
         dtype: Of the transformer's arithmetic, as torch names it.
         device: "cpu" or "cuda".
         threads: Of torch.
@@ -32,11 +33,11 @@ class StoreSettings:
         corpus_sha256: See ``corpus.CorpusHasher``; None where a program hands over the documents.
         versions: Of the packages that do the arithmetic.
         processor: Of the job that began the store, see ``processor_name``.
-        backend: What computes, see ``Encoder``.
     """
 
     model_sha256: str
     encoder: dict[str, object]
+    backend: str = field(default="torch", kw_only=True)  # before what depends on it: the first difference is told
     dtype: str
     device: str
     threads: int
@@ -46,7 +47,6 @@ class StoreSettings:
     corpus_sha256: str | None
     versions: dict[str, str]
     processor: str
-    backend: str = "torch"
 
 
 ARITHMETIC = ("torch", "transformers", "tokenizers")
