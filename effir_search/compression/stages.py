@@ -15,7 +15,7 @@ from effir_search.evaluation.benchmark import Benchmark, benchmark
 from effir_search.files.whole import whole_folder
 from effir_search.model.layers import PartKind
 from effir_search.pruning.analyze import analyze
-from effir_search.pruning.prune import NAMES, prune_encoder
+from effir_search.pruning.prune import NAMES, counted, prune_encoder
 from effir_search.settings import CompressionSettings, EncoderOptions
 from effir_search.text.corpus import document_text, read_corpus
 from effir_search.training.finetune import finetune
@@ -142,7 +142,7 @@ def analyze_parts(job: Job, folder: Path, numbers: dict[PartKind, int]) -> None:
 
 def _dropping(recipe: CompressionSettings) -> str:
     numbers = numbers_to_drop(recipe)
-    return "dropping " + ", ".join(f"{number} {NAMES[kind]}" for kind, number in numbers.items()) if numbers else ""
+    return "dropping " + ", ".join(counted(kind, number) for kind, number in numbers.items()) if numbers else ""
 
 
 def drop(job: Job, folder: Path) -> None:

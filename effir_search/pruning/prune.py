@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 NAMES: dict[PartKind, str] = {"block": "blocks", "mlp": "MLPs", "attention": "attentions"}
 
 
+def counted(kind: PartKind, number: int) -> str:
+    """Return so many parts of a kind in words: "1 block", "2 MLPs"."""
+    return f"{number} {NAMES[kind].removesuffix('s') if number == 1 else NAMES[kind]}"
+
+
 class PruningResult(NamedTuple):
     """What was done.
 
@@ -188,7 +193,7 @@ class Measurement:
         different = [name for name in expected if analysis.get(name) != expected[name]]
         order = [RankedPart(*part) for part in analysis.get("order", {}).get(self.criterion, {}).get(kind, [])]
         if different or len(order) < number:
-            lack = f"does not order {number} {NAMES[kind]} by {self.criterion}"
+            lack = f"does not order {counted(kind, number)} by {self.criterion}"
             reason = f"is of another {different[0]}" if different else lack
             logger.info("%s %s, so importance is measured", file, reason)
             return None

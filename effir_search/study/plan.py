@@ -15,7 +15,7 @@ from effir_search.compression.recipe import as_compression, check_names, first_p
 from effir_search.errors import UserError
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.model.layers import mlp_widths, parts_of
-from effir_search.pruning.prune import NAMES
+from effir_search.pruning.prune import NAMES, counted
 from effir_search.settings import CompressionSettings, PartKind, StudySettings, StudyTable
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ class Planner:
                     self.available[kind],
                     ", ".join(map(str, skipped)),
                 )
-            rows += [Row(f"{number} {_words(kind, number)}", self.plan(**{kind: number})) for number in possible]
+            rows += [Row(counted(kind, number), self.plan(**{kind: number})) for number in possible]
         return rows
 
     def _nearest(self, kind: PartKind, share_left: float) -> int | None:
@@ -267,7 +267,7 @@ class Planner:
         size = self.share_left(self.effir)
         rows = [Row("depth and width (EffiR)", self.effir)]
         if depth := self._nearest("mlp", size):
-            rows.append(Row(f"depth alone: {depth} {_words('mlp', depth)}", self.plan(mlp=depth)))
+            rows.append(Row(f"depth alone: {counted('mlp', depth)}", self.plan(mlp=depth)))
         narrow = self._narrow_for(size)
         if narrow is None:
             logger.warning("narrowing alone cannot make the model as small as %.0f%%, which is left out", 100 * size)
@@ -307,10 +307,6 @@ class Planner:
     def blocks(self, number: int) -> Plan:
         """Return the plan of whole layers alone."""
         return self.plan(block=number)
-
-
-def _words(kind: PartKind, number: int) -> str:
-    return {"mlp": "MLP", "attention": "attention", "block": "block"}[kind] + "s" * (number != 1)
 
 
 def cells_of(plan: Plan, study: StudyRecipe) -> list[Cell]:

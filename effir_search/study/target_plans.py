@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from effir_search.errors import UserError
 from effir_search.model.arithmetic import count, empty_model, planned
 from effir_search.model.layers import parts_of
-from effir_search.pruning.prune import NAMES
+from effir_search.pruning.prune import NAMES, counted
 from effir_search.study.plan import Plan
 from effir_search.study.speed import Shape
 
@@ -56,7 +56,7 @@ class Target(NamedTuple):
 
 def words_of(plan: Plan) -> str:
     """Return what a plan drops and narrows, in words."""
-    parts = [f"{number} {NAMES[kind]}" for kind, number in plan.drops.items()]
+    parts = [counted(kind, number) for kind, number in plan.drops.items()]
     share = f"{plan.narrow:.1%}" if plan.narrow >= 0.0005 else "under 0.1%"
     return ", ".join([*parts, f"{share} of the units"] if plan.narrow else parts)
 

@@ -137,7 +137,7 @@ def test_what_an_analysis_measured_is_used_and_gives_the_same_model(
         ({"options": EncoderOptions(pooling="last")}, "is of another encoder"),
         ({"options": EncoderOptions(pooling="mean", max_length=5)}, "is of another encoder"),
         ({"criterion": "greedy", "numbers": {"mlp": 3}}, "does not order 3 MLPs by greedy"),
-        ({"criterion": "greedy", "numbers": {"block": 1}}, "does not order 1 blocks by greedy"),
+        ({"criterion": "greedy", "numbers": {"block": 1}}, "does not order 1 block by greedy"),
     ],
 )
 def test_an_analysis_of_anything_else_is_not_used_and_that_is_said(
