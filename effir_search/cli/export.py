@@ -20,6 +20,7 @@ def export(model: str, output: Path, **options: object) -> None:
     A folder of --to onnx or openvino is an encoder for all commands that encode, and for sentence-transformers with
     backend="onnx" or "openvino". In int8 vectors are a little other ones: --evaluate tells what that costs.
     """
+    from effir_search.evaluation.benchmark import collection_files
     from effir_search.export.export import compare_export, describe_export, export_gguf, export_graph
 
     evaluation, settings = taken(EvaluationSettings, options), taken(ExportSettings, options)
@@ -31,6 +32,8 @@ def export(model: str, output: Path, **options: object) -> None:
     refuse(["weights"], "goes with --to gguf")
     if not settings.int8:
         refuse(["num_texts"], "goes with --int8")
+    for collection in evaluation.collections:  # what is wrong with them is an error before any work
+        collection_files(Path(collection), evaluation.split)
     exported = export_graph(model, output, settings, how)
     measured = compare_export(model, output, settings, evaluation, how)
     click.echo(describe_export(exported, measured, output))

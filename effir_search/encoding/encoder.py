@@ -23,6 +23,7 @@ from effir_search.encoding.devices import chosen_device, chosen_dtype
 from effir_search.encoding.pooling import pool
 from effir_search.encoding.tokenizing import lower_case
 from effir_search.errors import UserError
+from effir_search.files.reading import read_json
 from effir_search.model.checkpoint import (
     empty_transformer,
     exported_backend,
@@ -31,9 +32,17 @@ from effir_search.model.checkpoint import (
     resolve_model,
     weights_sha256,
 )
-from effir_search.model.graph_model import GRAPH_DTYPES, GRAPH_FILES, PACKAGES, GraphModel, load_graph, require_packages
+from effir_search.model.graph_model import (
+    EXPORT_FILE,
+    GRAPH_DTYPES,
+    GRAPH_FILES,
+    PACKAGES,
+    GraphModel,
+    load_graph,
+    require_packages,
+)
 from effir_search.model.packed import pack
-from effir_search.model.save import save_model
+from effir_search.model.save import WEIGHTS_FIELD, save_model
 from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
 from effir_search.model.to_graph import write_onnx
 from effir_search.settings import EncoderOptions
@@ -189,6 +198,7 @@ class Encoder:
         """
         place = self.files.transformer_folder
         if exported_backend(place):
+            self._check_graph(place)
             graph = load_graph(place / GRAPH_FILES[backend], backend, self.model, dtype)
         else:
             require_packages(PACKAGES[backend])
@@ -198,6 +208,14 @@ class Encoder:
         encoder = self.with_model(graph)
         encoder.backend = backend
         return encoder
+
+    def _check_graph(self, place: Path) -> None:
+        """Raise ValueError if an exported graph is not the one that its record was written for."""
+        record = read_json(place / EXPORT_FILE) if (place / EXPORT_FILE).is_file() else {}
+        if record.get(WEIGHTS_FIELD, self.weights_sha256) != self.weights_sha256:
+            raise UserError(
+                f"{place}: its graph is damaged or another than {EXPORT_FILE} was written for; export it again"
+            )
 
     def write_onnx(self, file: Path) -> None:
         """Write the transformer as an ONNX graph, see ``model.to_graph.write_onnx``."""

@@ -39,6 +39,7 @@ from effir_search.indexing.index_record import (
     read_index,
     store_of,
 )
+from effir_search.indexing.resume import packages_of
 from effir_search.indexing.shard import WHOLE, Shard
 from effir_search.indexing.store import Store
 from effir_search.settings import IndexSettings
@@ -175,13 +176,14 @@ def _add_rows(index: faiss.Index, rows: Rows, first: np.ndarray, folder: Path, *
 def _write_record(info: IndexInfo, folder: Path) -> IndexInfo:
     """Write ``effir.json`` with the hashes of the files beside it, and return what it says."""
     copies = folder / COPIES_FILE
+    packages = (*PACKAGES, *packages_of(info.backend))
     info = replace(
         info,
         index_sha256=file_sha256(folder / INDEX_FILE),
         docid_sha256=file_sha256(folder / DOCID_FILE),
         copies_sha256=file_sha256(copies) if copies.is_file() else "",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        versions={"python": platform.python_version()} | {package: version(package) for package in packages},
     )
     text = json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n"
     (folder / INFO_FILE).write_text(text, encoding="utf-8", newline="\n")

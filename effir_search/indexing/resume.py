@@ -64,7 +64,7 @@ def settings_of(encoder: Encoder, corpus_sha256: str | None) -> StoreSettings:
         dimension=encoder.dimension,
         part_size=PART_SIZE,
         corpus_sha256=corpus_sha256,
-        versions={package: version(package) for package in (*ARITHMETIC, *_packages(encoder.backend))},
+        versions={package: version(package) for package in (*ARITHMETIC, *packages_of(encoder.backend))},
         processor=processor_name(encoder.device),
         backend=encoder.backend,
     )
@@ -79,5 +79,6 @@ def processor_name(device: torch.device) -> str:
     return f"{able.get('cpu_name') or platform.machine()} ({', '.join(sets)})"
 
 
-def _packages(backend: str) -> list[str]:
+def packages_of(backend: str) -> list[str]:
+    """Return what computes besides torch."""
     return [PACKAGES[backend]] if backend in PACKAGES else []

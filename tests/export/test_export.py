@@ -151,6 +151,7 @@ def test_an_index_says_what_computed_it_and_is_searched_by_that(tmp_path, export
     for name in ("by export", "by backend"):
         info = read_index_info(tmp_path / name)
         assert (info.backend, info.dtype) == ("onnx", "float32")
+        assert info.versions["onnxruntime"] == onnxruntime.__version__
     searcher = Searcher(tmp_path / "by export")
     assert searcher.encoder.backend == "onnx"
     assert [(hit.query_id, hit.doc_id) for hit in searcher.search(topics)] == wanted
@@ -274,9 +275,22 @@ def test_a_cut_graph_is_one_line(tmp_path, exported, backend):
     folder = shutil.copytree(exported / backend, tmp_path / "cut")
     file = folder / graph_model.GRAPH_FILES[backend]
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="its graph is damaged"):
+        Encoder.from_pretrained(folder)
+    (folder / "effir_export.json").unlink()  # as in a folder that another program made
     with pytest.raises(UserError, match="cut, damaged or no .* model; export it again") as raised:
         Encoder.from_pretrained(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_a_graph_whose_numbers_were_changed_is_refused(tmp_path, exported):
+    folder = shutil.copytree(exported / "openvino", tmp_path / "changed")
+    file = folder / "openvino" / "openvino_model.bin"
+    numbers = bytearray(file.read_bytes())
+    numbers[len(numbers) // 2] ^= 255
+    file.write_bytes(numbers)
+    with pytest.raises(UserError, match="damaged or another than effir_export.json was written for; export it again"):
+        Encoder.from_pretrained(folder)
 
 
 def test_the_command_tells_what_it_made_and_refuses_what_would_be_ignored(tmp_path, bert_folder, collection, texts):
@@ -289,6 +303,7 @@ def test_the_command_tells_what_it_made_and_refuses_what_would_be_ignored(tmp_pa
         (["--to", "onnx", "--int8", "--texts", texts], "--int8 goes with --to openvino"),
         (["--to", "openvino", "--int8"], "give --texts"),
         (["--to", "onnx", "--num-texts", 5], "goes with --int8"),
+        (["--to", "onnx", "--evaluate", tmp_path / "nowhere"], "nowhere: has no corpus.jsonl"),
     ):
         done = run_command("export", bert_folder, "--output", tmp_path / "other", *options)
         assert done.returncode != 0 and why in done.stderr and not (tmp_path / "other").exists()
