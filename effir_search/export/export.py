@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
-from effir_search.encoding.fastest import mean_cosine
 from effir_search.encoding.same_space import learned_spaces
 from effir_search.evaluation.benchmark import Benchmark, benchmark, collection_files, format_benchmark
 from effir_search.export.gguf_writer import write_gguf
 from effir_search.export.int8 import write_int8
 from effir_search.files.reading import read_json
 from effir_search.files.whole import refuse_existing, whole_folder
+from effir_search.indexing.verify import cosine
 from effir_search.model.checkpoint import lasting_name, quiet_transformers
 from effir_search.model.graph_model import EXPORT_FILE, GRAPH_FILES, OWN_CONFIG, PACKAGES, graph_files, require_packages
 from effir_search.model.modeling_effir import EffirConfig
@@ -82,15 +82,15 @@ def export_graph(
         _write_graph(encoder, file, settings, sample)
         _write_settings(encoder, folder)
         graph = Encoder.from_pretrained(folder, dtype="fp32")
-        cosine = mean_cosine(graph.encode_documents(compared), encoder.encode_documents(compared))
-        if not settings.int8 and cosine < LEAST_COSINE:
-            raise RuntimeError(f"the graph is not the model: its vectors have a mean cosine of {cosine:.6f} to it")
+        mean = float(cosine(graph.encode_documents(compared), encoder.encode_documents(compared)).mean())
+        if not settings.int8 and mean < LEAST_COSINE:
+            raise RuntimeError(f"the graph is not the model: its vectors have a mean cosine of {mean:.6f} to it")
         export = Export(
             model=lasting_name(name),
             model_sha256=encoder.weights_sha256,
             to=settings.to,
             int8=settings.int8,
-            cosine=cosine,
+            cosine=mean,
             compared=len(compared),
             calibration=sample.record(encoder.config.max_length) if settings.int8 else None,
         )

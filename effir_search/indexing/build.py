@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
-from effir_search.encoding.fastest import TRIED_TEXTS, fastest_options
 from effir_search.errors import UserError
 from effir_search.indexing.encode import CorpusRead, encode_corpus
 from effir_search.indexing.faiss_kinds import new_index, training_size
+from effir_search.indexing.fastest import TRIED_TEXTS, fastest_options
 from effir_search.indexing.folder import announce, check_output, rows_of_flat, rows_of_kept, rows_of_store, write_folder
 from effir_search.indexing.index_record import (
     INDEX_FILE,

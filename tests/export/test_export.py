@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from effir_search.benchmarking.benchmark import _work, benchmark
 from effir_search.cli.errors import describe_error, is_for_users
-from effir_search.encoding import fastest
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.export.export import _texts, compare_export, export_graph
+from effir_search.indexing import fastest
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import read_index_info
+from effir_search.indexing.verify import cosine
 from effir_search.model import graph_model
 from effir_search.model.surgery import prune
 from effir_search.searching.info import describe_model
@@ -107,8 +108,8 @@ def test_in_int8_weights_are_a_quarter_and_vectors_are_close(tmp_path, bert_fold
     settings = ExportSettings(to="openvino", int8=True, texts=(texts,), num_texts=20)
     export = export_graph(str(bert_folder), tmp_path / "int8", settings)
     ours, wanted = vectors(tmp_path / "int8"), vectors(bert_folder)
-    cosine = fastest.mean_cosine(ours, wanted)
-    assert 0.97 < cosine < 0.999999 and 0.97 < export.cosine < 1
+    mean = cosine(ours, wanted).mean()
+    assert 0.97 < mean < 0.999999 and 0.97 < export.cosine < 1
     assert (export.calibration["texts"], export.compared) == (20, 10)
     record = json.loads((tmp_path / "int8" / "effir_export.json").read_text())
     assert record["int8"] is True and record["cosine"] == export.cosine

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
-import numpy as np
-
 from effir_search.encoding.encoder import Encoder
+from effir_search.indexing.verify import cosine
 from effir_search.model.graph_model import GRAPH_DTYPES, PACKAGES
 from effir_search.model.to_graph import NoGraphError
 from effir_search.settings import EncoderOptions
@@ -59,7 +58,7 @@ def fastest_options(name: str, texts: Sequence[str], options: EncoderOptions) ->
             embeddings = encoder.encode_documents(texts)
             if turn:  # the first one warms up
                 seconds[backend].append(time.perf_counter() - begun)
-            cosines[backend] = mean_cosine(embeddings, wanted)
+            cosines[backend] = float(cosine(embeddings, wanted).mean())
     speeds = {backend: len(texts) / statistics.median(values) for backend, values in seconds.items()}
     close = [backend for backend in encoders if cosines[backend] >= LEAST_COSINE]
     fastest = max(close or ["torch"], key=speeds.__getitem__)
@@ -68,10 +67,3 @@ def fastest_options(name: str, texts: Sequence[str], options: EncoderOptions) ->
     )
     logger.info("documents a second: %s; %s encodes", shown, fastest)
     return replace(options, backend=fastest)
-
-
-def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the mean cosine of the rows of two arrays, ``(texts, dimension)``; rows of zeros are left out."""
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    kept = lengths > 0
-    return float(((a * b).sum(axis=1)[kept] / lengths[kept]).mean()) if kept.any() else 1.0
