@@ -79,7 +79,8 @@ def graph_files(folder: Path) -> list[Path]:
     backend = graph_backend(folder)
     if backend is None:
         return []
-    return sorted(path for path in (folder / GRAPH_FILES[backend]).parent.iterdir() if path.is_file())
+    file = folder / GRAPH_FILES[backend]
+    return sorted(file.parent.glob(f"{file.stem}.*"))  # not what a desktop or another tool has put beside them
 
 
 def require_packages(*packages: str) -> None:
