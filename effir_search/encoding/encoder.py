@@ -238,7 +238,7 @@ class Encoder:
     def with_model(self, model: PreTrainedModel) -> "Encoder":
         """Return an encoder with another transformer, its device and its dtype; the rest is shared."""
         encoder = copy(self)
-        encoder.model, encoder.dtype, encoder.device = model, model.dtype, model.device
+        encoder.model, encoder.dtype, encoder.device, encoder.unpads = model, model.dtype, model.device, False
         encoder.__dict__.pop("_states_of_one_token", None)  # of the model before
         return encoder
 

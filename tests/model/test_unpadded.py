@@ -111,3 +111,15 @@ def test_an_encoder_whose_vectors_differ_without_padding_is_found_out(tmp_path, 
     monkeypatch.setattr("effir_search.encoding.encoder.joined", shifted)
     assert not encoder._agrees_unpadded()
     assert "texts are padded" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", UNPADDED)
+def test_a_gpu_gives_the_vectors_of_the_cpu_without_padding(tmp_path, family):
+    folder, texts = save_model(tmp_path / family, family), [text for _, text in DOCUMENTS.values() if text]
+    exact = Encoder.from_pretrained(folder, device="cpu", dtype="fp32").encode_documents(texts)
+    encoder = Encoder.from_pretrained(folder, device="cuda", dtype="bf16").pack()
+    assert encoder.unpads
+    found = encoder.encode_documents(texts)
+    cosines = (exact * found).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosines.min() > 0.99
