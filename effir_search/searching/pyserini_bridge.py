@@ -7,12 +7,9 @@ import logging
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import faiss
@@ -26,6 +23,7 @@ from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.index_record import IndexInfo, check_query_encoder, read_index, read_index_info
 from effir_search.indexing.nearest import nearest_rows
+from effir_search.searching.pyserini_deferred import deferred_imports
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
 
@@ -94,42 +92,11 @@ _held: list[Any] = []
 
 @cache
 def pyserini_faiss() -> Any:  # noqa: ANN401, the module pyserini.search.faiss
-    """Return ``pyserini.search.faiss``, imported with Java running.
-
-    Pyserini 1.6 builds an OpenAI client on import, which raises if there is no key; a stand-in is there meanwhile.
-    """
+    """Return ``pyserini.search.faiss``, imported with Java running."""
     start_java()
-    key = os.environ.get("OPENAI_API_KEY")
-    os.environ["OPENAI_API_KEY"] = key or "not needed"
-    try:
-        with _sklearn_when_called():
-            import pyserini.search.faiss
-    finally:
-        if key is None:
-            del os.environ["OPENAI_API_KEY"]
-        else:
-            os.environ["OPENAI_API_KEY"] = key
+    with deferred_imports():
+        import pyserini.search.faiss
     return pyserini.search.faiss
-
-
-@contextmanager
-def _sklearn_when_called() -> Iterator[None]:
-    """Let Pyserini's encoders import sklearn's ``normalize`` without sklearn, which comes once it is called.
-
-    sklearn takes an eighth of the start of a search, in which no encoder of Pyserini's own takes part.
-    """
-    name = "sklearn.preprocessing"
-    if name in sys.modules:
-        yield
-        return
-    stand_in = ModuleType(name)
-    stand_in.normalize = lambda *args, **options: importlib.import_module(name).normalize(*args, **options)
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
 
 
 class _QueryEncoding:

@@ -163,21 +163,52 @@ def test_builtin_topics_without_a_network_are_one_os_error(monkeypatch, tmp_path
         builtin_topics("trec1-adhoc")
 
 
-def test_sklearn_is_imported_once_an_encoder_of_pyserini_calls_it():
+def test_what_only_encoders_of_pyserini_need_is_imported_once_they_need_it():
     code = """
-import sys
+import os, sys
 import numpy as np
 from effir_search.searching.pyserini_bridge import pyserini_faiss
 
+os.environ.pop("OPENAI_API_KEY", None)
 pyserini_faiss()
-assert not [name for name in sys.modules if name.partition(".")[0] == "sklearn"]
+assert not [name for name in sys.modules if name.partition(".")[0] in ("sklearn", "openai")]
+assert not [name for name in sys.modules if name.startswith("pandas.")]
+from pyserini import encode
 from pyserini.encode import _auto
 
 rows = np.array([[3.0, 4.0], [0.0, 2.0]])
 np.testing.assert_allclose(_auto.normalize(rows, axis=1, norm="l2"), [[0.6, 0.8], [0.0, 1.0]])
+assert encode._base.pd.DataFrame([[1, 2]]).shape == (1, 2)
+import pandas
 import sklearn.preprocessing
 
 assert sklearn.preprocessing.__file__
+assert pandas.Series([1, 2]).sum() == 3
+os.environ["OPENAI_API_KEY"] = "none"
+import pyserini.encode._openai as real
+
+assert isinstance(real.OpenAiQueryEncoder, type)
+assert encode.OpenAiQueryEncoder is not real.OpenAiQueryEncoder
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_that_a_function_stands_for_is_made_by_its_own_class():
+    code = """
+from effir_search.searching.pyserini_bridge import pyserini_faiss
+
+pyserini_faiss()
+from pyserini import encode
+
+try:
+    encode.OpenAiQueryEncoder(embeddings=1, surely_unknown=2, model_name=3, tokenizer_name="no such tokenizer")
+except Exception as error:
+    print(type(error).__name__, error)
+import sys
+print("openai" in sys.modules)
+"""
+    environment = dict(os.environ, OPENAI_API_KEY="none")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "True"
