@@ -1,5 +1,6 @@
 """mteb: an encoder as its model, and indexes of every kind as what it searches its tasks with."""
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,9 @@ from typing import Any
 
 import mteb
 import numpy as np
+from datasets import Dataset
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.search_wrappers import SearchEncoderWrapper
@@ -18,6 +22,7 @@ from transformers import PreTrainedModel
 from effir_search.encoding.config import own_config, scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
+from effir_search.files.reading import file_sha256
 from effir_search.indexing.faiss_kinds import new_index
 from effir_search.indexing.folder import write_folder
 from effir_search.indexing.index_record import IndexInfo
@@ -26,6 +31,9 @@ from effir_search.model.modeling_effir import EffirConfig
 from effir_search.searching.pyserini_bridge import open_searcher
 from effir_search.searching.searcher import available_cores
 from effir_search.settings import EncoderOptions, IndexSettings
+from effir_search.text.corpus import read_corpus
+from effir_search.text.folders import beir_file
+from effir_search.text.trec import read_qrels, read_topics
 
 # The organisation in the name of a model that is a folder; mteb takes no name without one.
 LOCAL = "effir"
@@ -41,8 +49,8 @@ class EffirEncoder(AbsEncoder):
 
     Attributes:
         encoder: What encodes.
-        mteb_model_meta: What mteb records of it; its revision is the hash of the weights, and settings that are not the
-            model's own are ``experiment_kwargs``, so that mteb keeps their results apart.
+        mteb_model_meta: What mteb records of it. The revision is a hash of the weights and the model's own settings;
+            other settings are ``experiment_kwargs``. So mteb keeps the results of each apart.
     """
 
     def __init__(self, model: Encoder | str | Path, options: EncoderOptions = DEFAULT_OPTIONS) -> None:
@@ -99,7 +107,7 @@ def model_meta(encoder: Encoder, options: EncoderOptions = DEFAULT_OPTIONS) -> M
     return ModelMeta(
         loader=partial(_load, encoder.name, options),
         name=encoder.name if is_hub_name else f"{LOCAL}/{Path(encoder.name).resolve().name}",
-        revision=encoder.weights_sha256[:40],
+        revision=hashlib.sha256(f"{encoder.weights_sha256}{sorted(own.items())}".encode()).hexdigest()[:40],
         release_date=None,
         languages=None,
         n_parameters=sum(p.numel() for p in parameters) or None,
@@ -235,6 +243,64 @@ class EffirIndex:
         return scores, places
 
 
+def searched_with(model: EffirEncoder, settings: IndexSettings) -> SearchEncoderWrapper:
+    """Return a model whose retrieval tasks mteb searches with an index of ours; an approximate kind is recorded."""
+    search = SearchEncoderWrapper(model, index_backend=EffirIndex(model, settings))
+    if settings.kind != "Flat":
+        kind = {name: value for name, value in settings.given().items() if name in ("kind", "train_size")}
+        experiment = (model.mteb_model_meta.experiment_kwargs or {}) | kind
+        search.mteb_model_meta = model.mteb_model_meta.model_copy(update={"experiment_kwargs": experiment})
+    return search
+
+
+def collection_task(collection: Path, split: str = "test") -> AbsTaskRetrieval:
+    """Return a retrieval task of mteb made of a BEIR folder; its main score is nDCG@10.
+
+    Args:
+        collection: A folder with ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``.
+        split: Whose queries are searched. mteb leaves out those without a relevant document.
+
+    Raises:
+        ValueError: A bad line.
+        OSError: A file is missing or cannot be read.
+    """
+    corpus, topics, qrels = (
+        beir_file(collection, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
+    )
+    name = collection.resolve().name
+    hashes = "".join(file_sha256(file) for file in (corpus, topics, qrels))
+    metadata = TaskMetadata(
+        name=name,
+        description=f"The collection {name}.",
+        dataset={"path": str(collection), "revision": hashlib.sha256(hashes.encode()).hexdigest()[:40]},
+        type="Retrieval",
+        category="t2t",
+        eval_splits=[split],
+        eval_langs=["und-Zyyy"],
+        main_score="ndcg_at_10",
+    )
+    judgments: dict[str, dict[str, int]] = {}
+    for qrel in read_qrels(str(qrels)):
+        judgments.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+    documents = read_corpus(corpus)
+    queries = [query for query in read_topics(str(topics)) if query.query_id in judgments]
+    task = type("CollectionTask", (AbsTaskRetrieval,), {"metadata": metadata})()
+    task.dataset = {
+        "default": {
+            split: {
+                "corpus": Dataset.from_list(
+                    [{"id": doc_id, "text": text, "title": title} for doc_id, text, title in documents]
+                ),
+                "queries": Dataset.from_list([{"id": query_id, "text": text} for query_id, text in queries]),
+                "relevant_docs": judgments,
+                "top_ranked": None,
+            }
+        }
+    }
+    task.data_loaded = True
+    return task
+
+
 def run_tasks(
     encoder: Encoder | str | Path,
     tasks: Iterable[str | mteb.AbsTask],
@@ -250,7 +316,7 @@ def run_tasks(
         tasks: Names of tasks or of benchmarks, or tasks; data that are not on this machine are downloaded.
         output: A folder, which gets mteb's own files: ``results/MODEL/REVISION/TASK.json`` and ``model_meta.json``.
         options: How the encoder is loaded, if it is not there yet.
-        settings: The index that retrieval tasks are searched with, by its ``kind`` and ``train_size``; None = mteb's own
+        settings: The index that retrieval tasks are searched with, by ``kind`` and ``train_size``; None = mteb's own
             exhaustive search.
 
     Raises:
@@ -263,10 +329,20 @@ def run_tasks(
     scores = {}
     for task in chosen:
         searched = model
-        if settings is not None and isinstance(task, mteb.abstasks.AbsTaskRetrieval):
-            searched = SearchEncoderWrapper(model, index_backend=EffirIndex(model, settings))
-        result = mteb.evaluate(searched, task, cache=cache, co2_tracker=False, show_progress_bar=False)
-        scores[task.metadata.name] = result.task_results[0].get_score()
+        if settings is not None and isinstance(task, AbsTaskRetrieval):
+            searched = searched_with(model, settings)
+        # mteb itself takes a result of other data of this name for the task's.
+        done = cache.load_task_result(task.metadata.name, searched.mteb_model_meta)
+        is_of_other_data = done is not None and done.dataset_revision != task.metadata.revision
+        result = mteb.evaluate(
+            searched,
+            task,
+            cache=cache,
+            overwrite_strategy="always" if is_of_other_data else "only-missing",
+            co2_tracker=False,
+            show_progress_bar=False,
+        )
+        scores[task.metadata.name] = float(result.task_results[0].get_score())
     return scores
 
 
