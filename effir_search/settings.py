@@ -26,7 +26,7 @@ PartialShare = Annotated[float, Ge(0), Lt(1)]
 Pooling = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"]
 Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
 Backend = Literal["auto", "torch", "onnx", "openvino"]
-ExportFormat = Literal["onnx", "openvino", "gguf"]
+ExportFormat = Literal["onnx", "openvino", "gguf", "flex"]
 GgufWeights = Literal["f32", "f16", "bf16", "q8_0"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
@@ -518,7 +518,7 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class ExportSettings(Settings):
-    """What a model is written as for other programs.
+    """What a model, or of --to flex an index, is written as for other programs.
 
     Attributes:
         to: The format.
@@ -541,7 +541,7 @@ class ExportSettings(Settings):
             raise UserError(f"--int8 goes with --to openvino, not with --to {self.to}")
         if self.int8 and not self.texts:
             raise UserError("--int8 reads the ranges of numbers off texts: give --texts, documents such as yours")
-        if self.texts and self.to == "gguf":
+        if self.texts and self.to in ("gguf", "flex"):
             raise UserError("--texts goes with --to onnx or openvino")
 
 

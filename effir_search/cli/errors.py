@@ -8,6 +8,8 @@ from effir_search.errors import UserError
 EXTRAS = {
     "train": ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w"),
     "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"),
+    "mteb": ("mteb",),
+    "pyterrier": ("pyterrier", "pyterrier_dr", "npids"),
 }
 
 ERROR_LENGTH = 300

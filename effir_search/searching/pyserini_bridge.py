@@ -23,6 +23,7 @@ from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.index_record import IndexInfo, check_query_encoder, read_index, read_index_info
 from effir_search.indexing.nearest import nearest_rows
+from effir_search.searching.pyserini_catalogues import defer_catalogues
 from effir_search.searching.pyserini_deferred import deferred_imports
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
@@ -70,6 +71,7 @@ def start_java() -> None:
     package = importlib.util.find_spec("pyserini")
     if package is None:
         raise OSError("pyserini is not installed; pip install pyserini")
+    defer_catalogues()
     jars = sorted(Path(package.submodule_search_locations[0]).glob("resources/jars/anserini-*-fatjar.jar"))
     os.environ["JAVA_HOME"] = java_home()
     import jnius_config
@@ -246,16 +248,33 @@ def builtin_topics(name: str) -> list[Query] | None:
     from jnius import JavaException
     from pyserini.search import _base
 
-    if name not in _base.topics_mapping:
+    # From 2.4 on the names themselves are a file that Pyserini downloads.
+    names_are_here = hasattr(_base, "topics_mapping")
+    try:
+        known = _base.topics_mapping if names_are_here else _base._get_topics_mapping()
+    except OSError as error:
+        reason = f"Pyserini's names of topics cannot be downloaded ({error})"
+        raise FileNotFoundError(f"{name}: no such topics file, and {reason}") from error
+    if name not in known:
         return None
     logger.info("%s is a name of Pyserini's, which downloads these topics unless its cache has them", name)
     try:
-        topics = _base.JTopicReader.getTopicsWithStringIds(_base.topics_mapping[name])
-    except JavaException as error:
+        if names_are_here:
+            topics = _base.JTopicReader.getTopicsWithStringIds(known[name])
+        else:
+            topics = _downloaded_topics(_base, known[name])
+    except (JavaException, OSError) as error:
         raise OSError(f"{name}: Pyserini's topics of this name cannot be downloaded ({error})") from error
     if topics is None:
         raise OSError(f"{name}: Pyserini's topics of this name cannot be downloaded")
     return [Query(str(query_id), str(topics.get(query_id).get("title"))) for query_id in topics.keySet().toArray()]
+
+
+def _downloaded_topics(base: ModuleType, topics: dict[str, str]) -> Any:  # noqa: ANN401, a Java map
+    """Return topics by id as Pyserini 2.4 and later get them: a file, read by Anserini's class for its format."""
+    url = f"{base.TOPICS_BASE_URL}{topics['path']}"
+    file = base._download_and_cache(url, topics["path"], base._get_topics_cache_path())
+    return base.JTopicReader.getTopicsWithStringIdsFromFileWithTopicReaderClass(str(file), topics["reader_class"])
 
 
 def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int = 2) -> None:
