@@ -1,13 +1,18 @@
 """``effir index``, ``search``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken
 from effir_search.settings import (
+    Bm25Settings,
     DescriptionFormat,
     EncoderOptions,
+    FeedbackSettings,
+    FuseSettings,
+    HybridSettings,
     IndexSettings,
     PlanSettings,
     SearchSettings,
@@ -20,6 +25,7 @@ from effir_search.settings import (
 @click.command()
 @click.option("--corpus", help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
 @click.option("--encoder", help="Model folder or hub name.")
+@click.option("--bm25", is_flag=True, help="Instead of an encoder: index the words, for BM25.")
 @click.option("--from", "source", type=PATH, help="Instead of both: a Flat index, whose vectors are used again.")
 @click.option("--output", type=PATH, required=True, help="New index folder.")
 @options_of(IndexSettings)
@@ -33,6 +39,7 @@ from effir_search.settings import (
 def index(
     corpus: str | None,
     encoder: str | None,
+    bm25: bool,
     source: Path | None,
     output: Path,
     num_shards: int | None,
@@ -42,6 +49,9 @@ def index(
     **options: object,
 ) -> None:
     """Encode a corpus into a FAISS index that Pyserini opens; after a stop, the same command continues."""
+    if bm25:
+        refuse(click.get_current_context().params.keys() - _BM25_OPTIONS, "does not go with --bm25")
+        return _index_bm25(corpus, output, taken(IndexSettings, options))
     from effir_search.indexing.build import describe_built, index_corpus, rebuild_index
     from effir_search.indexing.workers import this_shard, worker_devices
 
@@ -56,8 +66,20 @@ def index(
         shares = {"shard": this_shard(num_shards, shard_id), "devices": worker_devices(workers, devices)}
         info = index_corpus(corpus, encoder, output, settings, how, **shares)
     else:
-        raise click.UsageError("give either --corpus and --encoder, or --from")
+        raise click.UsageError("give either --corpus and --encoder, or --corpus and --bm25, or --from")
     click.echo(describe_built(info, output))
+
+
+# What else ``effir index`` takes with --bm25.
+_BM25_OPTIONS = {"bm25", "corpus", "output", "overwrite", "fields", "id_field", "skip_bad", "threads"}
+
+
+def _index_bm25(corpus: str | None, output: Path, settings: IndexSettings) -> None:
+    from effir_search.searching.bm25 import describe_bm25, index_bm25
+
+    if corpus is None:
+        raise click.UsageError("--bm25 goes with --corpus")
+    click.echo(describe_bm25(index_bm25(corpus, output, settings), output))
 
 
 @click.command()
@@ -70,6 +92,10 @@ def index(
 @click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
 @click.option("--qrels", help="Search only the topics that are judged here.")
 @options_of(SearchSettings)
+@click.option("--bm25", "bm25_index", type=PATH, help="BM25 index whose hits are fused with the dense ones.")
+@options_of(HybridSettings)
+@options_of(Bm25Settings)
+@options_of(FeedbackSettings)
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @options_of(
     EncoderOptions,
@@ -87,13 +113,19 @@ def search(
     tag: str,
     index_dir: tuple[Path, ...],
     encoder: str | None,
+    bm25_index: Path | None,
     **options: object,
 ) -> None:
     """Search an index: topics into a TREC run, or one query shown."""
+    from effir_search.searching.hybrid import Ranking
     from effir_search.searching.search_topics import format_hits, search_text, search_topics
 
+    if bm25_index is None:
+        refuse((f.name for f in fields(HybridSettings)), "goes with --bm25")
+    kinds = {"feedback": FeedbackSettings, "bm25": Bm25Settings, "hybrid": HybridSettings}
+    ranking = Ranking(bm25_index=bm25_index, **{name: taken(kind, options) for name, kind in kinds.items()})
     settings, how = taken(SearchSettings, options), encoder_options(options)
-    shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how}
+    shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how, "ranking": ranking}
     if query is not None and topics is None and output is None:
         refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
         click.echo(format_hits(search_text(query, corpora=corpora, **shared)))
@@ -104,6 +136,18 @@ def search(
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
     else:
         raise click.UsageError("give either --topics and --output, or --query")
+
+
+@click.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--output", type=PATH, required=True, help="New run file; an existing one is replaced.")
+@options_of(FuseSettings)
+@click.option("--tag", default="effir", help="Name of the run, its last column.")
+def fuse(runs: tuple[Path, ...], output: Path, tag: str, **options: object) -> None:
+    """Fuse TREC runs of any programs into one."""
+    from effir_search.searching.fuse import fuse
+
+    click.echo(f"{fuse(runs, output, taken(FuseSettings, options), tag=tag)} hits -> {output}")
 
 
 @click.command()
