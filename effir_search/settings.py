@@ -306,6 +306,19 @@ class HybridSettings(FusionSettings):
 
 
 @dataclass(frozen=True)
+class TuningSettings(Settings):
+    """On which queries a hybrid search is tuned.
+
+    Attributes:
+        tune: Judgments of dev queries; None = nothing is tuned.
+        tune_topics: Where these queries are; None = among the topics.
+    """
+
+    tune: str | None = setting(None, help="Qrels of other queries: choose weight and normalisation on them.")
+    tune_topics: str | None = setting(None, only="--tune", help="topics of these.", default_text="--topics")
+
+
+@dataclass(frozen=True)
 class FuseSettings(FusionSettings):
     """How runs become one.
 

@@ -2,10 +2,11 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken
+from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken, was_given
 from effir_search.settings import (
     Bm25Settings,
     DescriptionFormat,
@@ -17,9 +18,13 @@ from effir_search.settings import (
     PlanSettings,
     SearchSettings,
     TopicField,
+    TuningSettings,
     WeightDtype,
     choices,
 )
+
+if TYPE_CHECKING:
+    from effir_search.searching.hybrid import Ranking
 
 
 @click.command()
@@ -94,6 +99,7 @@ def _index_bm25(corpus: str | None, output: Path, settings: IndexSettings) -> No
 @options_of(SearchSettings)
 @click.option("--bm25", "bm25_index", type=PATH, help="BM25 index whose hits are fused with the dense ones.")
 @options_of(HybridSettings)
+@options_of(TuningSettings)
 @options_of(Bm25Settings)
 @options_of(FeedbackSettings)
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
@@ -121,21 +127,40 @@ def search(
     from effir_search.searching.search_topics import format_hits, search_text, search_topics
 
     if bm25_index is None:
-        refuse((f.name for f in fields(HybridSettings)), "goes with --bm25")
+        refuse((f.name for kind in (HybridSettings, TuningSettings) for f in fields(kind)), "goes with --bm25")
+    tuning = taken(TuningSettings, options)
     kinds = {"feedback": FeedbackSettings, "bm25": Bm25Settings, "hybrid": HybridSettings}
     ranking = Ranking(bm25_index=bm25_index, **{name: taken(kind, options) for name, kind in kinds.items()})
     settings, how = taken(SearchSettings, options), encoder_options(options)
     shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how, "ranking": ranking}
     if query is not None and topics is None and output is None:
-        refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
+        refuse(
+            ["topics_field", "qrels", "remove_query", "tag", "tune", "tune_topics"],
+            "goes with --topics, not with --query",
+        )
         click.echo(format_hits(search_text(query, corpora=corpora, **shared)))
     elif query is None and topics is not None and output is not None:
         refuse(["corpora"], "goes with --query, not with --topics")
         run_settings = {"topics_field": topics_field, "qrels": qrels, "tag": tag}
-        num_topics, num_hits = search_topics(topics, output, **run_settings, **shared)
+        if tuning.tune is None:
+            num_topics, num_hits = search_topics(topics, output, **run_settings, **shared)
+        else:
+            num_topics, num_hits = _search_tuned(topics, output, tuning, ranking, run_settings | shared)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
     else:
         raise click.UsageError("give either --topics and --output, or --query")
+
+
+def _search_tuned(
+    topics: str, output: Path, tuning: TuningSettings, ranking: "Ranking", shared: dict[str, object]
+) -> tuple[int, int]:
+    from effir_search.evaluation.tune import NORMALIZATIONS, search_tuned
+
+    if ranking.hybrid.fusion != "interpolation":
+        raise click.UsageError("--tune goes with --fusion interpolation; reciprocal ranks have no weight to choose")
+    refuse(["weight"], "does not go with --tune, which chooses it")
+    tried = (ranking.hybrid.normalization,) if was_given("normalization") else NORMALIZATIONS
+    return search_tuned(topics, output, tuning=tuning, normalizations=tried, **shared)
 
 
 @click.command()
