@@ -113,6 +113,7 @@ TEXT_SIDE = [
     "evaluation.comparison_tables",
     "text.trec",
     "text.examples",
+    "searching.fuse",
     "settings",
 ]
 
