@@ -781,6 +781,41 @@ class BenchmarkSettings(Settings):
     remove_query: bool = setting(False, help="Drop the document whose id is the query's.")
 
 
+@dataclass(frozen=True)
+class SuiteSettings(Settings):
+    """What is measured on which collections.
+
+    Attributes:
+        collections: BEIR folders, folders of them, ``irds:NAME``, ``irds:beir`` for all of BEIR, ``nano`` for NanoBEIR.
+        split: Of the folders' qrels.
+        bm25: Measure BM25 too.
+        hybrid: Measure each encoder fused with BM25: reciprocal ranks, and scores by a tuned weight.
+        prf: Measure each encoder with vector feedback.
+        measures: Names of ir-measures or trec_eval; the first one's table is printed.
+        hits: Hits a query.
+        hits_of: Another depth for a collection, as in arguana=100.
+        remove_query_of: Collections in which a query finds itself: the document whose id is the query's is left out.
+        tune_queries: At most so many queries that a weight is tuned on.
+        seed: Of their sample, and of the bootstrap.
+        download: Let ir_datasets fetch what is not on this machine.
+    """
+
+    collections: tuple[str, ...] = setting(help="BEIR folder, folder of them, irds:NAME, irds:beir or nano.")
+    split: str = setting("test", help="Qrels of a folder.")
+    bm25: bool = setting(False, help="Measure BM25 too.")
+    hybrid: bool = setting(False, help="Measure each encoder with BM25: RRF, and a weight tuned on other queries.")
+    prf: bool = setting(False, help="Measure each encoder with vector feedback: average, Rocchio.")
+    measures: str = setting("nDCG@10 R@100", help="Names of ir-measures or trec_eval.")
+    hits: Count = setting(1000, help="Hits a query.")
+    hits_of: tuple[str, ...] = setting((), help="Hits in one collection, as in arguana=100.")
+    remove_query_of: tuple[str, ...] = setting(
+        ("arguana", "quora"), option="--remove-query", help="Collections in which to drop the query's own document."
+    )
+    tune_queries: Count = setting(1000, help="Queries to tune a weight on, at most.")
+    seed: CountFrom0 = setting(0, help="Of their sample, and of the intervals.")
+    download: bool = setting(False, help="Let ir_datasets download what is not on this machine.")
+
+
 # The sections of a recipe, and what each holds.
 SECTIONS: dict[str, type[Settings]] = {
     f.name: f.type for f in fields(CompressionSettings) if isinstance(f.type, type) and issubclass(f.type, Settings)
