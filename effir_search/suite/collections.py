@@ -58,12 +58,14 @@ class Collection:
     hits: int
     remove_query: bool
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return what its files are: their hashes, or ids of ir_datasets."""
-        return {
-            name: source if source.startswith(IR_DATASETS) else file_sha256(Path(source))
-            for name, source in (("corpus", self.corpus), ("topics", self.topics), ("qrels", self.qrels))
-        }
+    def fingerprint(self) -> dict[str, str | None]:
+        """Return what its files are, by what they hold: see ``fingerprint_of``."""
+        return {name: fingerprint_of(getattr(self, name)) for name in ("corpus", "topics", "qrels")}
+
+
+def fingerprint_of(source: str | None) -> str | None:
+    """Return the hash of a file, or an id of ir_datasets as it is."""
+    return source if source is None or source.startswith(IR_DATASETS) else file_sha256(Path(source))
 
 
 def find_collections(settings: SuiteSettings) -> list[Collection]:

@@ -38,8 +38,15 @@ class Results:
 
 
 def measured(run: Path, qrels: Sequence[Qrel], measures: Sequence[Measure]) -> dict[str, list[float]]:
-    """Return by measure a run's figures, for the judged queries that have a relevant document, in their order."""
-    per_query = evaluate_queries(read_run(run), qrels, measures, only_with_positives=True).per_query
+    """Return by measure a run's figures, for the judged queries that have a relevant document, in their order.
+
+    A system that finds nothing for any of them has 0.
+    """
+    positive = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
+    hits = [hit for hit in read_run(run) if hit.query_id in positive] if run.stat().st_size else []
+    if not hits:
+        return {str(measure): [0.0] * len(positive) for measure in measures}
+    per_query = evaluate_queries(hits, qrels, measures, only_with_positives=True).per_query
     return {str(measure): [values[measure] for values in per_query.values()] for measure in measures}
 
 

@@ -30,7 +30,7 @@ from effir_search.settings import (
     SearchSettings,
     SuiteSettings,
 )
-from effir_search.suite.collections import Collection
+from effir_search.suite.collections import Collection, fingerprint_of
 from effir_search.text.trec import Query, read_qrels, write_run
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class CollectionSearch:
         if system.model is not None:
             made_of["model"], made_of["options"] = system.model.sha256, self._options.given()
         if system.kind == TUNED:
-            made_of["tuning"] = {"dev": self.collection.dev_qrels, "queries": self._settings.tune_queries}
+            made_of["tuning"] = {"dev": fingerprint_of(self.collection.dev_qrels), "seed": self._settings.seed}
+            made_of["tuning"] |= {"queries": self._settings.tune_queries}
         return json.loads(json.dumps(made_of))
 
     def write(self, system: System) -> None:
