@@ -14,7 +14,7 @@ from effir_search.encoding.encoder import DEFAULT_OPTIONS
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.files.whole import whole_file
-from effir_search.searching.fuse import list_scores
+from effir_search.searching.fuse import in_order, list_scores
 from effir_search.searching.hybrid import HybridSearcher, Ranking, open_index
 from effir_search.searching.search_topics import load_topics, search_queries
 from effir_search.searching.searcher import BATCH_SIZE, DEFAULT_SETTINGS
@@ -27,7 +27,7 @@ from effir_search.settings import (
     TuningSettings,
 )
 from effir_search.text.own_documents import comparable
-from effir_search.text.trec import Query, read_qrels, strictly_decreasing
+from effir_search.text.trec import Query, read_qrels
 
 logger = logging.getLogger(__name__)
 
@@ -158,35 +158,40 @@ def tune(
         pairs = list(searcher.lists(batch))
         ids = {query.query_id for query in batch}
         of_batch = [qrel for qrel in judgments if qrel.query_id in ids]
-        for normalization in normalizations:
-            runs = _first_hits(pairs, replace(searcher.hybrid, normalization=normalization))
-            for weight, run in zip(WEIGHTS, runs, strict=True):
-                if run:
-                    per_query = evaluate_queries(run, of_batch, [measure], only_with_positives=True).per_query
-                    sums[normalization, weight] += sum(values[measure] for values in per_query.values())
+        for names, run in _first_hits(pairs, searcher.hybrid, normalizations).items():
+            if run:
+                per_query = evaluate_queries(run, of_batch, [measure], only_with_positives=True).per_query
+                sums[names] += sum(values[measure] for values in per_query.values())
     return [Candidate(*names, total / len(counted)) for names, total in sums.items()]
 
 
 def _first_hits(
-    pairs: Iterable[tuple[list[ScoredDoc], list[ScoredDoc]]], settings: FusionSettings
-) -> list[list[ScoredDoc]]:
-    """Return for each of ``WEIGHTS`` the best hits of all queries, as many as the measure looks at, ties complete."""
+    pairs: Iterable[tuple[list[ScoredDoc], list[ScoredDoc]]],
+    settings: FusionSettings,
+    normalizations: Sequence[Normalization],
+) -> dict[tuple[Normalization, float], list[ScoredDoc]]:
+    """Return for each normalisation and weight the best hits of all queries, as many as count, ties complete."""
     weights = np.array(WEIGHTS)[:, None]  # (weights, 1)
-    runs: list[list[ScoredDoc]] = [[] for _ in WEIGHTS]
+    runs: dict[tuple[Normalization, float], list[ScoredDoc]] = {
+        names: [] for names in itertools.product(normalizations, WEIGHTS)
+    }
     for pair in pairs:
-        ranked = [strictly_decreasing(hits)[: settings.depth] for hits in pair]
-        places = {hit.doc_id: hit for hits in ranked for hit in hits}
-        if not places:
+        ranked = [in_order(hits)[: settings.depth] for hits in pair]
+        hits = list({hit.doc_id: hit for hits in ranked for hit in hits}.values())
+        if not hits:
             continue
-        dense, bm25 = (
-            np.array([scores.get(doc_id, missing) for doc_id in places])
-            for scores, missing in (list_scores(hits, method="interpolation", settings=settings) for hits in ranked)
-        )
-        fused = (weights * dense + (1 - weights) * bm25).astype(np.float32)  # (weights, documents)
-        hits, cutoff = list(places.values()), min(CUTOFF, len(places))
-        lowest = np.partition(fused, -cutoff, axis=1)[:, -cutoff]
-        for run, scores, low in zip(runs, fused, lowest, strict=True):
-            run.extend(hits[place]._replace(score=float(scores[place])) for place in np.flatnonzero(scores >= low))
+        cutoff = min(CUTOFF, len(hits))
+        for normalization in normalizations:
+            how = replace(settings, normalization=normalization)
+            dense, bm25 = (
+                np.array([scores.get(hit.doc_id, missing) for hit in hits])
+                for scores, missing in (list_scores(one, method="interpolation", settings=how) for one in ranked)
+            )
+            fused = (weights * dense + (1 - weights) * bm25).astype(np.float32)  # (weights, documents)
+            lowest = np.partition(fused, -cutoff, axis=1)[:, -cutoff]
+            for weight, scores, low in zip(WEIGHTS, fused, lowest, strict=True):
+                best = (hits[place]._replace(score=float(scores[place])) for place in np.flatnonzero(scores >= low))
+                runs[normalization, weight].extend(best)
     return runs
 
 

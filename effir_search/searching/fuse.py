@@ -74,7 +74,7 @@ def fuse_lists(
 
     Source: Cormack, Clarke and Buettcher, Reciprocal Rank Fusion Outperforms Condorcet (SIGIR 2009).
     """
-    ranked = [strictly_decreasing(hits)[: settings.depth] for hits in lists]
+    ranked = [in_order(hits)[: settings.depth] for hits in lists]
     places = {hit.doc_id: hit for hits in ranked for hit in hits}  # by document
     totals = dict.fromkeys(places, 0.0)
     for weight, hits in zip(weights, ranked, strict=True):
@@ -87,6 +87,18 @@ def fuse_lists(
         counts.missing.update({place: len(places) - len(hits) for place, hits in enumerate(ranked) if hits})
         counts.empty.update(place for place, hits in enumerate(ranked) if not hits)
     return strictly_decreasing([hit._replace(score=totals[doc_id]) for doc_id, hit in places.items()])
+
+
+def in_order(hits: Sequence[ScoredDoc]) -> Sequence[ScoredDoc]:
+    """Return one query's hits in the order of ``strictly_decreasing``; where they are in it, as they are."""
+    scores = _float32(hits)
+    return hits if np.isfinite(scores).all() and (np.diff(scores) < 0).all() else strictly_decreasing(hits)
+
+
+def _float32(hits: Sequence[ScoredDoc]) -> np.ndarray:
+    """Return the scores as trec_eval reads them, ``(hits,)``."""
+    with np.errstate(over="ignore"):
+        return np.array([hit.score for hit in hits]).astype(np.float32)
 
 
 def list_scores(
@@ -103,7 +115,7 @@ def list_scores(
         return {hit.doc_id: 1 / (settings.rrf_k + rank) for rank, hit in enumerate(ranked, start=1)}, 0.0
     if not ranked:
         return {}, 0.0
-    scores, lowest = normalized(_with_ties([hit.score for hit in ranked]), settings.normalization)
+    scores, lowest = normalized(_with_ties(_float32(ranked)), settings.normalization)
     missing = 0.0 if settings.missing == "zero" else lowest
     return {hit.doc_id: float(score) for hit, score in zip(ranked, scores, strict=True)}, missing
 
@@ -127,13 +139,13 @@ def normalized(scores: np.ndarray, normalization: Normalization) -> tuple[np.nda
     return scores, float(scores.min())
 
 
-def _with_ties(decreasing: Sequence[float]) -> np.ndarray:
+def _with_ties(decreasing: np.ndarray) -> np.ndarray:
     """Return decreasing scores, those equal again that a run tells apart by the smallest step alone.
 
     Our own runs lower a tied score to the next float32, Anserini's by 1e-6. A list of equal scores would otherwise be
     spread over the whole range of a normalisation.
     """
-    scores = np.asarray(decreasing, dtype=np.float64)
+    scores = decreasing.astype(np.float64)
     steps, smallest = -np.diff(scores), np.spacing(np.abs(scores[:-1]).astype(np.float32)).astype(np.float64)
     is_tied = (steps <= 1.01 * smallest) | (np.abs(steps - ANSERINI_STEP) <= smallest)
     first = np.where(np.concatenate([[False], is_tied]), 0, np.arange(len(scores)))
