@@ -1,4 +1,4 @@
-"""``effir index``, ``search``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
+"""``effir index``, ``search``, ``fuse``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
 
 from dataclasses import fields
 from pathlib import Path
