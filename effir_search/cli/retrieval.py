@@ -126,8 +126,7 @@ def search(
     from effir_search.searching.hybrid import Ranking
     from effir_search.searching.search_topics import format_hits, search_text, search_topics
 
-    if bm25_index is None:
-        refuse((f.name for kind in (HybridSettings, TuningSettings) for f in fields(kind)), "goes with --bm25")
+    _refuse_ignored(index_dir, bm25_index, options)
     tuning = taken(TuningSettings, options)
     kinds = {"feedback": FeedbackSettings, "bm25": Bm25Settings, "hybrid": HybridSettings}
     ranking = Ranking(bm25_index=bm25_index, **{name: taken(kind, options) for name, kind in kinds.items()})
@@ -151,6 +150,31 @@ def search(
         raise click.UsageError("give either --topics and --output, or --query")
 
 
+def _refuse_ignored(index_dir: tuple[Path, ...], bm25_index: Path | None, options: dict[str, object]) -> None:
+    """Raise a usage error for an option that would have no effect."""
+    from effir_search.searching.bm25 import is_bm25
+
+    sparse = any(map(is_bm25, index_dir))
+    if bm25_index is None:
+        refuse((f.name for kind in (HybridSettings, TuningSettings) for f in fields(kind)), "goes with --bm25")
+    if bm25_index is None and not sparse:
+        refuse((f.name for f in fields(Bm25Settings)), "goes with --bm25, or an --index of BM25")
+    if sparse:
+        refuse((f.name for f in fields(EncoderOptions)), "is for a dense index; this one is BM25's")
+    _refuse_of_fusion(options["fusion"], "--fusion")
+    if options["prf"] is None:
+        refuse((f.name for f in fields(FeedbackSettings)), "goes with --prf")
+    elif options["prf"] == "average":
+        refuse((f.name for f in fields(FeedbackSettings) if f.name.startswith("rocchio")), "goes with --prf rocchio")
+
+
+def _refuse_of_fusion(fusion: object, option: str) -> None:
+    if fusion == "rrf":
+        refuse(["normalization", "missing"], f"is for scores, and {option} rrf adds up ranks")
+    else:
+        refuse(["rrf_k"], f"goes with {option} rrf")
+
+
 def _search_tuned(
     topics: str, output: Path, tuning: TuningSettings, ranking: "Ranking", shared: dict[str, object]
 ) -> tuple[int, int]:
@@ -172,6 +196,7 @@ def fuse(runs: tuple[Path, ...], output: Path, tag: str, **options: object) -> N
     """Fuse TREC runs of any programs into one."""
     from effir_search.searching.fuse import fuse
 
+    _refuse_of_fusion(options["method"], "--method")
     click.echo(f"{fuse(runs, output, taken(FuseSettings, options), tag=tag)} hits -> {output}")
 
 

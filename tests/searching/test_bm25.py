@@ -167,6 +167,7 @@ def test_queries_without_a_text_are_warned_of(bm25_index, caplog):
     [
         (["--encoder", "m"], "is a BM25 index, which has no encoder; leave --encoder out"),
         (["--prf", "average"], "is a BM25 index; --prf needs vectors"),
+        (["--pooling", "cls"], "--pooling is for a dense index; this one is BM25's"),
         (["--nprobe", "3"], "--nprobe is for FAISS indexes"),
         (["--index", "{toy}"], "is a BM25 index, whose scores no others compare with"),
         (["--bm25", "{index}"], "is a BM25 index itself; --index takes the dense one"),
@@ -175,7 +176,12 @@ def test_queries_without_a_text_are_warned_of(bm25_index, caplog):
 def test_what_a_bm25_index_cannot_do_is_one_line(bm25_index, toy_index, words, message):
     words = [word.format(toy=toy_index, index=bm25_index) for word in words]
     done = run_effir("search", "--index", bm25_index, *words, "--query", "soup")
-    assert done.exit_code == 1 and message in done.output, done.output
+    assert done.exit_code in (1, 2) and message in done.output, done.output
+
+
+def test_a_bm25_index_cannot_be_verified(bm25_index):
+    done = run_effir("verify", bm25_index)
+    assert done.exit_code == 1 and "is a BM25 index, which has no vectors" in done.output, done.output
 
 
 @pytest.mark.parametrize(
