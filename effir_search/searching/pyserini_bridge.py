@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import faiss
@@ -277,8 +278,10 @@ def _downloaded_topics(base: ModuleType, topics: dict[str, str]) -> Any:  # noqa
     return base.JTopicReader.getTopicsWithStringIdsFromFileWithTopicReaderClass(str(file), topics["reader_class"])
 
 
-def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int = 2) -> None:
+def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int = 2) -> int:
     """Index documents for BM25 with Anserini's defaults (Porter stemmer, Lucene's stop words).
+
+    Documents without a text are left out, since no query finds them. Return the number of the others.
 
     Raises:
         OSError: The folder cannot be written.
@@ -291,19 +294,62 @@ def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int =
     try:
         indexer = LuceneIndexer(str(index_dir), threads=threads)
         for document in documents:
-            indexer.add_doc_dict({"id": document.doc_id, "contents": document_text(document)})
+            if text := document_text(document):
+                indexer.add_doc_dict({"id": document.doc_id, "contents": text})
         indexer.close()
+        return int(lucene_searcher(index_dir).num_docs)
     except JavaException as error:
-        raise OSError(f"{index_dir}: the BM25 index cannot be written ({error})") from error
+        raise OSError(f"{index_dir}: the BM25 index cannot be written ({_first_line(error)})") from error
+
+
+def lucene_searcher(index_dir: Path, *, k1: float = 0.9, b: float = 0.4) -> Any:  # noqa: ANN401, a LuceneSearcher
+    """Return a ``pyserini.search.lucene.LuceneSearcher`` that ranks by BM25; the defaults are Anserini's.
+
+    Raises:
+        ValueError: The folder holds no Lucene index, or a damaged one.
+    """
+    pyserini_faiss()
+    import jnius
+    from pyserini.search.lucene import LuceneSearcher
+
+    # A query of more words than Lucene's default of 1,024 would be an error, or find nothing.
+    jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(2**31 - 1)
+    try:
+        searcher = LuceneSearcher(str(index_dir))
+        searcher.set_bm25(k1, b)
+    except jnius.JavaException as error:
+        raise UserError(
+            f"{index_dir}: not a Lucene index, or a damaged one; build it again ({_first_line(error)})"
+        ) from error
+    return searcher
+
+
+def bm25_hits(searcher: Any, queries: Sequence[Query], *, k: int, threads: int) -> dict[str, list[tuple[str, float]]]:  # noqa: ANN401, a LuceneSearcher
+    """Return ids and scores of the ``k`` best documents of each query, by query id, best first, as Anserini gives them.
+
+    Raises:
+        ValueError: The index is damaged.
+    """
+    from jnius import JavaException
+
+    try:
+        found = searcher.batch_search(
+            [query.text for query in queries], [query.query_id for query in queries], k, threads
+        )
+        return {query_id: [(hit.docid, hit.score) for hit in hits] for query_id, hits in found.items()}
+    except JavaException as error:
+        raise UserError(
+            f"{searcher.index_dir}: Lucene cannot search it; build it again ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).removeprefix("JVM exception occurred: ").partition("\n")[0]
 
 
 def search_bm25(index_dir: Path, topics: Sequence[Query], *, k: int = 1000, threads: int = 2) -> Iterator[ScoredDoc]:
     """Yield the best ``k`` hits of each topic by BM25 with Anserini's defaults, k1 = 0.9 and b = 0.4."""
-    pyserini_faiss()
-    from pyserini.search.lucene import LuceneSearcher
-
-    searcher = LuceneSearcher(str(index_dir))
-    hits = searcher.batch_search([query.text for query in topics], [query.query_id for query in topics], k, threads)
+    hits = bm25_hits(lucene_searcher(index_dir), topics, k=k, threads=threads)
     for query in topics:
-        for hit in hits[query.query_id]:
-            yield ScoredDoc(query.query_id, hit.docid, hit.score)
+        for doc_id, score in hits[query.query_id]:
+            yield ScoredDoc(query.query_id, doc_id, score)
