@@ -12,6 +12,7 @@ from effir_search.cli.evaluation import benchmark, compare, evaluate
 from effir_search.cli.export import export
 from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import index, info, pair, search, verify
+from effir_search.cli.serving import serve
 from effir_search.cli.study import study
 from effir_search.cli.training import finetune, mine
 from effir_search.log_messages import show_messages
@@ -19,6 +20,7 @@ from effir_search.log_messages import show_messages
 COMMANDS = (
     index,
     search,
+    serve,
     evaluate,
     compare,
     benchmark,

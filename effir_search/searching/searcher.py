@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ir_measures import ScoredDoc
 from tqdm import tqdm
 
@@ -133,6 +134,40 @@ class Searcher:
         settings = replace(self.settings, hits=self.settings.hits if hits is None else hits, remove_query=False)
         return list(self._search([Query("query", text)], settings.with_defaults(hits=HITS_OF_TEXT)))
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of all indexes."""
+        return sum(index.faiss.num_documents for index in self._indexes)
+
+    def search_vectors(self, vectors: np.ndarray, hits: int) -> list[list[ScoredDoc]]:
+        """Return the best hits of each query, best first, with strictly decreasing scores; its id is its row's number.
+
+        Args:
+            vectors: ``(queries, dimension)`` float32, as the encoder gives them.
+            hits: Hits a query; fewer where the indexes hold fewer.
+
+        Raises:
+            ValueError: A score that a sound index does not give.
+        """
+        query_ids = [str(row) for row in range(len(vectors))]
+        with self._turn:
+            hits_of = self._nearest(vectors, query_ids, hits, self.settings.threads or available_cores())
+        found = []
+        for query_id in query_ids:
+            of_query = []
+            for index in self._indexes:
+                index.check_scores(hits_of[index.folder][query_id])
+                of_query += [ScoredDoc(query_id, hit.docid, hit.score) for hit in hits_of[index.folder][query_id]]
+            found.append(strictly_decreasing(of_query)[:hits])
+        return found
+
+    def _nearest(
+        self, vectors: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
+    ) -> dict[Path, dict[str, list[Any]]]:
+        """Return the hits of vectors as the encoder gives them, in each index, by query id."""
+        scaled = scale(vectors, self.encoder.config)
+        return {index.folder: index.faiss.batch_search(scaled, query_ids, depth, threads) for index in self._indexes}
+
     def _search(self, topics: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
         """Check what is asked for, and return its hits."""
         if settings.hits < 1:
@@ -182,10 +217,7 @@ class Searcher:
         query_ids = [query.query_id for query in queries]
         with self._turn:
             encoded = self.encoder.encode([query.text for query in queries], prompt=self.encoder.config.query_prompt)
-            vectors = scale(encoded.embeddings, self.encoder.config)
-            hits_of = {
-                index.folder: index.faiss.batch_search(vectors, query_ids, depth, threads) for index in self._indexes
-            }
+            hits_of = self._nearest(encoded.embeddings, query_ids, depth, threads)
         return hits_of, encoded.num_truncated
 
     def _warn_of_short_lists(self, num_short: Mapping[Path, int], num_queries: int, depth: int) -> None:
