@@ -117,14 +117,14 @@ def payload(document: Document | None, parse: bool, length: int | None) -> dict[
     if document is None:
         return None
     if length is not None:
-        document = document._replace(text=document.text[:length])
+        document = document._replace(title=document.title[:length], text=document.text[:length])
     return {"title": document.title, "text": document.text} if parse else json.dumps(record(document))
 
 
 def check_length(hits: list[Hit], length: int | None) -> None:
     """Raise a Refusal if the texts of an answer are longer together than one answer may be."""
-    texts = (hit.document.text if length is None else hit.document.text[:length] for hit in hits if hit.document)
-    if sum(map(len, texts)) > ANSWER_LENGTH:
+    lengths = [len(text) for hit in hits if hit.document for text in (hit.document.title, hit.document.text)]
+    if sum(lengths if length is None else [min(one, length) for one in lengths]) > ANSWER_LENGTH:
         raise Refusal(400, "the texts of so many hits are too long for one answer; ask for fewer hits")
 
 
