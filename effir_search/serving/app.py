@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from effir_search.serving.embeddings import EmbeddingsApi
-from effir_search.serving.gate import HEALTH, Gate
+from effir_search.serving.gate import FAILED, HEALTH, Gate, error_response
 from effir_search.serving.mcp_tools import mcp_server
 from effir_search.serving.metrics import Metrics
 from effir_search.serving.refusal import Refusal
@@ -75,7 +75,7 @@ def application(
             ready()
             yield
 
-    handlers = {HTTPException: _refuse_http, Refusal: _refuse}
+    handlers = {HTTPException: _refuse_http, Refusal: _refuse, Exception: _fail}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Gate(app, settings, key, metrics)
@@ -144,12 +144,19 @@ def _file(name: str, kind: str) -> Callable:
     return page
 
 
-async def _refuse(request: Request, refused: Exception) -> Response:
-    raise refused  # to the gate, which gives it the shape that the path's clients read
+async def _refuse(request: Request, refused: Refusal) -> Response:
+    return error_response(request.scope["path"], refused)
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
     """Say in one sentence what Starlette found wrong: an unknown path or method."""
     messages = {404: "there is nothing at this path; /openapi.yaml lists what there is"}
     messages[405] = f"{request.method} is not what this path answers"
-    raise Refusal(error.status_code, messages.get(error.status_code, str(error.detail)))
+    message = messages.get(error.status_code, str(error.detail))
+    response = await _refuse(request, Refusal(error.status_code, message))
+    response.headers.update(error.headers or {})  # which methods a path has
+    return response
+
+
+async def _fail(request: Request, _error: Exception) -> Response:
+    return await _refuse(request, FAILED)  # the gate logs the error, which Starlette raises again

@@ -25,6 +25,7 @@ HEALTH = "/health"
 OPENAI = ("/v1/embeddings", "/v1/models")
 # Bytes and seconds for which a body that is refused is read and thrown away, so that its sender reads the answer.
 LINGER_BYTES, LINGER_SECONDS = 256_000_000, 10.0
+FAILED = Refusal(500, "the server failed; its log says more")
 # Nothing here is for another site: not to be framed, sniffed, kept or read by one.
 HEADERS = {
     "Cache-Control": "no-store",
@@ -81,13 +82,11 @@ class Gate:
         try:
             async with asyncio.timeout(self._settings.timeout):
                 await self._app(scope, _given(body, receive), send)
-        except Refusal as refused:
-            return refused
         except TimeoutError:
             return Refusal(503, f"the request took more than {self._settings.timeout:g} seconds")
         except Exception:  # the last place where an error can be kept from leaving as it is
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            return Refusal(500, "the server failed; its log says more")
+            return FAILED
         return None
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
