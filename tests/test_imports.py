@@ -17,8 +17,8 @@ PACKAGE = Path(effir_search.__file__).parent
 # From the lowest to the highest: each imports only those before it. Those in brackets do not know each other.
 PACKAGES = (
     *("errors", "log_messages", "settings", "files", "text", "model", "encoding", "indexing", "searching"),
-    *("evaluation", "benchmarking", ("pruning", "training"), "export", "compression", "study", "serving", "demo", "cli"),
-    "__main__",
+    *("evaluation", "benchmarking", ("pruning", "training"), "export", "compression", "study", "serving", "demo"),
+    *("cli", "__main__"),
 )
 GROUPS = [(names,) if isinstance(names, str) else names for names in PACKAGES]
 FLOORS = {name: floor for floor, names in enumerate(GROUPS) for name in names}

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 HEALTH = "/health"
 # Paths whose errors have OpenAI's shape.
 OPENAI = ("/v1/embeddings", "/v1/models")
-# Bytes and seconds for which a body that is refused is read and thrown away, so that its sender reads the answer.
-LINGER_BYTES, LINGER_SECONDS = 256_000_000, 10.0
 FAILED = Refusal(500, "the server failed; its log says more")
 # Nothing here is for another site: not to be framed, sniffed, kept or read by one.
 HEADERS = {
@@ -58,35 +56,35 @@ class Gate:
                 message["headers"] = [*message["headers"], *(pair for pair in extra if pair[0] not in names)]
             await send(message)
 
-        self._metrics.in_flight += 1
-        try:
-            refused = await self._answer(scope, receive, send_noting)
-            if refused is not None and not status:
-                await error_response(scope["path"], refused)(scope, receive, send_noting)
-        finally:
-            self._metrics.in_flight -= 1
-            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
-            self._metrics.add(endpoint, status, time.perf_counter() - started)
+        refused = await self._answer(scope, receive, send_noting)
+        if refused is not None and not status:
+            await error_response(scope["path"], refused)(scope, receive, send_noting)
+        endpoint = getattr(scope.get("endpoint"), "__name__", "none")
+        self._metrics.add(endpoint, status, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
         """Let the application answer; return why it does not."""
         headers = Headers(scope=scope)
         try:
             self._check_caller(scope, headers)
-            if scope["path"] != HEALTH and self._metrics.in_flight > self._settings.max_requests:
-                raise Refusal(429, f"the server answers {self._settings.max_requests} requests already; try again soon")
-            body = await self._read_body(headers, receive)
         except Refusal as refused:
-            await _discard(headers, receive)
             return refused
+        if scope["path"] != HEALTH and self._metrics.in_flight >= self._settings.max_requests:
+            return Refusal(429, f"the server answers {self._settings.max_requests} requests already; try again soon")
+        self._metrics.in_flight += 1
         try:
+            body = await self._read_body(headers, receive)  # uvicorn throws away what is left of one that is refused
             async with asyncio.timeout(self._settings.timeout):
                 await self._app(scope, _given(body, receive), send)
+        except Refusal as refused:
+            return refused
         except TimeoutError:
             return Refusal(503, f"the request took more than {self._settings.timeout:g} seconds")
         except Exception:  # the last place where an error can be kept from leaving as it is
             logger.exception("%s %s failed", scope["method"], scope["path"])
             return FAILED
+        finally:
+            self._metrics.in_flight -= 1
         return None
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
@@ -168,7 +166,7 @@ def error_response(path: str, refused: Refusal) -> Response:
         headers["WWW-Authenticate"] = 'Basic realm="effir_search"' if path == "/" else "Bearer"
     if refused.status in (429, 503):
         headers["Retry-After"] = "1"
-    if refused.status in (408, 413):
+    if refused.status == 408:
         headers["Connection"] = "close"
     return JSONResponse(content, refused.status, headers)
 
@@ -182,21 +180,6 @@ async def _chunks(receive: Receive):  # noqa: ANN202, an asynchronous iterator o
         yield message.get("body", b"")
         if not message.get("more_body", False):
             return
-
-
-async def _discard(headers: Headers, receive: Receive) -> None:
-    """Read the rest of a body that nobody wants, within limits: who still sends does not read the answer."""
-    if ("content-length" not in headers and "transfer-encoding" not in headers) or "expect" in headers:
-        return
-    left = LINGER_BYTES
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            async for chunk in _chunks(receive):
-                left -= len(chunk)
-                if left < 0:
-                    return
-    except (TimeoutError, Refusal):
-        return
 
 
 def _given(body: bytes, receive: Receive) -> Receive:

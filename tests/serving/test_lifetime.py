@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import DOCUMENTS, write_jsonl
 from processes import run_command
-from servers import Server, damaged_index, index_of
+from servers import Server, index_of
 
 pytestmark = pytest.mark.processes
 
@@ -74,15 +74,6 @@ def test_an_index_that_is_replaced_is_opened_again_and_no_request_fails(tmp_path
         assert time.monotonic() < end
 
 
-def test_a_score_that_no_sound_index_gives_does_not_leave(tmp_path, toy_index):
-    damaged = damaged_index(toy_index, tmp_path / "damaged")
-    with Server("--index", damaged, "--index", f"toy={toy_index}") as server:
-        answer = server.get("/v1/damaged/search", query="tea", hits=12)
-        assert answer.status == 500 and answer.json == {"error": "the server failed; its log says more"}
-        assert server.get("/v1/toy/search", query="tea").status == 200
-    assert "is damaged" in server.command.communicate()[1]
-
-
 @pytest.mark.parametrize(("arguments", "complaint"), [
     (["--index", "none"], "none: no such folder"),
     (["--index", "toy", "--index", "toy"], "another index is called toy"),
@@ -93,16 +84,9 @@ def test_a_score_that_no_sound_index_gives_does_not_leave(tmp_path, toy_index):
     (["--index", "toy", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
     (["--index", "toy", "--port", "70000"], "70000"),
     (["--index", "toy", "--mcp", "--host", "localhost"], "--host does not go with --mcp"),
-    (["--index", "toy", "--ef-search", "5"], "toy"),
 ])  # fmt: skip
 def test_a_start_that_cannot_be_is_one_line(tmp_path, toy_index, arguments, complaint):
     (tmp_path / "toy").symlink_to(toy_index)
     (tmp_path / "empty").write_text(" \n")
     done = run_command("serve", *arguments, cwd=tmp_path)
     assert done.returncode in (1, 2) and complaint in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_key_may_be_in_the_environment(toy_index):
-    with Server("--index", f"toy={toy_index}", environment={"EFFIR_API_KEY": "open-sesame"}) as server:
-        assert server.get("/v1/models").status == 401
-        assert server.get("/v1/models", {"X-API-Key": "open-sesame"}).status == 200

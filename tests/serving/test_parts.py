@@ -13,8 +13,9 @@ from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
 from effir_search.serving.batching import Batcher
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.metrics import Metrics
+from effir_search.serving.server import api_key
 from effir_search.serving.texts import Texts
-from effir_search.settings import EncoderOptions
+from effir_search.settings import EncoderOptions, ServeSettings
 from effir_search.text.corpus import CorpusFields, Document
 
 TEXTS = [f"hot soup {'tea ' * number}" for number in range(40)]
@@ -166,6 +167,19 @@ def test_an_index_is_called_as_its_folder_or_as_is_said(tmp_path, monkeypatch):
             named_folders([bad])
     with pytest.raises(UserError, match="another index is called x"):
         named_folders(["a/x", "b/x"])
+
+
+def test_the_key_is_in_the_environment_or_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("EFFIR_API_KEY", raising=False)
+    assert api_key(ServeSettings()) is None
+    monkeypatch.setenv("EFFIR_API_KEY", "of-the-environment")
+    assert api_key(ServeSettings()) == "of-the-environment"
+    (tmp_path / "key").write_text("of-the-file\n")
+    assert api_key(ServeSettings(api_key_file=str(tmp_path / "key"))) == "of-the-file"
+    for bad in ("", " ", "two words", "k\u00e9y"):
+        monkeypatch.setenv("EFFIR_API_KEY", bad)
+        with pytest.raises(UserError, match="EFFIR_API_KEY: the key must be of visible ASCII"):
+            api_key(ServeSettings())
 
 
 def test_metrics_are_cumulative_as_prometheus_wants_them():

@@ -12,7 +12,7 @@ import pytest
 import requests
 from conftest import DOCUMENTS
 from mcp import Client, StdioServerParameters
-from servers import HOSTILE, HUGE, Server, document_path, hostile_corpus, index_of, prompted_model
+from servers import HOSTILE, HUGE, Server, damaged_index, document_path, hostile_corpus, index_of, prompted_model
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.searching.searcher import Searcher
@@ -31,7 +31,9 @@ def server(tmp_path_factory, toy_index, bert_folder, collection, prompted):
     folder = tmp_path_factory.mktemp("served")
     second = index_of(collection / "corpus.jsonl", prompted, folder / "second")
     hostile = index_of(hostile_corpus(folder), bert_folder, folder / "hostile")
-    with Server("--index", toy_index, "--index", f"two={second}", "--index", hostile) as running:
+    damaged = damaged_index(toy_index, folder / "damaged")
+    indexes = (toy_index, f"two={second}", hostile, damaged)
+    with Server(*(word for index in indexes for word in ("--index", index))) as running:
         yield running
 
 
@@ -83,7 +85,7 @@ def test_pyserini_16_has_its_paths(server, toy_index):
     ]
     assert {hit["docid"]: hit["document_txt"] for hit in answer["candidates"]}["008"].startswith("soup hot tomato")
     assert server.get("/v1/indexes/toy/documents/002").json["_id"] == "002"
-    assert server.get("/v1/indexes/", index_type="faiss").json == ["toy", "two", "hostile"]
+    assert server.get("/v1/indexes/", index_type="faiss").json == ["toy", "two", "hostile", "damaged"]
     size = sum(path.stat().st_size for path in toy_index.iterdir())
     assert server.get("/v1/indexes/toy/status").json == {"downloaded": True, "size_bytes": str(size)}
 
@@ -207,6 +209,12 @@ def test_hostile_documents_arrive_as_data_and_nothing_else(server):
     for doc_id, (_, text) in HOSTILE.items():
         assert server.get(document_path("hostile", doc_id)).json["doc"]["text"] == text
     assert len(server.get("/v1/hostile/search", query="cat").body) > len(HUGE)
+
+
+def test_a_score_that_no_sound_index_gives_does_not_leave(server):
+    answer = server.get("/v1/damaged/search", query="tea", hits=12)
+    assert answer.status == 500 and answer.json == {"error": "the server failed; its log says more"}
+    assert server.get("/v1/toy/search", query="tea", hits=12).status == 200
 
 
 def test_the_page_may_run_its_own_script_alone_and_makes_no_markup_of_texts(server):
