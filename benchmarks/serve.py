@@ -21,15 +21,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from urllib.request import urlopen
 
 import click
 import numpy as np
 
 from effir_search.indexing.build import index_corpus
-from effir_search.searching.pyserini_bridge import build_bm25, pyserini_faiss
+from effir_search.searching.pyserini_bridge import pyserini_faiss
 from effir_search.settings import EncoderOptions
-from effir_search.text.corpus import read_corpus
+from effir_search.text.corpus import document_text, read_corpus
 
 INDEX, HITS = "all", 10
 # Seconds of requests before any is counted.
@@ -92,8 +93,19 @@ def prepare(folder: Path, model: str, work: Path, dtype: str, *, texts: bool) ->
     if not (work / INDEX).exists():
         index_corpus(str(corpus), model, work / INDEX, options=EncoderOptions(dtype=dtype))
     if texts and not (work / "lucene").exists():
-        build_bm25(read_corpus(corpus), work / "lucene.part")
+        build_texts(corpus, work / "lucene.part")
         (work / "lucene.part").rename(work / "lucene")
+
+
+def build_texts(corpus: Path, lucene: Path) -> None:
+    """Make a Lucene index that gives the texts of documents, as Pyserini's prebuilt ones do."""
+    pyserini_faiss()
+    from pyserini.index.lucene import LuceneIndexer
+
+    indexer = LuceneIndexer(args=["-index", str(lucene), "-storeRaw"], threads=1)
+    for document in read_corpus(corpus):
+        indexer.add_doc_raw(json.dumps({"id": document.doc_id, "contents": document_text(document)}))
+    indexer.close()
 
 
 def queries_of(folder: Path) -> list[bytes]:
@@ -143,6 +155,9 @@ def be_pyserini(work: Path, model: str, port: int) -> None:
 
     texts = LuceneSearcher(str(work / "lucene"))
     LuceneSearcher.from_prebuilt_index = classmethod(lambda _class, _name, **_options: texts)
+    # Its server imports an encoder of images and texts, a package of its own, which is not needed here.
+    sys.modules["pyserini.encode.optional._uniir"] = ModuleType("_uniir")
+    sys.modules["pyserini.encode.optional._uniir"].UniIRQueryEncoder = None
     import uvicorn
     from pyserini.server.models import IndexConfig
     from pyserini.server.rest.app import app
