@@ -3,6 +3,7 @@
 import click
 
 from effir_search.cli.options import encoder_options, options_of, refuse, taken
+from effir_search.serving.kernel_caches import bound_kernel_caches
 from effir_search.settings import EncoderOptions, SearchSettings, ServeSettings
 
 
@@ -23,6 +24,7 @@ def serve(
     index_dirs: tuple[str, ...], corpora: tuple[str, ...], encoder: str | None, mcp: bool, **options: object
 ) -> None:
     """Serve indexes: Pyserini's REST, OpenAI's embeddings, MCP for agents, and a page to search on."""
+    bound_kernel_caches()
     from effir_search.serving.server import serve
 
     if mcp:
