@@ -4,6 +4,7 @@
 const TEXT_LENGTH = 1500; // characters of each text in a list of hits
 const FULL_LENGTH = 50000; // and of one that is opened
 const TITLE_LENGTH = 300;
+const ID_LENGTH = 60;
 const HITS = ["5", "10", "20", "50"];
 const SHOWS = ["all", "moved", "one"];
 const STOP_WORDS = new Set(
@@ -21,6 +22,10 @@ function make(tag, className, text) {
   if (className) node.className = className;
   if (text !== undefined) node.textContent = text;
   return node;
+}
+
+function shortened(text, length) {
+  return text.length > length ? `${text.slice(0, length)}…` : text;
 }
 
 function folded(word) {
@@ -97,9 +102,9 @@ function hitNode(hit, side, words, move) {
   const doc = hit.doc || { title: "", text: "" };
   const title = make("h3");
   title.dir = "auto";
-  putMarked(title, (doc.title || hit.docid).slice(0, TITLE_LENGTH), words);
+  putMarked(title, shortened(doc.title || hit.docid, TITLE_LENGTH), words);
   const facts = make("p", "facts");
-  facts.append(make("span", "", hit.score.toFixed(4)), make("code", "", hit.docid.slice(0, TITLE_LENGTH)));
+  facts.append(make("span", "", hit.score.toFixed(4)), make("code", "", shortened(hit.docid, ID_LENGTH)));
   if (move) facts.append(make("span", `move ${move.kind}`, move.text));
   body.append(title, facts);
   if (doc.text) {
