@@ -93,7 +93,7 @@ class Gate:
         if len(hosts) != 1 or not self._is_own_name(hosts[0]):
             raise Refusal(421, "this server is not called so; --server-name NAME lets requests call it by another name")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+        if origin is not None and origin.lower().partition("://")[2] != hosts[0].lower():
             raise Refusal(403, "requests of other sites' pages are not answered")
         opens_page = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not opens_page:

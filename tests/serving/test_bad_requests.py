@@ -90,7 +90,7 @@ def bad_requests(model):
     yield "GET", SEARCH, b"x" * 2_000_001, {}, 413
     for headers in ({"Host": "evil.example"}, {"Host": "search.example.evil"}, {"Host": "a b"}, {"Host": ""}):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 421
-    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}, {"Sec-Fetch-Site": "cross-site"}):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 403
     wrong = ("wrong", "", "open-sesam", "open-sesame2", "OPEN-SESAME", "\xfc")
     yield from (("GET", f"{SEARCH}?query=tea", None, {"X-API-Key": key}, 401) for key in wrong)
