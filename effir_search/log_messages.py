@@ -3,7 +3,19 @@
 import logging
 
 # Libraries whose progress is nobody's concern.
-NOISY = ("httpx", "httpcore", "httpx2", "httpcore2", "urllib3", "faiss", "filelock", "matplotlib", "ir_datasets")
+NOISY = (
+    "httpx",
+    "httpcore",
+    "httpx2",
+    "httpcore2",
+    "urllib3",
+    "faiss",
+    "filelock",
+    "matplotlib",
+    "ir_datasets",
+    "uvicorn",
+    "mcp",
+)
 
 
 def show_messages(level: int) -> None:

@@ -340,6 +340,37 @@ class FuseSettings(FusionSettings):
 
 
 @dataclass(frozen=True)
+class ServeSettings(Settings):
+    """Where a server listens, and what it lets a request ask for.
+
+    Attributes:
+        host: Address; 0.0.0.0 is all of this machine's.
+        port: Of TCP; 0 = one that is free.
+        server_name: Names that requests may call the server by, beside addresses, localhost and ``host``.
+        api_key_file: File with the key that requests need; None = the one in EFFIR_API_KEY, or none.
+        max_hits: Hits that a request may ask for.
+        max_inputs: Texts that a request for embeddings may have.
+        max_query_length: Characters of a query.
+        max_body: Bytes of a request's body.
+        max_requests: Requests that are answered at the same time.
+        timeout: Seconds that a request may take.
+    """
+
+    host: str = setting("127.0.0.1", help="Address to listen on.")
+    port: Annotated[int, Ge(0), Le(65535)] = setting(8081, help="Port to listen on; 0 is a free one.")
+    server_name: tuple[str, ...] = setting((), help="Host name that requests may use, as behind a proxy.")
+    api_key_file: str | None = setting(
+        None, help="File with the key that requests need.", default_text="the one in EFFIR_API_KEY, or none"
+    )
+    max_hits: Count = setting(1000, help="Hits that a request may ask for.")
+    max_inputs: Count = setting(128, help="Texts that a request for embeddings may have.")
+    max_query_length: Count = setting(4096, help="Characters that a query may have.")
+    max_body: Count = setting(2_000_000, help="Bytes that a request's body may have.")
+    max_requests: Count = setting(256, help="Requests that are answered at the same time.")
+    timeout: AboveZero = setting(30.0, help="Seconds that a request may take.")
+
+
+@dataclass(frozen=True)
 class PlanSettings(Settings):
     """What a model would lose, on paper.
 

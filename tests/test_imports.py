@@ -25,6 +25,7 @@ PACKAGES = (
         "compression",
         "study",
         "adapters",
+        "serving",
         "suite",
         "demo",
     ),

@@ -7,6 +7,7 @@ from effir_search.errors import UserError
 # The packages of each extra; those of several stand in the first.
 EXTRAS = {
     "train": ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w"),
+    "serve": ("mcp", "starlette", "uvicorn"),
     "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"),
     "mteb": ("mteb",),
     "pyterrier": ("pyterrier", "pyterrier_dr", "npids"),

@@ -12,6 +12,7 @@ from effir_search.cli.evaluation import benchmark, compare, evaluate
 from effir_search.cli.export import export
 from effir_search.cli.pruning import analyze, convert, prune, slim
 from effir_search.cli.retrieval import fuse, index, info, pair, search, verify
+from effir_search.cli.serving import serve
 from effir_search.cli.study import study
 from effir_search.cli.suite import suite
 from effir_search.cli.training import finetune, mine
@@ -21,6 +22,7 @@ COMMANDS = (
     index,
     search,
     fuse,
+    serve,
     evaluate,
     compare,
     benchmark,

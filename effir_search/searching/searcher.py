@@ -146,6 +146,39 @@ class Searcher:
         settings = replace(self.settings, hits=self.settings.hits if hits is None else hits, remove_query=False)
         return list(self._search([Query("query", text)], settings.with_defaults(hits=HITS_OF_TEXT)))
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of all indexes."""
+        return sum(index.faiss.num_documents for index in self._indexes)
+
+    def search_vectors(self, vectors: np.ndarray, hits: int) -> list[list[ScoredDoc]]:
+        """Return the best hits of each query, best first, with strictly decreasing scores; its id is its row's number.
+
+        Args:
+            vectors: ``(queries, dimension)`` float32, as the encoder gives them.
+            hits: Hits a query; fewer where the indexes hold fewer.
+
+        Raises:
+            ValueError: A score that a sound index does not give.
+        """
+        query_ids, scaled = [str(row) for row in range(len(vectors))], scale(vectors, self.encoder.config)
+        with self._turn:
+            hits_of = self._nearest(scaled, query_ids, hits, self.settings.threads or available_cores())
+        found = []
+        for query_id, vector in zip(query_ids, scaled, strict=True):
+            of_query = []
+            for index in self._indexes:
+                index.check_scores(hits_of[index.folder][query_id], float(np.linalg.norm(vector)))
+                of_query += [ScoredDoc(query_id, hit.docid, hit.score) for hit in hits_of[index.folder][query_id]]
+            found.append(strictly_decreasing(of_query)[:hits])
+        return found
+
+    def _nearest(
+        self, vectors: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
+    ) -> dict[Path, dict[str, list[Any]]]:
+        """Return the hits of scaled vectors in each index, by query id."""
+        return {index.folder: index.faiss.batch_search(vectors, query_ids, depth, threads) for index in self._indexes}
+
     def _search(self, topics: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
         """Check what is asked for, and return its hits."""
         check_hits_and_topics(settings.hits, topics)
@@ -188,17 +221,14 @@ class Searcher:
     ) -> tuple[dict[Path, dict[str, list[Any]]], np.ndarray, int]:
         """Return the hits of queries in each index, by query id, their vectors' lengths, and how many were cut."""
         query_ids, threads = [query.query_id for query in queries], settings.threads or available_cores()
-
-        def hits_of(vectors: np.ndarray, k: int) -> dict[Path, dict[str, list[Any]]]:
-            return {index.folder: index.faiss.batch_search(vectors, query_ids, k, threads) for index in self._indexes}
-
         with self._turn:
             encoded = self.encoder.encode([query.text for query in queries], prompt=self.encoder.config.query_prompt)
             vectors = scale(encoded.embeddings, self.encoder.config)
             if self.feedback.prf is not None:
-                first = hits_of(vectors, self.feedback.prf_depth + settings.remove_query)
+                first = self._nearest(vectors, query_ids, self.feedback.prf_depth + settings.remove_query, threads)
                 vectors = self._fed_back(vectors, query_ids, first, remove_query=settings.remove_query)
-            return hits_of(vectors, depth), np.linalg.norm(vectors, axis=1), encoded.num_truncated
+            hits_of = self._nearest(vectors, query_ids, depth, threads)
+        return hits_of, np.linalg.norm(vectors, axis=1), encoded.num_truncated
 
     def _fed_back(
         self,
