@@ -53,7 +53,7 @@ def index(
     devices: str | None,
     **options: object,
 ) -> None:
-    """Encode a corpus into a FAISS index that Pyserini opens; after a stop, the same command continues."""
+    """Encode a corpus into a FAISS index that Pyserini opens, or index its words; after a stop, the same continues."""
     if bm25:
         refuse(click.get_current_context().params.keys() - _BM25_OPTIONS, "does not go with --bm25")
         return _index_bm25(corpus, output, taken(IndexSettings, options))

@@ -17,7 +17,7 @@ from effir_search.evaluation.tune import MEASURE, best_candidate, separate, tune
 from effir_search.files.reading import read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
-from effir_search.indexing.index_record import INDEX_FILE, read_index_info
+from effir_search.indexing.index_record import INDEX_FILE, read_index_info, store_of
 from effir_search.searching.bm25 import Bm25Searcher, index_bm25, is_bm25
 from effir_search.searching.hybrid import HybridSearcher, Ranking, open_index
 from effir_search.searching.search_topics import load_topics
@@ -193,7 +193,9 @@ class CollectionSearch:
         index_dir = self._index_dir(model.name)
         info = read_index_info(index_dir) if (index_dir / INDEX_FILE).is_file() else None
         if info is None or info.model_sha256 != model.sha256:
-            settings = IndexSettings(overwrite=info is not None)
+            begun = store_of(index_dir).settings()
+            is_others = begun is not None and begun.model_sha256 != model.sha256
+            settings = IndexSettings(overwrite=info is not None, restart=is_others)
             index_corpus(self.collection.corpus, model.source, index_dir, settings, self._options)
         return index_dir
 

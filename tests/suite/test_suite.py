@@ -15,7 +15,9 @@ from processes import Command
 
 from effir_search.cli import cli
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
-from effir_search.settings import SuiteSettings
+from effir_search.indexing.build import index_corpus
+from effir_search.indexing.index_record import read_index_info
+from effir_search.settings import IndexSettings, SuiteSettings
 from effir_search.suite.collections import BEIR, NANO, find_collections, is_on_disk
 from effir_search.suite.report import Results, as_latex, columns_of, means_of, table_of
 from effir_search.suite.suite import suite
@@ -170,6 +172,16 @@ def test_a_model_that_changed_is_indexed_again(tmp_path, collections, models, be
     shutil.copytree(models[1].partition("=")[2], tmp_path / "model")
     suite([str(tmp_path / "model")], tmp_path / "out", settings)
     assert (tmp_path / "out" / "runs" / "alone" / "model.trec").read_text() != first
+
+
+def test_what_another_model_had_begun_to_encode_is_discarded(tmp_path, collections, models):
+    index_dir = tmp_path / "out" / "indexes" / "alone" / "model"
+    corpus, (full, small) = collections / "alone" / "corpus.jsonl", (name.partition("=")[2] for name in models)
+    index_corpus(str(corpus), full, index_dir, IndexSettings(keep_embeddings=True))
+    shutil.rmtree(index_dir)  # as a job that was stopped leaves it
+    (tmp_path / "out" / "settings.json").write_text('{"command": "suite"}')
+    suite([f"model={small}"], tmp_path / "out", SuiteSettings((str(collections / "alone"),)))
+    assert read_index_info(index_dir).model == small
 
 
 @pytest.mark.processes
