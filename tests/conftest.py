@@ -324,6 +324,18 @@ def kill_when_there(process: Command, file: Path) -> None:
     process.communicate()
 
 
+def list_in_manifest(store: Path, without: list[str]) -> None:
+    """Make a store one of an earlier version, whose manifest lists the parts, without some fields."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["parts"] = {}
+    for line in (store / "parts.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        number = str(record.pop("number"))
+        manifest["parts"][number] = {name: value for name, value in record.items() if name not in without}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "parts.jsonl").unlink()
+
+
 def write_jsonl(path: Path, records: list[dict]) -> Path:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

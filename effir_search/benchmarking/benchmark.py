@@ -26,10 +26,11 @@ from effir_search.errors import UserError
 from effir_search.evaluation.benchmark import check_topics, ndcg_of_queries, search_collection
 from effir_search.evaluation.turns import answer_in_turns, encode_in_turns
 from effir_search.files.job import job_folder
+from effir_search.files.reading import read_json
 from effir_search.model.arithmetic import empty_model, facts, flops
 from effir_search.model.checkpoint import exported_backend, lasting_name
 from effir_search.model.families import is_prunable
-from effir_search.model.graph_model import graph_files
+from effir_search.model.graph_model import EXPORT_FILE, graph_files
 from effir_search.searching.search_topics import load_topics
 from effir_search.settings import BenchmarkSettings, EncoderOptions
 from effir_search.text.corpus import document_text, read_corpus, scan_corpus
@@ -41,6 +42,7 @@ DEFAULT_SETTINGS = BenchmarkSettings()
 # Queries that latency is measured on, at most; each is asked once a round.
 QUERIES = 200
 RUNS = "runs"
+_SHORT_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 
 
 class Contender(NamedTuple):
@@ -138,18 +140,26 @@ def load_contenders(models: Sequence[str], dtypes: Sequence[str], options: Encod
         OSError: A file cannot be read.
     """
     contenders: list[Contender] = []
-    short_names = {dtype: name for name, dtype in reversed(DTYPES.items())}
     names = [lasting_name(model) for model in models]
     for model, name in zip(models, names, strict=True):
         unique = name if names.count(name) == 1 else model
         for dtype in dtypes:
             of_model = replace(options, dtype=dtype)
             encoder = Encoder.from_pretrained(model, of_model)
-            label = f"{unique} {short_names[encoder.dtype]}"
+            label = f"{unique} {arithmetic_of(encoder)}"
             if any(label == other.label for other in contenders):
                 raise UserError(f"{label} stands twice; name each model and each --dtype once")
             contenders.append(Contender(label, model, of_model, encoder))
     return contenders
+
+
+def arithmetic_of(encoder: Encoder) -> str:
+    """Return in which numbers an encoder computes, such as "bf16", and by what if not by torch: "int8 openvino"."""
+    if encoder.backend == "torch":
+        return _SHORT_NAMES[encoder.dtype]
+    record = encoder.files.transformer_folder / EXPORT_FILE
+    is_int8 = record.is_file() and read_json(record)["int8"]
+    return f"{'int8' if is_int8 else _SHORT_NAMES[encoder.dtype]} {encoder.backend}"
 
 
 def _queries(topics: str | None, qrels: str | None, titles: Sequence[str]) -> tuple[list[str], str]:

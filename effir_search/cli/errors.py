@@ -9,6 +9,8 @@ EXTRAS = {
     "train": ("accelerate", "datasets", "peft", "pydantic", "sentence_transformers", "tomli_w"),
     "serve": ("mcp", "starlette", "uvicorn"),
     "export": ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"),
+    "mteb": ("mteb",),
+    "pyterrier": ("pyterrier", "pyterrier_dr", "npids"),
 }
 
 ERROR_LENGTH = 300

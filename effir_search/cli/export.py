@@ -9,20 +9,27 @@ from effir_search.settings import EncoderOptions, EvaluationSettings, ExportSett
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", metavar="MODEL|INDEX")
 @options_of(ExportSettings)
 @click.option("--output", type=PATH, required=True, help="New model folder; of GGUF a new file.")
 @options_of(EvaluationSettings)
 @options_of(EncoderOptions, only=[*TextSettings.__dataclass_fields__, "max_length", "stock_architecture"])
 def export(model: str, output: Path, **options: object) -> None:
-    """Write a model for ONNX Runtime, OpenVINO or llama.cpp.
+    """Write a model for ONNX Runtime, OpenVINO or llama.cpp, or with --to flex an index for PyTerrier.
 
     A folder of --to onnx or openvino is an encoder for all commands that encode, and for sentence-transformers with
-    backend="onnx" or "openvino". In int8 vectors are a little other ones: --evaluate tells what that costs.
+    backend="onnx" or "openvino". In int8 vectors are a little other ones: --evaluate tells what that costs. A FlexIndex
+    has the vectors of the index as they are.
     """
     from effir_search.evaluation.benchmark import collection_files
     from effir_search.export.export import compare_export, describe_export, export_gguf, export_graph
+    from effir_search.export.flex_index import to_flex_index
 
+    if options["to"] == "flex":
+        refuse(options.keys() - {"to"}, "does not go with --to flex")
+        number = to_flex_index(Path(model), output)
+        click.echo(f"{number} documents -> {output}")
+        return
     evaluation, settings = taken(EvaluationSettings, options), taken(ExportSettings, options)
     how = encoder_options(options)
     if settings.to == "gguf":

@@ -11,15 +11,17 @@ from effir_search.cli.errors import OneLineErrors
 from effir_search.cli.evaluation import benchmark, compare, evaluate
 from effir_search.cli.export import export
 from effir_search.cli.pruning import analyze, convert, prune, slim
-from effir_search.cli.retrieval import index, info, pair, search, verify
+from effir_search.cli.retrieval import fuse, index, info, pair, search, verify
 from effir_search.cli.serving import serve
 from effir_search.cli.study import study
+from effir_search.cli.suite import suite
 from effir_search.cli.training import finetune, mine
 from effir_search.log_messages import show_messages
 
 COMMANDS = (
     index,
     search,
+    fuse,
     serve,
     evaluate,
     compare,
@@ -31,6 +33,7 @@ COMMANDS = (
     finetune,
     compress,
     study,
+    suite,
     pair,
     convert,
     export,

@@ -21,7 +21,7 @@ OWN_LENGTH = "Tokens of a text read for {}; the saved model keeps its own."
 # Fields of a list whose values may stand between commas; in the name of a file a comma may be part of it.
 DIVIDED_BY_COMMAS = (
     *("fields", "log_to", "dimensions", "tables", "kinds", "numbers", "shares", "criteria", "unit_criteria", "seeds"),
-    "dtypes",
+    *("dtypes", "weights", "hits_of", "remove_query_of"),
 )
 # Choices that jobs make for themselves.
 NO_OPTION = ("saved",)

@@ -1,25 +1,36 @@
-"""``effir index``, ``search``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
+"""``effir index``, ``search``, ``fuse``, ``verify``, ``info`` and ``pair``: from a corpus to an index to a run."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken
+from effir_search.cli.options import PATH, encoder_options, options_of, refuse, taken, was_given
 from effir_search.settings import (
+    Bm25Settings,
     DescriptionFormat,
     EncoderOptions,
+    FeedbackSettings,
+    FuseSettings,
+    HybridSettings,
     IndexSettings,
     PlanSettings,
     SearchSettings,
     TopicField,
+    TuningSettings,
     WeightDtype,
     choices,
 )
+
+if TYPE_CHECKING:
+    from effir_search.searching.hybrid import Ranking
 
 
 @click.command()
 @click.option("--corpus", help="BEIR or Pyserini JSONL, TSV, .gz, a folder of them, or irds:NAME.")
 @click.option("--encoder", help="Model folder or hub name.")
+@click.option("--bm25", is_flag=True, help="Instead of an encoder: index the words, for BM25.")
 @click.option("--from", "source", type=PATH, help="Instead of both: a Flat index, whose vectors are used again.")
 @click.option("--output", type=PATH, required=True, help="New index folder.")
 @options_of(IndexSettings)
@@ -33,6 +44,7 @@ from effir_search.settings import (
 def index(
     corpus: str | None,
     encoder: str | None,
+    bm25: bool,
     source: Path | None,
     output: Path,
     num_shards: int | None,
@@ -42,6 +54,9 @@ def index(
     **options: object,
 ) -> None:
     """Encode a corpus into a FAISS index that Pyserini opens; after a stop, the same command continues."""
+    if bm25:
+        refuse(click.get_current_context().params.keys() - _BM25_OPTIONS, "does not go with --bm25")
+        return _index_bm25(corpus, output, taken(IndexSettings, options))
     from effir_search.indexing.build import describe_built, index_corpus, rebuild_index
     from effir_search.indexing.workers import this_shard, worker_devices
 
@@ -56,8 +71,20 @@ def index(
         shares = {"shard": this_shard(num_shards, shard_id), "devices": worker_devices(workers, devices)}
         info = index_corpus(corpus, encoder, output, settings, how, **shares)
     else:
-        raise click.UsageError("give either --corpus and --encoder, or --from")
+        raise click.UsageError("give either --corpus and --encoder, or --corpus and --bm25, or --from")
     click.echo(describe_built(info, output))
+
+
+# What else ``effir index`` takes with --bm25.
+_BM25_OPTIONS = {"bm25", "corpus", "output", "overwrite", "fields", "id_field", "skip_bad", "threads"}
+
+
+def _index_bm25(corpus: str | None, output: Path, settings: IndexSettings) -> None:
+    from effir_search.searching.bm25 import describe_bm25, index_bm25
+
+    if corpus is None:
+        raise click.UsageError("--bm25 goes with --corpus")
+    click.echo(describe_bm25(index_bm25(corpus, output, settings), output))
 
 
 @click.command()
@@ -70,6 +97,11 @@ def index(
 @click.option("--encoder", help="Model folder or hub name.  [default: the one the index was built with]")
 @click.option("--qrels", help="Search only the topics that are judged here.")
 @options_of(SearchSettings)
+@click.option("--bm25", "bm25_index", type=PATH, help="BM25 index whose hits are fused with the dense ones.")
+@options_of(HybridSettings)
+@options_of(TuningSettings)
+@options_of(Bm25Settings)
+@options_of(FeedbackSettings)
 @click.option("--tag", default="effir", help="Name of the run, its last column.")
 @options_of(
     EncoderOptions,
@@ -87,23 +119,85 @@ def search(
     tag: str,
     index_dir: tuple[Path, ...],
     encoder: str | None,
+    bm25_index: Path | None,
     **options: object,
 ) -> None:
     """Search an index: topics into a TREC run, or one query shown."""
+    from effir_search.searching.hybrid import Ranking
     from effir_search.searching.search_topics import format_hits, search_text, search_topics
 
+    _refuse_ignored(index_dir, bm25_index, options)
+    tuning = taken(TuningSettings, options)
+    kinds = {"feedback": FeedbackSettings, "bm25": Bm25Settings, "hybrid": HybridSettings}
+    ranking = Ranking(bm25_index=bm25_index, **{name: taken(kind, options) for name, kind in kinds.items()})
     settings, how = taken(SearchSettings, options), encoder_options(options)
-    shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how}
+    shared = {"index_dir": index_dir, "encoder": encoder, "settings": settings, "options": how, "ranking": ranking}
     if query is not None and topics is None and output is None:
-        refuse(["topics_field", "qrels", "remove_query", "tag"], "goes with --topics, not with --query")
+        refuse(
+            ["topics_field", "qrels", "remove_query", "tag", "tune", "tune_topics"],
+            "goes with --topics, not with --query",
+        )
         click.echo(format_hits(search_text(query, corpora=corpora, **shared)))
     elif query is None and topics is not None and output is not None:
         refuse(["corpora"], "goes with --query, not with --topics")
         run_settings = {"topics_field": topics_field, "qrels": qrels, "tag": tag}
-        num_topics, num_hits = search_topics(topics, output, **run_settings, **shared)
+        if tuning.tune is None:
+            num_topics, num_hits = search_topics(topics, output, **run_settings, **shared)
+        else:
+            num_topics, num_hits = _search_tuned(topics, output, tuning, ranking, run_settings | shared)
         click.echo(f"{num_topics} topics, {num_hits} hits -> {output}")
     else:
         raise click.UsageError("give either --topics and --output, or --query")
+
+
+def _refuse_ignored(index_dir: tuple[Path, ...], bm25_index: Path | None, options: dict[str, object]) -> None:
+    """Raise a usage error for an option that would have no effect."""
+    from effir_search.searching.bm25 import is_bm25
+
+    sparse = any(map(is_bm25, index_dir))
+    if bm25_index is None:
+        refuse((f.name for kind in (HybridSettings, TuningSettings) for f in fields(kind)), "goes with --bm25")
+    if bm25_index is None and not sparse:
+        refuse((f.name for f in fields(Bm25Settings)), "goes with --bm25, or an --index of BM25")
+    if sparse:
+        refuse((f.name for f in fields(EncoderOptions)), "is for a dense index; this one is BM25's")
+    _refuse_of_fusion(options["fusion"], "--fusion")
+    if options["prf"] is None:
+        refuse((f.name for f in fields(FeedbackSettings)), "goes with --prf")
+    elif options["prf"] == "average":
+        refuse((f.name for f in fields(FeedbackSettings) if f.name.startswith("rocchio")), "goes with --prf rocchio")
+
+
+def _refuse_of_fusion(fusion: object, option: str) -> None:
+    if fusion == "rrf":
+        refuse(["normalization", "missing"], f"is for scores, and {option} rrf adds up ranks")
+    else:
+        refuse(["rrf_k"], f"goes with {option} rrf")
+
+
+def _search_tuned(
+    topics: str, output: Path, tuning: TuningSettings, ranking: "Ranking", shared: dict[str, object]
+) -> tuple[int, int]:
+    from effir_search.evaluation.tune import NORMALIZATIONS, search_tuned
+
+    if ranking.hybrid.fusion != "interpolation":
+        raise click.UsageError("--tune goes with --fusion interpolation; reciprocal ranks have no weight to choose")
+    refuse(["weight"], "does not go with --tune, which chooses it")
+    tried = (ranking.hybrid.normalization,) if was_given("normalization") else NORMALIZATIONS
+    return search_tuned(topics, output, tuning=tuning, normalizations=tried, **shared)
+
+
+@click.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--output", type=PATH, required=True, help="New run file; an existing one is replaced.")
+@options_of(FuseSettings)
+@click.option("--tag", default="effir", help="Name of the run, its last column.")
+def fuse(runs: tuple[Path, ...], output: Path, tag: str, **options: object) -> None:
+    """Fuse TREC runs of any programs into one."""
+    from effir_search.searching.fuse import fuse
+
+    _refuse_of_fusion(options["method"], "--method")
+    click.echo(f"{fuse(runs, output, taken(FuseSettings, options), tag=tag)} hits -> {output}")
 
 
 @click.command()

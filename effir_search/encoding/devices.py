@@ -57,6 +57,11 @@ def chosen_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype |
     return DTYPES[name]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on another device; a GPU fetches it by itself while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies in bfloat16 by itself, instead of converting to float32 and back."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effir_search.encoding.batching import Tokens, batches_by_length, default_batch_tokens
 from effir_search.encoding.config import EncoderConfig, encoder_config
-from effir_search.encoding.devices import chosen_device, chosen_dtype
+from effir_search.encoding.devices import chosen_device, chosen_dtype, to_device
 from effir_search.encoding.pooling import pool
 from effir_search.encoding.tokenizing import lower_case
 from effir_search.errors import UserError
@@ -45,6 +45,7 @@ from effir_search.model.packed import pack
 from effir_search.model.save import WEIGHTS_FIELD, save_model
 from effir_search.model.sentence_files import SentenceFiles, check_stock_encoder, load_head, read_sentence_files
 from effir_search.model.to_graph import write_onnx
+from effir_search.model.unpadded import HALVES, can_unpad, joined, states_of
 from effir_search.settings import EncoderOptions
 from effir_search.text.corpus import Document, document_text
 
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIONS = EncoderOptions()
 
+# The least cosine to the same text's vector, computed in another way in 16 bits, that rounding explains.
+AGREES = 0.999
 # Texts that are tokenized and sorted by length together.
 WINDOW = 4096
 
@@ -79,7 +82,8 @@ def embed(
 
     Args:
         model: Anything whose output has ``last_hidden_state``, ``(batch, seq, hidden_size)``.
-        tokens: ``input_ids`` and ``attention_mask``, each ``(batch, seq)``, with at least one real token a row.
+        tokens: ``input_ids`` and ``attention_mask``, each ``(batch, seq)``, with at least one real token a row; or
+            what ``model.unpadded.joined`` makes of them.
         config: Pooling, normalisation and dimension are taken from it.
         head: Maps pooled vectors, ``(batch, hidden_size)`` to ``(batch, dimension)``.
         prompt_length: Leading tokens that are not pooled.
@@ -87,7 +91,7 @@ def embed(
     Returns:
         ``(batch, dimension)`` float32, whatever the dtype of the model.
     """
-    hidden_states = model(**tokens).last_hidden_state
+    hidden_states = states_of(model, tokens) if "places" in tokens else model(**tokens).last_hidden_state
     return vectors(hidden_states, tokens["attention_mask"], config, head=head, prompt_length=prompt_length)
 
 
@@ -119,6 +123,7 @@ class Encoder:
         dtype: Of the transformer; pooling and everything after it is float32.
         batch_tokens: Upper bound of rows times longest row in a forward pass.
         backend: What computes: "torch", or a key of ``model.graph_model.GRAPH_FILES``.
+        unpads: Whether texts share a forward pass one behind the other, without padding; see ``pack``.
         stock_architecture: Whether it may be transformers' stock model in place of one with code of its own.
     """
 
@@ -140,6 +145,7 @@ class Encoder:
         # Where no types are given, BERT takes zeros and GPT-2 none at all, so zeros are handed on like any others.
         self._takes_types = "token_type_ids" in inspect.signature(model.base_model.forward).parameters
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
+        self.unpads = False
 
     @classmethod
     def from_pretrained(
@@ -232,7 +238,7 @@ class Encoder:
     def with_model(self, model: PreTrainedModel) -> "Encoder":
         """Return an encoder with another transformer, its device and its dtype; the rest is shared."""
         encoder = copy(self)
-        encoder.model, encoder.dtype, encoder.device = model, model.dtype, model.device
+        encoder.model, encoder.dtype, encoder.device, encoder.unpads = model, model.dtype, model.device, False
         encoder.__dict__.pop("_states_of_one_token", None)  # of the model before
         return encoder
 
@@ -242,10 +248,30 @@ class Encoder:
         return weights_sha256(self.files.folder, self.files.weight_folders)
 
     def pack(self) -> "Encoder":
-        """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved."""
+        """Lay the weights out for inference, see ``model.packed``; the model can then be neither trained nor saved.
+
+        On a GPU in 16-bit arithmetic texts are no longer padded, if this gives a few of them the vectors they had.
+        """
         if self.backend == "torch":
             pack(self.model)
+            if self.device.type == "cuda" and self.dtype in HALVES and can_unpad(self.model):
+                self.unpads = self._agrees_unpadded()
         return self
+
+    def _agrees_unpadded(self) -> bool:
+        """Return whether texts of several lengths get without padding the vectors that they have with it."""
+        texts = ["a", "some words", "more words " * 20, "a text that is longer than most windows " * 60]
+        padded, trial = self.encode(texts).embeddings, copy(self)
+        trial.unpads = True
+        try:
+            found = trial.encode(texts).embeddings
+        except RuntimeError as error:  # a GPU for which torch has no such kernel
+            logger.warning("texts are padded: torch cannot do without on this GPU (%s)", str(error).splitlines()[0])
+            return False
+        cosines = (padded * found).sum(axis=1) / np.linalg.norm(padded, axis=1) / np.linalg.norm(found, axis=1)
+        if not cosines.min() > AGREES:
+            logger.warning("texts are padded: without padding a vector's cosine to itself is %.4f", cosines.min())
+        return bool(cosines.min() > AGREES)
 
     def save(
         self,
@@ -342,14 +368,17 @@ class Encoder:
             ValueError: Not enough GPU memory for one batch.
         """
         embeddings = np.zeros((len(tokens.texts), self.dimension), dtype=np.float32)
+        computed = []  # fetched at the end: to wait for vectors would keep a GPU from its next batch
         for rows, batch in self.batches(tokens):
             try:
                 vectors = embed(self.model, batch, self.config, head=self.head, prompt_length=tokens.prompt_length)
             except torch.OutOfMemoryError as error:
                 shape = tuple(batch["input_ids"].shape)
                 raise UserError(f"out of GPU memory at a batch of {shape} tokens; lower --batch-tokens") from error
-            embeddings[rows] = vectors.cpu().numpy()
+            computed.append((rows, vectors))
             done(len(rows))
+        for rows, vectors in computed:
+            embeddings[rows] = vectors.cpu().numpy()
         finite = np.isfinite(embeddings).all(axis=1)
         if not finite.all():
             row = int(finite.argmin())
@@ -359,10 +388,12 @@ class Encoder:
         return Encoded(embeddings, tokens.num_truncated)
 
     def batches(self, tokens: "Tokens") -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        """Yield the rows of each forward pass, and what the model takes for them; texts without a token are in none."""
+        """Yield the rows of each forward pass, and what ``embed`` takes for them; texts without a token are in none."""
         for rows in batches_by_length([len(ids) for ids in tokens.input_ids], self.batch_tokens):
             batch = tokens.batch(rows, self.tokenizer.pad_token_id or 0)
-            yield rows, {name: tensor.to(self.device) for name, tensor in batch.items()}
+            if self.unpads:
+                batch = joined(batch, self.model)
+            yield rows, {name: to_device(tensor, self.device) for name, tensor in batch.items()}
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt alone, a special token at its end left out, as sentence-transformers counts them."""

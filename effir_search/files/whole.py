@@ -58,12 +58,48 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> str:
     with open(temporary, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync(path.parent)
     return sha256
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file and flush it to the disk; a line that has no end, since a kill cut it off, goes first.
+
+    Whoever reads the file while it is written must take no notice of a last line without an end. One writes at a time.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written; its lines are then as they were.
+    """
+    is_new = not path.exists()
+    try:
+        with open(path, "ab+") as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                file.write(f"{line}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot be written: {error.strerror or error}; is the disk full?", str(path)
+        ) from error
+    if is_new:
+        _sync(path.parent)
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Return the place behind the last line that has its end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 @contextmanager

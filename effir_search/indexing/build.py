@@ -14,7 +14,7 @@ from effir_search.errors import UserError
 from effir_search.indexing.encode import CorpusRead, encode_corpus
 from effir_search.indexing.faiss_kinds import new_index, training_size
 from effir_search.indexing.fastest import TRIED_TEXTS, fastest_options
-from effir_search.indexing.folder import announce, check_output, rows_of_flat, rows_of_kept, rows_of_store, write_folder
+from effir_search.indexing.folder import announce, check_output, exact_rows, rows_of_store, write_folder
 from effir_search.indexing.index_record import (
     INDEX_FILE,
     INFO_FILE,
@@ -218,7 +218,7 @@ def rebuild_index(source_dir: Path, index_dir: Path, settings: IndexSettings) ->
     if info is None:
         raise UserError(f"{source_dir}: no {INFO_FILE} in it; --from takes an index that effir built")
     new_index(settings.kind, info.dimension)
-    rows = rows_of_flat(source_dir, info) if info.kind == "Flat" else rows_of_kept(source_dir, info)
+    rows = exact_rows(source_dir)
     announce(info.dimension, info.num_documents, settings)
     return write_folder(rows, info, index_dir, settings)
 

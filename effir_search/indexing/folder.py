@@ -37,6 +37,8 @@ from effir_search.indexing.index_record import (
     IndexInfo,
     check_files,
     read_index,
+    read_index_info,
+    require_index,
     store_of,
 )
 from effir_search.indexing.resume import packages_of
@@ -50,6 +52,8 @@ PACKAGES = ("effir_search", "torch", "transformers", "faiss-cpu", "tokenizers")
 # Rows of a flat index that are in memory at once.
 BLOCK = 4096
 
+SOURCES = "take a Flat index, or one that was built with --keep-embeddings"
+
 # Yields ``(vectors, ids)`` block by block, from the first row each time it is called.
 Rows = Callable[[], Iterator[tuple[np.ndarray, list[str]]]]
 
@@ -59,10 +63,25 @@ def rows_of_store(store: Store, config: EncoderConfig) -> Rows:
     return lambda: ((scale(vectors, config), ids) for vectors, ids in store.read_all())
 
 
-def rows_of_flat(index_dir: Path, info: IndexInfo) -> Rows:
-    """Return the rows of a Flat index, having checked that its files are what its record says."""
-    check_files(index_dir, info)
+def exact_rows(index_dir: Path) -> Rows:
+    """Return the rows of an index that holds exact vectors: a Flat one, or one whose embeddings were kept.
+
+    Raises:
+        ValueError: Another index, or one that is damaged.
+        OSError: A file cannot be read.
+    """
+    require_index(index_dir)
+    info = read_index_info(index_dir)
+    return rows_of_flat(index_dir, info) if info is None or info.kind == "Flat" else rows_of_kept(index_dir, info)
+
+
+def rows_of_flat(index_dir: Path, info: IndexInfo | None) -> Rows:
+    """Return the rows of a Flat index, having checked that its files are what its record says, if it has one."""
+    if info is not None:
+        check_files(index_dir, info)
     index, doc_ids = read_index(index_dir, memory_map=True)
+    if not isinstance(faiss.downcast_index(index), faiss.IndexFlat):
+        raise UserError(f"{index_dir}: {type(faiss.downcast_index(index)).__name__} holds no exact vectors; {SOURCES}")
     starts = range(0, index.ntotal, BLOCK)
     return lambda: (
         (index.reconstruct_n(start, min(BLOCK, index.ntotal - start)), doc_ids[start : start + BLOCK])
@@ -74,9 +93,7 @@ def rows_of_kept(index_dir: Path, info: IndexInfo) -> Rows:
     """Return the rows of the store that was kept beside an index, having checked that it is that index's."""
     store = store_of(index_dir)
     if (settings := store.settings()) is None:
-        raise UserError(
-            f"{index_dir}: {info.kind} holds no exact vectors; --from takes a Flat index or kept embeddings"
-        )
+        raise UserError(f"{index_dir}: {info.kind} holds no exact vectors; {SOURCES}")
     of_store = (settings.model_sha256, settings.encoder, settings.dtype, settings.corpus_sha256 or info.corpus_sha256)
     of_index = (info.model_sha256, asdict(info.encoder), info.dtype, info.corpus_sha256)
     num_documents = sum(part.num_documents for part in store.parts().values())

@@ -135,6 +135,8 @@ def require_index(index_dir: Path) -> None:
         store = store_of(index_dir)
         beside = f"; {store.path.name} beside it is {describe_store(store)}" if store.is_there() else ""
         raise FileNotFoundError(f"{index_dir}: no such folder{beside}")
+    if any(index_dir.glob("segments_*")):
+        raise UserError(f"{index_dir}: is a BM25 index, which has no vectors; effir search and effir info take it")
     for name in (INDEX_FILE, DOCID_FILE):
         if not (index_dir / name).is_file():
             raise FileNotFoundError(f"{index_dir}: no file {name!r} in it, so it is not a FAISS index folder")

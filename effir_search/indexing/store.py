@@ -2,7 +2,8 @@
 
 A store is the folder ``NAME.parts`` beside the index ``NAME``::
 
-    manifest.json         what the vectors depend on, and a record with the hashes of every finished part
+    manifest.json         what the vectors depend on; in a store of an earlier version also its finished parts
+    parts.jsonl           a line for every finished part, with the hashes of its files
     part-00012.npy        (documents, dimension) float32
     part-00012.ids        one document id a line
     part-00012.tokens     a digest of each document's tokens, 16 bytes; texts of the same tokens have the same vector
@@ -10,7 +11,8 @@ A store is the folder ``NAME.parts`` beside the index ``NAME``::
     *.lock                held (flock) by the jobs at work; a lock vanishes with its process
 
 A part is a fixed number of consecutive documents, encoded by themselves: a continued job repeats the very same
-batches. A part counts once the manifest lists it.
+batches. A part counts once it is listed, by a line with its end: lines are appended, so that a part costs the same
+however many there are, and what a kill cut off is no line.
 """
 
 import fcntl
@@ -33,7 +35,7 @@ import numpy as np
 from effir_search.errors import UserError
 from effir_search.files.job import differing, try_lock
 from effir_search.files.reading import read_json
-from effir_search.files.whole import write_whole
+from effir_search.files.whole import append_line, write_whole
 from effir_search.indexing.copies import DIGEST, first_of_equal
 from effir_search.indexing.resume import PART_SIZE, StoreSettings
 from effir_search.indexing.shard import Shard
@@ -41,16 +43,18 @@ from effir_search.text.corpus import Document
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, MANIFEST_LOCK, KEPT = "manifest.json", "manifest.lock", "kept"
+MANIFEST, PARTS, MANIFEST_LOCK, KEPT = "manifest.json", "parts.jsonl", "manifest.lock", "kept"
 
 # The files of a store, and the hidden ones that are written first or that a file system makes.
-OWN_FILE = re.compile(r"\..*|manifest\.json|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids|tokens)")
+OWN_FILE = re.compile(
+    r"\..*|manifest\.json|parts\.jsonl|kept|(manifest|shards|finish|shard-\d+)\.lock|part-\d+\.(npy|ids|tokens)"
+)
 
 REMEDY = "--repair encodes such parts again, --restart all"
 
 
 class Part(NamedTuple):
-    """The manifest's record of a finished part; hashes are SHA-256."""
+    """The record of a finished part; hashes are SHA-256."""
 
     num_documents: int
     num_empty: int
@@ -87,7 +91,8 @@ class Store:
 
     def parts(self) -> dict[int, Part]:
         """Return the finished parts, by number."""
-        return self._manifest()[1]
+        settings, parts = self._manifest()
+        return {} if settings is None else self._listed(parts)
 
     def begin(self, settings: StoreSettings) -> None:
         """Write the manifest of a new store, or check that an old one has these settings.
@@ -100,7 +105,9 @@ class Store:
         with _lock(self.path / MANIFEST_LOCK):
             existing = self.settings()
             if existing is None:
-                self._write_manifest(settings, {})
+                (self.path / PARTS).unlink(missing_ok=True)  # of a store that was forgotten but for it
+                text = json.dumps({"settings": asdict(settings)}, indent=1, ensure_ascii=False).encode("utf-8")
+                write_whole(self.path / MANIFEST, lambda file: file.write(text))
                 return
         ours, theirs = asdict(settings), asdict(existing)
         changed = [field.name for field in fields(settings) if ours[field.name] != theirs[field.name]]
@@ -139,10 +146,9 @@ class Store:
             tokens_sha256=self._write(number, "tokens", lambda file: file.write(tokens.tobytes())),
         )
         with _lock(self.path / MANIFEST_LOCK):
-            settings, parts = self._manifest()
-            if settings is None:
+            if not (self.path / MANIFEST).is_file():
                 raise FileNotFoundError(f"{self.path / MANIFEST}: has gone while a job was at work")
-            self._write_manifest(settings, parts | {number: part})
+            self._append({"number": number} | part._asdict())
 
     def read(self, number: int, part: Part) -> tuple[np.ndarray, list[str]]:
         """Return ``(documents, dimension)`` float32 and the ids of a part, checked against its record.
@@ -203,9 +209,7 @@ class Store:
             except ValueError as error:
                 logger.warning("%s: part %d is encoded again", str(error).removesuffix(f"; {REMEDY}"), number)
                 with _lock(self.path / MANIFEST_LOCK):
-                    settings, parts = self._manifest()
-                    del parts[number]
-                    self._write_manifest(settings, parts)
+                    self._append({"number": number, "forgotten": True})
 
     def keep(self) -> None:
         """Mark the store as one that stays when an index is built from it, until ``clear``."""
@@ -217,8 +221,8 @@ class Store:
 
     def clear(self) -> None:
         """Forget the parts and settings; the locks stay."""
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        (self.path / KEPT).unlink(missing_ok=True)
+        for name in (MANIFEST, PARTS, KEPT):
+            (self.path / name).unlink(missing_ok=True)
         for file in self.path.glob("part-*"):
             file.unlink()
 
@@ -273,23 +277,40 @@ class Store:
             yield self.path.is_dir()
 
     def _manifest(self) -> tuple[StoreSettings | None, dict[int, Part]]:
+        """Return what the manifest says: the settings, and the parts that an earlier version listed there."""
         path = self.path / MANIFEST
         try:
             record = read_json(path)
         except FileNotFoundError:
             return None, {}
         try:
-            parts = {int(number): Part(**part) for number, part in record["parts"].items()}
+            parts = {int(number): Part(**part) for number, part in record.get("parts", {}).items()}
             return StoreSettings(**record["settings"]), parts
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{path}: not a manifest of this version; --restart encodes all anew ({error!r})"
             ) from error
 
-    def _write_manifest(self, settings: StoreSettings, parts: dict[int, Part]) -> None:
-        record = {"settings": asdict(settings), "parts": {number: parts[number]._asdict() for number in sorted(parts)}}
-        text = json.dumps(record, indent=1, ensure_ascii=False).encode("utf-8")
-        write_whole(self.path / MANIFEST, lambda file: file.write(text))
+    def _listed(self, parts: dict[int, Part]) -> dict[int, Part]:
+        """Return these parts and those that lines list, less those that later lines forget."""
+        path, parts = self.path / PARTS, dict(parts)
+        content = path.read_bytes() if path.is_file() else b""
+        for place, line in enumerate(content.split(b"\n")[:-1], start=1):  # what has no end is not written yet
+            try:
+                record = json.loads(line)
+                number = record.pop("number")
+                if record.pop("forgotten", False):
+                    parts.pop(number, None)
+                else:
+                    parts[int(number)] = Part(**record)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{path}, line {place}: damaged, or not of this version; --restart encodes all anew ({error!r})"
+                ) from error
+        return parts
+
+    def _append(self, record: dict[str, object]) -> None:
+        append_line(self.path / PARTS, json.dumps(record, ensure_ascii=False))
 
     def _write(self, number: int, suffix: str, write: Callable[[IO[bytes]], object]) -> str:
         return write_whole(self._file(number, suffix), write)

@@ -32,6 +32,8 @@ from effir_search.model.families import FAMILIES
 from effir_search.model.graph_model import EXPORT_FILE
 from effir_search.model.modeling_effir import EffirConfig
 from effir_search.model.sentence_files import read_sentence_files
+from effir_search.searching.bm25 import is_bm25, read_bm25_info
+from effir_search.searching.pyserini_bridge import lucene_searcher
 from effir_search.settings import PlanSettings, WeightDtype
 
 Facts = dict[str, object]
@@ -83,7 +85,11 @@ def describe(
 
 
 def _facts_of_folder(folder: Path, *, has_plan: bool) -> Facts | None:
-    """Return what a folder of vectors is, an index or a store; None for any other."""
+    """Return what a folder is that is an index or a store; None for any other."""
+    if is_bm25(folder):
+        if has_plan:
+            raise UserError(f"{folder}: is a BM25 index; a plan is for a model")
+        return describe_bm25_index(folder)
     if (folder / DOCID_FILE).is_file() or (folder / INFO_FILE).is_file():
         if has_plan:
             raise UserError(f"{folder}: is an index; a plan is for a model")
@@ -139,6 +145,17 @@ def describe_index(index_dir: Path) -> Facts:
     facts |= {f"encoder_{name}": value for name, value in _settings(info.encoder).items()}
     shown_above = ("encoder", "num_documents", "dimension")
     return facts | {name: value for name, value in asdict(info).items() if name not in shown_above}
+
+
+def describe_bm25_index(index_dir: Path) -> Facts:
+    """Return what a BM25 index holds, and what it was built from where it says so."""
+    num_documents = int(lucene_searcher(index_dir).num_docs)
+    facts: Facts = {"bm25_index": str(index_dir), "indexed_documents": num_documents}
+    facts["bytes"] = sum(file.stat().st_size for file in index_dir.iterdir())
+    info = read_bm25_info(index_dir)
+    if info is None:
+        return facts | {"built_by": "another program, such as Pyserini"}
+    return facts | {name: value for name, value in asdict(info).items() if name != "num_indexed"}
 
 
 def facts_of_store(store: Store) -> Facts:

@@ -7,9 +7,7 @@ import logging
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +24,8 @@ from effir_search.indexing.copies import best_documents, read_copies
 from effir_search.indexing.faiss_kinds import set_search_parameters
 from effir_search.indexing.index_record import IndexInfo, check_query_encoder, read_index, read_index_info
 from effir_search.indexing.nearest import nearest_rows
+from effir_search.searching.pyserini_catalogues import defer_catalogues
+from effir_search.searching.pyserini_deferred import deferred_imports
 from effir_search.text.corpus import Document, document_text
 from effir_search.text.trec import Query
 
@@ -72,6 +72,7 @@ def start_java() -> None:
     package = importlib.util.find_spec("pyserini")
     if package is None:
         raise OSError("pyserini is not installed; pip install pyserini")
+    defer_catalogues()
     jars = sorted(Path(package.submodule_search_locations[0]).glob("resources/jars/anserini-*-fatjar.jar"))
     os.environ["JAVA_HOME"] = java_home()
     import jnius_config
@@ -94,42 +95,11 @@ _held: list[Any] = []
 
 @cache
 def pyserini_faiss() -> Any:  # noqa: ANN401, the module pyserini.search.faiss
-    """Return ``pyserini.search.faiss``, imported with Java running.
-
-    Pyserini 1.6 builds an OpenAI client on import, which raises if there is no key; a stand-in is there meanwhile.
-    """
+    """Return ``pyserini.search.faiss``, imported with Java running."""
     start_java()
-    key = os.environ.get("OPENAI_API_KEY")
-    os.environ["OPENAI_API_KEY"] = key or "not needed"
-    try:
-        with _sklearn_when_called():
-            import pyserini.search.faiss
-    finally:
-        if key is None:
-            del os.environ["OPENAI_API_KEY"]
-        else:
-            os.environ["OPENAI_API_KEY"] = key
+    with deferred_imports():
+        import pyserini.search.faiss
     return pyserini.search.faiss
-
-
-@contextmanager
-def _sklearn_when_called() -> Iterator[None]:
-    """Let Pyserini's encoders import sklearn's ``normalize`` without sklearn, which comes once it is called.
-
-    sklearn takes an eighth of the start of a search, in which no encoder of Pyserini's own takes part.
-    """
-    name = "sklearn.preprocessing"
-    if name in sys.modules:
-        yield
-        return
-    stand_in = ModuleType(name)
-    stand_in.normalize = lambda *args, **options: importlib.import_module(name).normalize(*args, **options)
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
 
 
 class _QueryEncoding:
@@ -279,20 +249,39 @@ def builtin_topics(name: str) -> list[Query] | None:
     from jnius import JavaException
     from pyserini.search import _base
 
-    if name not in _base.topics_mapping:
+    # From 2.4 on the names themselves are a file that Pyserini downloads.
+    names_are_here = hasattr(_base, "topics_mapping")
+    try:
+        known = _base.topics_mapping if names_are_here else _base._get_topics_mapping()
+    except OSError as error:
+        reason = f"Pyserini's names of topics cannot be downloaded ({error})"
+        raise FileNotFoundError(f"{name}: no such topics file, and {reason}") from error
+    if name not in known:
         return None
     logger.info("%s is a name of Pyserini's, which downloads these topics unless its cache has them", name)
     try:
-        topics = _base.JTopicReader.getTopicsWithStringIds(_base.topics_mapping[name])
-    except JavaException as error:
+        if names_are_here:
+            topics = _base.JTopicReader.getTopicsWithStringIds(known[name])
+        else:
+            topics = _downloaded_topics(_base, known[name])
+    except (JavaException, OSError) as error:
         raise OSError(f"{name}: Pyserini's topics of this name cannot be downloaded ({error})") from error
     if topics is None:
         raise OSError(f"{name}: Pyserini's topics of this name cannot be downloaded")
     return [Query(str(query_id), str(topics.get(query_id).get("title"))) for query_id in topics.keySet().toArray()]
 
 
-def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int = 2) -> None:
+def _downloaded_topics(base: ModuleType, topics: dict[str, str]) -> Any:  # noqa: ANN401, a Java map
+    """Return topics by id as Pyserini 2.4 and later get them: a file, read by Anserini's class for its format."""
+    url = f"{base.TOPICS_BASE_URL}{topics['path']}"
+    file = base._download_and_cache(url, topics["path"], base._get_topics_cache_path())
+    return base.JTopicReader.getTopicsWithStringIdsFromFileWithTopicReaderClass(str(file), topics["reader_class"])
+
+
+def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int = 2) -> int:
     """Index documents for BM25 with Anserini's defaults (Porter stemmer, Lucene's stop words).
+
+    Documents without a text are left out, since no query finds them. Return the number of the others.
 
     Raises:
         OSError: The folder cannot be written.
@@ -305,19 +294,62 @@ def build_bm25(documents: Iterable[Document], index_dir: Path, *, threads: int =
     try:
         indexer = LuceneIndexer(str(index_dir), threads=threads)
         for document in documents:
-            indexer.add_doc_dict({"id": document.doc_id, "contents": document_text(document)})
+            if text := document_text(document):
+                indexer.add_doc_dict({"id": document.doc_id, "contents": text})
         indexer.close()
+        return int(lucene_searcher(index_dir).num_docs)
     except JavaException as error:
-        raise OSError(f"{index_dir}: the BM25 index cannot be written ({error})") from error
+        raise OSError(f"{index_dir}: the BM25 index cannot be written ({_first_line(error)})") from error
+
+
+def lucene_searcher(index_dir: Path, *, k1: float = 0.9, b: float = 0.4) -> Any:  # noqa: ANN401, a LuceneSearcher
+    """Return a ``pyserini.search.lucene.LuceneSearcher`` that ranks by BM25; the defaults are Anserini's.
+
+    Raises:
+        ValueError: The folder holds no Lucene index, or a damaged one.
+    """
+    pyserini_faiss()
+    import jnius
+    from pyserini.search.lucene import LuceneSearcher
+
+    # A query of more words than Lucene's default of 1,024 would be an error, or find nothing.
+    jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(2**31 - 1)
+    try:
+        searcher = LuceneSearcher(str(index_dir))
+        searcher.set_bm25(k1, b)
+    except jnius.JavaException as error:
+        raise UserError(
+            f"{index_dir}: not a Lucene index, or a damaged one; build it again ({_first_line(error)})"
+        ) from error
+    return searcher
+
+
+def bm25_hits(searcher: Any, queries: Sequence[Query], *, k: int, threads: int) -> dict[str, list[tuple[str, float]]]:  # noqa: ANN401, a LuceneSearcher
+    """Return ids and scores of the ``k`` best documents of each query, by query id, best first, as Anserini gives them.
+
+    Raises:
+        ValueError: The index is damaged.
+    """
+    from jnius import JavaException
+
+    try:
+        found = searcher.batch_search(
+            [query.text for query in queries], [query.query_id for query in queries], k, threads
+        )
+        return {query_id: [(hit.docid, hit.score) for hit in hits] for query_id, hits in found.items()}
+    except JavaException as error:
+        raise UserError(
+            f"{searcher.index_dir}: Lucene cannot search it; build it again ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).removeprefix("JVM exception occurred: ").partition("\n")[0]
 
 
 def search_bm25(index_dir: Path, topics: Sequence[Query], *, k: int = 1000, threads: int = 2) -> Iterator[ScoredDoc]:
     """Yield the best ``k`` hits of each topic by BM25 with Anserini's defaults, k1 = 0.9 and b = 0.4."""
-    pyserini_faiss()
-    from pyserini.search.lucene import LuceneSearcher
-
-    searcher = LuceneSearcher(str(index_dir))
-    hits = searcher.batch_search([query.text for query in topics], [query.query_id for query in topics], k, threads)
+    hits = bm25_hits(lucene_searcher(index_dir), topics, k=k, threads=threads)
     for query in topics:
-        for hit in hits[query.query_id]:
-            yield ScoredDoc(query.query_id, hit.docid, hit.score)
+        for doc_id, score in hits[query.query_id]:
+            yield ScoredDoc(query.query_id, doc_id, score)

@@ -12,6 +12,8 @@ from effir_search.encoding.config import scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.indexing.index_record import IndexInfo, absolute_name
+from effir_search.searching.bm25 import Bm25Info, Bm25Searcher
+from effir_search.searching.hybrid import PLAIN, HybridSearcher, Ranking, open_index
 from effir_search.searching.pyserini_bridge import builtin_topics
 from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
 from effir_search.settings import EncoderOptions, SearchSettings, TopicField
@@ -76,6 +78,7 @@ def search_topics(
     settings: SearchSettings = DEFAULT_SETTINGS,
     options: EncoderOptions = DEFAULT_OPTIONS,
     encoder: str | None = None,
+    ranking: Ranking = PLAIN,
     topics_field: TopicField = "title",
     qrels: str | None = None,
     tag: str = "effir",
@@ -89,18 +92,30 @@ def search_topics(
         settings: How they are searched.
         options: How the encoder is loaded; what is None is as the index was built.
         encoder: Model folder or hub name; None = the index's own.
+        ranking: What ranks documents besides the vectors.
         topics_field: Part of a TREC topic that is the query.
         qrels: Qrels whose queries alone are searched.
         tag: The run's last column.
     """
     queries = load_topics(topics, field=topics_field, qrels=read_qrels(qrels) if qrels else None)
-    searcher = Searcher(index_dir, encoder, settings, options)
+    searcher = open_index(index_dir, encoder, settings, options, ranking)
+    return len(queries), search_queries(queries, output, searcher, tag=tag)
+
+
+def search_queries(
+    queries: Sequence[Query],
+    output: Path,
+    searcher: Searcher | Bm25Searcher | HybridSearcher,
+    *,
+    tag: str = "effir",
+) -> int:
+    """Search for queries, write a TREC run, return the number of hits; warn of queries that find themselves."""
     own_scores: dict[str, float] = {}
     num_hits = write_run(_noting_own(searcher.search(queries), own_scores), output, tag=tag)
     own = [query for query in queries if query.query_id in own_scores]
     if own and (number := _count_own(searcher, own, own_scores)):
         warn_of_own_documents(str(output), number, len(queries), "--remove-query")
-    return len(queries), num_hits
+    return num_hits
 
 
 def _noting_own(hits: Iterable[ScoredDoc], own_scores: dict[str, float]) -> Iterator[ScoredDoc]:
@@ -112,14 +127,19 @@ def _noting_own(hits: Iterable[ScoredDoc], own_scores: dict[str, float]) -> Iter
             yield hit
 
 
-def _count_own(searcher: Searcher, queries: Sequence[Query], own_scores: Mapping[str, float]) -> int:
+def _count_own(
+    searcher: Searcher | Bm25Searcher | HybridSearcher, queries: Sequence[Query], own_scores: Mapping[str, float]
+) -> int:
     """Return how many of these queries are the text of the document of their id, as far as can be told.
 
-    The corpus tells it if it is where it was. Else the score does: that of a document which is the query.
+    The corpus tells it if it is where it was. Else the score of a dense search does: that of a document which is the
+    query.
     """
     documents = _own_documents(searcher.infos, own_scores)
-    if documents.keys() == own_scores.keys():
-        return sum(has_text(documents[query.query_id], query.text) for query in queries)
+    is_plain = isinstance(searcher, Searcher) and searcher.feedback.prf is None
+    if documents.keys() == own_scores.keys() or not is_plain:
+        known = [query for query in queries if query.query_id in documents]
+        return sum(has_text(documents[query.query_id], query.text) for query in known)
     encoder, texts = searcher.encoder, [query.text for query in queries]
     as_queries = scale(encoder.encode_queries(texts), encoder.config)
     as_documents = scale(encoder.encode_documents(texts), encoder.config)
@@ -128,7 +148,7 @@ def _count_own(searcher: Searcher, queries: Sequence[Query], own_scores: Mapping
     return int((abs(scores - own_products) <= ROUNDING * abs(own_products)).sum())
 
 
-def _own_documents(infos: Sequence[IndexInfo | None], doc_ids: Mapping[str, float]) -> dict[str, Document]:
+def _own_documents(infos: Sequence[IndexInfo | Bm25Info | None], doc_ids: Mapping[str, float]) -> dict[str, Document]:
     """Return the documents of these ids, as far as the corpora of the indexes are where they were."""
     documents: dict[str, Document] = {}
     if not all(info is not None and Path(info.corpus or "").is_absolute() for info in infos):
@@ -141,7 +161,7 @@ def _own_documents(infos: Sequence[IndexInfo | None], doc_ids: Mapping[str, floa
     return documents
 
 
-def _fields_of(info: IndexInfo) -> CorpusFields:
+def _fields_of(info: IndexInfo | Bm25Info) -> CorpusFields:
     """The fields of a corpus that were indexed."""
     return CorpusFields(info.corpus_fields, info.corpus_id_field)
 
@@ -154,6 +174,7 @@ def search_text(
     options: EncoderOptions = DEFAULT_OPTIONS,
     corpora: Sequence[str] = (),
     encoder: str | None = None,
+    ranking: Ranking = PLAIN,
 ) -> list[tuple[ScoredDoc, Document | None]]:
     """Search for one text: ``effir search --query``. Return the best hits, with their documents if corpora are given.
 
@@ -164,17 +185,18 @@ def search_text(
         options: How the encoder is loaded; what is None is as the index was built.
         corpora: Where the documents are, in one or the other; none = leave them out.
         encoder: Model folder or hub name; None = the index's own.
+        ranking: What ranks documents besides the vectors.
     """
     if not query.strip():
         raise UserError("--query: the text is empty")
-    searcher = Searcher(index_dir, encoder, settings, options)
+    searcher = open_index(index_dir, encoder, settings, options, ranking)
     hits = searcher.search_text(query)
     sources = _with_fields(corpora, searcher.infos)
     documents = find_documents(sources, [hit.doc_id for hit in hits]) if sources else {}
     return [(hit, documents.get(hit.doc_id)) for hit in hits]
 
 
-def _with_fields(corpora: Sequence[str], infos: Sequence[IndexInfo | None]) -> dict[str, CorpusFields]:
+def _with_fields(corpora: Sequence[str], infos: Sequence[IndexInfo | Bm25Info | None]) -> dict[str, CorpusFields]:
     """The fields of each corpus that were indexed; of one that no index names, those of the first index."""
     known = [info for info in infos if info is not None]
     fields = {info.corpus: _fields_of(info) for info in known}

@@ -20,13 +20,14 @@ from effir_search.errors import UserError
 from effir_search.indexing.faiss_kinds import largest_cosine, short_list_advice
 from effir_search.indexing.index_record import IndexInfo, read_index_info, require_index
 from effir_search.model.checkpoint import exported_backend, model_configs
+from effir_search.searching.feedback import DocumentVectors, fed_back
 from effir_search.searching.pyserini_bridge import open_searcher
-from effir_search.settings import EncoderOptions, SearchSettings
+from effir_search.settings import EncoderOptions, FeedbackSettings, SearchSettings
 from effir_search.text.trec import FLOAT32_MAX, Query, strictly_decreasing
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SETTINGS = SearchSettings()
+DEFAULT_SETTINGS, NO_FEEDBACK = SearchSettings(), FeedbackSettings()
 # Hits of a topic, and of a single text.
 HITS, HITS_OF_TEXT = 1000, 10
 # Queries that are encoded and searched together.
@@ -40,20 +41,23 @@ class _OpenIndex:
     Attributes:
         folder: Its folder.
         faiss: A ``pyserini.search.faiss.FaissSearcher``.
-        largest_score: What no score of a sound index is above, nor its negative below.
+        largest_score: What no score of a sound index is above, nor its negative below, for a query of length 1.
+        vectors: Those of its documents; None where there is no feedback.
     """
 
     folder: Path
     faiss: Any
     largest_score: float
+    vectors: DocumentVectors | None
 
     def num_hits(self, depth: int) -> int:
         """Return how many hits a search for so many finds if it finds them all."""
         return min(depth, self.faiss.num_documents)
 
-    def check_scores(self, hits: Sequence[Any]) -> None:
-        """Raise ValueError if a score, such as NaN, is none that a sound index gives."""
-        bad = next((hit for hit in hits if not abs(hit.score) <= self.largest_score), None)
+    def check_scores(self, hits: Sequence[Any], length: float) -> None:
+        """Raise ValueError if a score, such as NaN, is none that a sound index gives a query of this length, or 1."""
+        largest_score = self.largest_score * max(1.0, length)
+        bad = next((hit for hit in hits if not abs(hit.score) <= largest_score), None)
         if bad is not None:
             raise UserError(
                 f'{self.folder}: is damaged: document "{bad.docid}" has the score {bad.score:g}; effir verify tells '
@@ -71,6 +75,7 @@ class Searcher:
         infos: What the ``effir.json`` of each says; None where there is none.
         encoder: Of the queries.
         settings: How the indexes are searched.
+        feedback: Whether queries are searched a second time, with the vectors of what they found.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Searcher:
         encoder: Encoder | str | None = None,
         settings: SearchSettings = DEFAULT_SETTINGS,
         options: EncoderOptions = DEFAULT_OPTIONS,
+        feedback: FeedbackSettings = NO_FEEDBACK,
     ) -> None:
         """Open indexes.
 
@@ -88,16 +94,18 @@ class Searcher:
                 its folder or hub name; None = the one the first index names.
             settings: How they are searched.
             options: How an encoder is loaded that is not there yet; what is None is as the first index was built.
+            feedback: Whether and how queries are searched a second time. With several indexes the first hits are those
+                of all of them.
 
         Raises:
             ValueError: A damaged index, another encoder, a parameter of another kind of index, a document that two
-                indexes have.
+                indexes have, feedback from an index that does not give vectors back.
             OSError: A file cannot be read.
         """
         self.folders = [index_dir] if isinstance(index_dir, Path) else list(index_dir)
         if not self.folders:
             raise UserError("a search needs at least one index folder")
-        self.settings = settings
+        self.settings, self.feedback = settings, feedback
         if not isinstance(encoder, Encoder):
             require_index(self.folders[0])
         self.infos = [read_index_info(folder) for folder in self.folders]
@@ -118,7 +126,11 @@ class Searcher:
         effort = {"ef_search": self.settings.ef_search, "nprobe": self.settings.nprobe}
         searcher = open_searcher(folder, self.encoder, info, **effort)
         has_length_1 = self.encoder.config.similarity == "cosine" and info is not None  # without a record nobody knows
-        return _OpenIndex(folder, searcher, largest_cosine(searcher.index) if has_length_1 else FLOAT32_MAX)
+        vectors = None
+        if self.feedback.prf is not None:
+            vectors = DocumentVectors(folder, searcher.index, searcher.docids, searcher.copies)
+        largest_score = largest_cosine(searcher.index) if has_length_1 else FLOAT32_MAX
+        return _OpenIndex(folder, searcher, largest_score, vectors)
 
     def search(self, topics: Sequence[Query]) -> Iterator[ScoredDoc]:
         """Return the hits of each topic, in the order of the topics, best first, with strictly decreasing scores.
@@ -150,30 +162,27 @@ class Searcher:
             ValueError: A score that a sound index does not give.
         """
         query_ids = [str(row) for row in range(len(vectors))]
+        scaled = scale(vectors, self.encoder.config)
         with self._turn:
-            hits_of = self._nearest(vectors, query_ids, hits, self.settings.threads or available_cores())
+            hits_of = self._nearest(scaled, query_ids, hits, self.settings.threads or available_cores())
         found = []
-        for query_id in query_ids:
+        for query_id, vector in zip(query_ids, scaled, strict=True):
             of_query = []
             for index in self._indexes:
-                index.check_scores(hits_of[index.folder][query_id])
+                index.check_scores(hits_of[index.folder][query_id], float(np.linalg.norm(vector)))
                 of_query += [ScoredDoc(query_id, hit.docid, hit.score) for hit in hits_of[index.folder][query_id]]
             found.append(strictly_decreasing(of_query)[:hits])
         return found
 
     def _nearest(
-        self, vectors: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
+        self, scaled: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
     ) -> dict[Path, dict[str, list[Any]]]:
-        """Return the hits of vectors as the encoder gives them, in each index, by query id."""
-        scaled = scale(vectors, self.encoder.config)
+        """Return the hits of queries' vectors in each index, by query id."""
         return {index.folder: index.faiss.batch_search(scaled, query_ids, depth, threads) for index in self._indexes}
 
     def _search(self, topics: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
         """Check what is asked for, and return its hits."""
-        if settings.hits < 1:
-            raise UserError(f"--hits {settings.hits}: must be at least 1")
-        if topics and not any(query.text.strip() for query in topics):
-            raise UserError(f"{len(topics)} topics, none of them with a text")
+        check_hits_and_topics(settings.hits, topics)
         for index in self._indexes:
             num_rows = min(settings.hits + settings.remove_query, index.faiss.num_docs)
             if settings.ef_search is not None and settings.ef_search < num_rows:
@@ -186,20 +195,18 @@ class Searcher:
 
     def _hits(self, topics: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
         depth = settings.hits + settings.remove_query
-        queries = [query for query in topics if query.text.strip()]
-        if len(queries) < len(topics):
-            logger.warning("%d of %d topics are empty and get no hits", len(topics) - len(queries), len(topics))
+        queries = with_text(topics)
         num_truncated, num_short = 0, Counter()
         with tqdm(total=len(queries), desc="Searching", unit=" queries", disable=None) as progress:
             for start in range(0, len(queries), BATCH_SIZE):
                 batch = queries[start : start + BATCH_SIZE]
-                hits_of, num_cut = self._search_batch(batch, depth, settings.threads or available_cores())
+                hits_of, lengths, num_cut = self._search_batch(batch, depth, settings)
                 num_truncated += num_cut
-                for query_id, _ in batch:
+                for (query_id, _), length in zip(batch, lengths.tolist(), strict=True):
                     hits = []
                     for index in self._indexes:
                         hits_of_query = hits_of[index.folder][query_id]
-                        index.check_scores(hits_of_query)
+                        index.check_scores(hits_of_query, length)
                         num_short[index.folder] += len(hits_of_query) < index.num_hits(depth)
                         hits += [ScoredDoc(query_id, hit.docid, hit.score) for hit in hits_of_query]
                     if settings.remove_query:
@@ -211,14 +218,42 @@ class Searcher:
         self._warn_of_short_lists(num_short, len(queries), depth)
 
     def _search_batch(
-        self, queries: Sequence[Query], depth: int, threads: int
-    ) -> tuple[dict[Path, dict[str, list[Any]]], int]:
-        """Return the hits of queries in each index, by query id, and how many queries were cut."""
-        query_ids = [query.query_id for query in queries]
+        self, queries: Sequence[Query], depth: int, settings: SearchSettings
+    ) -> tuple[dict[Path, dict[str, list[Any]]], np.ndarray, int]:
+        """Return the hits of queries in each index, by query id, their vectors' lengths, and how many were cut."""
+        query_ids, threads = [query.query_id for query in queries], settings.threads or available_cores()
         with self._turn:
             encoded = self.encoder.encode([query.text for query in queries], prompt=self.encoder.config.query_prompt)
-            hits_of = self._nearest(encoded.embeddings, query_ids, depth, threads)
-        return hits_of, encoded.num_truncated
+            vectors = scale(encoded.embeddings, self.encoder.config)
+            if self.feedback.prf is not None:
+                first = self._nearest(vectors, query_ids, self.feedback.prf_depth + settings.remove_query, threads)
+                vectors = self._fed_back(vectors, query_ids, first, remove_query=settings.remove_query)
+            hits_of = self._nearest(vectors, query_ids, depth, threads)
+        return hits_of, np.linalg.norm(vectors, axis=1), encoded.num_truncated
+
+    def _fed_back(
+        self,
+        vectors: np.ndarray,
+        query_ids: Sequence[str],
+        first: Mapping[Path, Mapping[str, Sequence[Any]]],
+        *,
+        remove_query: bool,
+    ) -> np.ndarray:
+        """Return queries' vectors moved by their first hits in all indexes, ``(queries, dimension)``."""
+        moved = []
+        for query_id, vector in zip(query_ids, vectors, strict=True):
+            hits = []
+            for index in self._indexes:
+                index.check_scores(first[index.folder][query_id], float(np.linalg.norm(vector)))
+                hits += [
+                    (hit.score, hit.docid, index)
+                    for hit in first[index.folder][query_id]
+                    if not (remove_query and hit.docid == query_id)
+                ]
+            best = sorted(hits, key=lambda hit: hit[:2], reverse=True)[: self.feedback.prf_depth]
+            rows = np.array([index.vectors.of(doc_id) for _, doc_id, index in best])
+            moved.append(fed_back(vector, rows, self.feedback))
+        return np.array(moved)
 
     def _warn_of_short_lists(self, num_short: Mapping[Path, int], num_queries: int, depth: int) -> None:
         for index in self._indexes:
@@ -227,6 +262,22 @@ class Searcher:
                     "%s: %d of %d queries have fewer than %d hits: %s",
                     *(index.folder, number, num_queries, index.num_hits(depth), short_list_advice(index.faiss.index)),
                 )
+
+
+def check_hits_and_topics(hits: int, topics: Sequence[Query]) -> None:
+    """Raise ValueError if fewer hits than one are asked for, or of topics none has a text."""
+    if hits < 1:
+        raise UserError(f"--hits {hits}: must be at least 1")
+    if topics and not any(query.text.strip() for query in topics):
+        raise UserError(f"{len(topics)} topics, none of them with a text")
+
+
+def with_text(topics: Sequence[Query]) -> list[Query]:
+    """Return the topics that have a text; others are warned of."""
+    queries = [query for query in topics if query.text.strip()]
+    if len(queries) < len(topics):
+        logger.warning("%d of %d topics are empty and get no hits", len(topics) - len(queries), len(topics))
+    return queries
 
 
 def _check_alike(folders: Sequence[Path], infos: Sequence[IndexInfo | None]) -> None:

@@ -127,6 +127,8 @@ def test_in_int8_weights_are_a_quarter_and_vectors_are_close(tmp_path, bert_fold
     settings = BenchmarkSettings(dtypes=("fp32",), rounds=1)
     benchmark(folders, tmp_path / "benchmark", corpus=str(corpus), settings=settings)
     of_model, of_export = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())["encoders"]
+    assert [of["label"].split()[1:] for of in (of_model, of_export)] == [["fp32"], ["int8", "openvino"]]
+    assert f"in turns of {len(TEXTS)} documents" in (tmp_path / "benchmark" / "benchmark.md").read_text()
     files = (tmp_path / "int8" / "openvino").iterdir()
     assert of_export["sizes"]["weights_bytes"] == sum(file.stat().st_size for file in files)
     assert of_model["sizes"]["weights_bytes"] == 4 * of_model["sizes"]["parameters"]

@@ -17,7 +17,7 @@ import pytest
 
 from effir_search.cli.errors import describe_error
 from effir_search.files.reading import decode, read_lines
-from effir_search.files.whole import refuse_existing, whole_file, whole_folder
+from effir_search.files.whole import append_line, refuse_existing, whole_file, whole_folder
 
 
 class Interrupted(Exception):
@@ -316,3 +316,30 @@ def test_utf_16_of_the_other_byte_order_is_read_and_without_a_mark_or_cut_it_is_
     path.write_bytes("cat".encode("utf-16") + b"x")
     with pytest.raises(ValueError, match=r"lines\.txt: invalid UTF-16.* \(truncated data\)"):
         list(read_lines(path))
+
+
+def test_lines_are_appended_where_the_last_whole_one_ends(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    assert path.read_bytes() == b"one\n"
+    for cut in (b"tw", b"x" * 10_000):
+        with open(path, "ab") as file:
+            file.write(cut)
+        append_line(path, "tw\u00f6")
+    assert path.read_text(encoding="utf-8") == "one\ntw\u00f6\ntw\u00f6\n"
+    path.write_bytes(b"y" * 9000)
+    append_line(path, "three")
+    assert path.read_bytes() == b"three\n"
+
+
+def test_a_full_disk_leaves_the_lines_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    append_line(path, "one")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="cannot be written: No space left on device; is the disk full"):
+        append_line(path, "two")
+    assert path.read_bytes() == b"one\n"

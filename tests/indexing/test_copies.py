@@ -4,7 +4,7 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from conftest import WORDS, write_jsonl
+from conftest import WORDS, list_in_manifest, write_jsonl
 
 from effir_search.encoding.encoder import Encoder
 from effir_search.indexing.build import build_index, index_corpus, rebuild_index
@@ -178,10 +178,7 @@ def test_the_same_tokens_have_the_same_vector_whatever_batch_and_part_they_were_
 
 def test_a_store_of_an_earlier_version_has_no_digests_and_is_read_as_it_is(tmp_path, folder):
     shutil.copytree(folder / "flat.parts", tmp_path / "flat.parts")
-    manifest = json.loads((tmp_path / "flat.parts" / "manifest.json").read_text())
-    for part in manifest["parts"].values():
-        del part["tokens_sha256"]
-    (tmp_path / "flat.parts" / "manifest.json").write_text(json.dumps(manifest))
+    list_in_manifest(tmp_path / "flat.parts", without=["tokens_sha256"])
     for file in (tmp_path / "flat.parts").glob("*.tokens"):
         file.unlink()
     blocks = list(Store(tmp_path / "flat.parts").read_all())

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import NUM_DOCUMENTS, peak_memory
+from conftest import NUM_DOCUMENTS, list_in_manifest, peak_memory
 from processes import Command, run_command
 
 from effir_search.encoding.encoder import Encoder
@@ -338,6 +338,61 @@ def test_a_part_of_another_store_is_an_error(stopped, corpus, encoder):
     shutil.copy(store / "part-00000.npy", store / "part-00001.npy")
     with pytest.raises(ValueError, match="part-00001.npy: damaged"):
         go_on(corpus, encoder, stopped)
+
+
+def test_a_line_that_a_kill_cut_off_is_no_part_and_the_next_one_takes_its_place(stopped, corpus, encoder, whole):
+    store = store_of(stopped)
+    lines = store.path / "parts.jsonl"
+    content = lines.read_bytes()
+    lines.write_bytes(content[:-7])
+    assert store.parts().keys() == {0, 1}
+    assert go_on(corpus, encoder, stopped, keep_embeddings=True) == NUM_DOCUMENTS
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record["number"] for record in records] == list(range(-(-NUM_DOCUMENTS // PART_SIZE)))
+    assert files_of(stopped) == files_of(whole)
+
+
+def test_a_store_whose_manifest_lists_its_parts_is_continued(stopped, corpus, encoder, whole):
+    store = store_of(stopped)
+    parts = store.parts()
+    list_in_manifest(store.path, without=[])
+    assert store.parts() == parts and parts.keys() == {0, 1, 2}
+    (store.path / "part-00001.npy").write_bytes(b"damaged")
+    store.forget_damaged(range(9))
+    assert store.parts().keys() == {0, 2}
+    assert go_on(corpus, encoder, stopped) == NUM_DOCUMENTS
+    assert files_of(stopped) == files_of(whole)
+
+
+def test_a_part_costs_one_line_however_many_there_are(tmp_path, encoder):
+    store = Store(tmp_path / "index.parts")
+    store.path.mkdir()
+    store.begin(settings_of(encoder, None))
+    manifest, sizes = (store.path / "manifest.json").read_bytes(), []
+    for number in range(5):
+        documents = [Document(f"d{number}", "cat")]
+        part = Part(1, 0, 0, documents_sha256(documents))
+        store.write(number, np.zeros((1, 4), dtype=np.float32), documents, part, digests([np.array([1])]))
+        sizes.append((store.path / "parts.jsonl").stat().st_size)
+    assert len(set(np.diff([0, *sizes]))) == 1
+    assert (store.path / "manifest.json").read_bytes() == manifest
+    assert store.parts().keys() == set(range(5))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"number": 1}', '{"number": "x", "num_documents": 1}'])
+def test_a_damaged_line_is_an_error_that_names_it(stopped, corpus, encoder, line):
+    with open(store_of(stopped).path / "parts.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match="parts.jsonl, line 4"):
+        go_on(corpus, encoder, stopped)
+
+
+def test_lines_of_a_store_that_was_forgotten_are_not_taken_for_the_next_one(stopped, corpus, encoder):
+    store = store_of(stopped)
+    (store.path / "manifest.json").unlink()  # what a kill in the middle of --restart leaves
+    assert store.parts() == {} and store.settings() is None
+    store.begin(settings_of(encoder, None))
+    assert store.parts() == {}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": {}, "parts": {"0": {}}}'])

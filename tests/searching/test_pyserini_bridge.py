@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from effir_search.searching.pyserini_bridge import (
     pyserini_faiss,
     query_encoder,
     search_bm25,
+    start_java,
 )
 from effir_search.text.corpus import read_corpus
 from effir_search.text.trec import Query
@@ -150,8 +152,61 @@ def test_another_dimension_in_a_folder_of_pyserini_is_an_error(tmp_path, encoder
         faiss_searcher(tmp_path, encoder)
 
 
-def test_an_unknown_name_is_no_builtin_topics():
+@pytest.fixture
+def names_of_topics(tmp_path, monkeypatch):
+    """What Pyserini 2.4 and later download, names of topics and topics, as files; earlier versions know the names."""
+    start_java()
+    from pyserini.search import _base
+
+    if hasattr(_base, "topics_mapping"):
+        return False
+    reader = "io.anserini.search.topicreader.TsvStringTopicReader"
+    files = {"topics.json": {"toy": {"path": "toy.tsv", "reader_class": reader}}, "topics-aliases.json": {}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "topics").mkdir()
+    (tmp_path / "topics" / "toy.tsv").write_text("007\tsweet honey\n8\thot soup\n")
+    monkeypatch.setattr(_base, "_topics_mapping", None)
+    monkeypatch.setattr(_base, "EVAL_BASE_URL", f"{tmp_path.as_uri()}/")
+    monkeypatch.setattr(_base, "TOPICS_BASE_URL", f"{tmp_path.as_uri()}/topics/")
+    monkeypatch.setattr(_base, "get_cache_home", lambda: str(tmp_path / "cache"))
+    return True
+
+
+def test_an_unknown_name_is_no_builtin_topics(names_of_topics):
     assert builtin_topics("no-such-topics") is None
+
+
+def test_names_of_topics_that_are_downloaded_too_give_topics_whose_ids_are_text(names_of_topics):
+    if not names_of_topics:
+        pytest.skip("this Pyserini knows the names and downloads the topics in Java")
+    assert sorted(builtin_topics("toy")) == [Query("007", "sweet honey"), Query("8", "hot soup")]
+
+
+def test_catalogues_of_prebuilt_indexes_are_read_once_they_are_looked_into():
+    code = """
+import sys, types
+from effir_search.searching.pyserini_catalogues import MODULE, defer_catalogues
+from effir_search.searching.pyserini_bridge import pyserini_faiss
+
+pyserini_faiss()
+from pyserini import prebuilt_index_info, util
+
+assert sys.modules[MODULE] is prebuilt_index_info
+assert "TF_INDEX_INFO" not in vars(prebuilt_index_info), "the real module is not read yet"
+import urllib.request, io, json
+
+record = {"name": "toy", "description": "", "filename": "toy.tgz", "urls": [], "md5": "", "size": 1}
+names = ("msmarco-v1-passage.unicoil", "msmarco-v2-passage.unicoil-0shot")
+records = [record | {"name": name} for name in names]
+urllib.request.urlopen = lambda *_args, **_options: io.BytesIO(json.dumps(records).encode())
+assert "msmarco-v1-passage.unicoil" in util.IMPACT_INDEX_INFO
+assert "filename" in util.IMPACT_INDEX_INFO["msmarco-v1-passage.unicoil"]
+assert "no-such-index" not in util.IMPACT_INDEX_INFO
+assert len(list(util.IMPACT_INDEX_INFO)) == len(util.IMPACT_INDEX_INFO) >= 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_builtin_topics_without_a_network_are_one_os_error(monkeypatch, tmp_path):
@@ -163,21 +218,52 @@ def test_builtin_topics_without_a_network_are_one_os_error(monkeypatch, tmp_path
         builtin_topics("trec1-adhoc")
 
 
-def test_sklearn_is_imported_once_an_encoder_of_pyserini_calls_it():
+def test_what_only_encoders_of_pyserini_need_is_imported_once_they_need_it():
     code = """
-import sys
+import os, sys
 import numpy as np
 from effir_search.searching.pyserini_bridge import pyserini_faiss
 
+os.environ.pop("OPENAI_API_KEY", None)
 pyserini_faiss()
-assert not [name for name in sys.modules if name.partition(".")[0] == "sklearn"]
+assert not [name for name in sys.modules if name.partition(".")[0] in ("sklearn", "openai")]
+assert not [name for name in sys.modules if name.startswith("pandas.")]
+from pyserini import encode
 from pyserini.encode import _auto
 
 rows = np.array([[3.0, 4.0], [0.0, 2.0]])
 np.testing.assert_allclose(_auto.normalize(rows, axis=1, norm="l2"), [[0.6, 0.8], [0.0, 1.0]])
+assert encode._base.pd.DataFrame([[1, 2]]).shape == (1, 2)
+import pandas
 import sklearn.preprocessing
 
 assert sklearn.preprocessing.__file__
+assert pandas.Series([1, 2]).sum() == 3
+os.environ["OPENAI_API_KEY"] = "none"
+import pyserini.encode._openai as real
+
+assert isinstance(real.OpenAiQueryEncoder, type)
+assert encode.OpenAiQueryEncoder is not real.OpenAiQueryEncoder
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_that_a_function_stands_for_is_made_by_its_own_class():
+    code = """
+from effir_search.searching.pyserini_bridge import pyserini_faiss
+
+pyserini_faiss()
+from pyserini import encode
+
+try:
+    encode.OpenAiQueryEncoder(embeddings=1, surely_unknown=2, model_name=3, tokenizer_name="no such tokenizer")
+except Exception as error:
+    print(type(error).__name__, error)
+import sys
+print("openai" in sys.modules)
+"""
+    environment = dict(os.environ, OPENAI_API_KEY="none")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "True"
