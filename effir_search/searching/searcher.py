@@ -161,8 +161,7 @@ class Searcher:
         Raises:
             ValueError: A score that a sound index does not give.
         """
-        query_ids = [str(row) for row in range(len(vectors))]
-        scaled = scale(vectors, self.encoder.config)
+        query_ids, scaled = [str(row) for row in range(len(vectors))], scale(vectors, self.encoder.config)
         with self._turn:
             hits_of = self._nearest(scaled, query_ids, hits, self.settings.threads or available_cores())
         found = []
@@ -175,10 +174,10 @@ class Searcher:
         return found
 
     def _nearest(
-        self, scaled: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
+        self, vectors: np.ndarray, query_ids: Sequence[str], depth: int, threads: int
     ) -> dict[Path, dict[str, list[Any]]]:
-        """Return the hits of queries' vectors in each index, by query id."""
-        return {index.folder: index.faiss.batch_search(scaled, query_ids, depth, threads) for index in self._indexes}
+        """Return the hits of scaled vectors in each index, by query id."""
+        return {index.folder: index.faiss.batch_search(vectors, query_ids, depth, threads) for index in self._indexes}
 
     def _search(self, topics: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
         """Check what is asked for, and return its hits."""

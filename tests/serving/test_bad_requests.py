@@ -7,7 +7,6 @@ from servers import Server
 
 pytestmark = pytest.mark.processes
 KEY = {"X-API-Key": "open-sesame"}
-CROSS_SITE = {"Sec-Fetch-Site": "cross-site"}
 SEARCH, OLD, EMBED = "/v1/toy/search", "/v1/indexes/toy/search", "/v1/embeddings"
 NOT_NUMBERS = ("-1", "0", "1001", "1.5", "NaN", "1e3", "abc", "9" * 5000, "１", "0x10", " 3", "+3", "--3")
 
@@ -91,7 +90,12 @@ def bad_requests(model):
     yield "GET", SEARCH, b"x" * 2_000_001, {}, 413
     for headers in ({"Host": "evil.example"}, {"Host": "search.example.evil"}, {"Host": "a b"}, {"Host": ""}):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 421
-    for headers in (*({"Origin": origin} for origin in ("http://evil.example", "null", "http://[")), CROSS_SITE):
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 403
     wrong = ("wrong", "", "open-sesam", "open-sesame2", "OPEN-SESAME", "\xfc")
     yield from (("GET", f"{SEARCH}?query=tea", None, {"X-API-Key": key}, 401) for key in wrong)
