@@ -1,17 +1,32 @@
 """The tools that agents call by MCP, named as Pyserini's."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ir_measures import ScoredDoc
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
+from effir_search.errors import UserError
+from effir_search.searching.fuse import fuse_lists
 from effir_search.serving.refusal import Refusal
 from effir_search.serving.rest import check_length, index_list, payload, record
 from effir_search.serving.service import HITS, Service
+from effir_search.settings import FuseSettings
 
 INSTRUCTIONS = "Search collections of documents by meaning: search finds documents, get_document returns one in full."
 
 
+@dataclass
+class ScoredDocument:
+    """A hit, as an agent hands it back."""
+
+    docid: str
+    score: float
+
+
 def mcp_server(service: Service) -> MCPServer:
-    """Return an MCP server with the tools ``search``, ``get_document`` and ``list_indexes``."""
+    """Return an MCP server with the tools of agents."""
     server = MCPServer("effir_search", instructions=INSTRUCTIONS)
     first = next(iter(service.indexes.by_name))
 
@@ -67,4 +82,40 @@ def mcp_server(service: Service) -> MCPServer:
         """
         return {"indexes": index_list(service)}
 
+    @server.tool()
+    async def fuse_search_results(
+        hits1: list[ScoredDocument], hits2: list[ScoredDocument], k: int = HITS
+    ) -> dict[str, object]:
+        """Make one list of the hits of two searches: the mean of their scores, each list's scaled to 0 to 1.
+
+        Args:
+            hits1: Hits of one search, each with docid and score.
+            hits2: Hits of the other.
+            k: Number of hits.
+
+        Returns:
+            The hits, best first, each with docid, score and rank.
+        """
+        try:
+            return {"candidates": fused(service, [hits1, hits2], k)}
+        except (Refusal, UserError) as refused:
+            raise ToolError(str(refused)) from refused
+
     return server
+
+
+def fused(service: Service, lists: Sequence[Sequence[ScoredDocument]], k: int) -> list[dict[str, object]]:
+    """Return hits of two searches as one list.
+
+    Raises:
+        Refusal: Too many hits, or a document that is twice in a list.
+        ValueError: A score that is not finite.
+    """
+    number = service.checked_hits(k)
+    for hits in lists:
+        service.checked_hits(max(1, len(hits)))
+        if len({hit.docid for hit in hits}) < len(hits):
+            raise Refusal(400, "a document is twice in one list")
+    scored = [[ScoredDoc("query", hit.docid, hit.score) for hit in hits] for hits in lists]
+    found = fuse_lists(scored, method="average", weights=[0.5, 0.5], settings=FuseSettings(method="average"))
+    return [{"docid": hit.doc_id, "score": hit.score, "rank": rank} for rank, hit in enumerate(found[:number], start=1)]

@@ -157,12 +157,21 @@ def test_the_models_are_listed(client, bert_folder, prompted):
 async def use_tools(client):
     """What an agent does: look, search, read."""
     async with client:
-        assert {"search", "get_document", "list_indexes"} <= {tool.name for tool in (await client.list_tools()).tools}
+        assert {"search", "get_document", "list_indexes", "fuse_search_results"} <= {
+            tool.name for tool in (await client.list_tools()).tools
+        }
         listed = (await client.call_tool("list_indexes", {})).structured_content["indexes"]
         found = await client.call_tool("search", {"query": "hot soup", "index": listed[0]["name"], "hits": 2})
         first = found.structured_content["candidates"][0]
         read = await client.call_tool("get_document", {"docid": first["docid"], "index": "toy"})
         wrong = await client.call_tool("search", {"query": "tea", "index": "none"})
+        # Scaled to 0 to 1: a 1, b 0.5, c 0 and c 1, a 0; a document that a list lacks has its lowest score there, 0.
+        lists = {"hits1": {"a": 4.0, "b": 3.0, "c": 2.0}, "hits2": {"c": 0.9, "a": 0.1}}
+        hits = {
+            name: [{"docid": doc_id, "score": score} for doc_id, score in one.items()] for name, one in lists.items()
+        }
+        fused = (await client.call_tool("fuse_search_results", hits)).structured_content["candidates"]
+    assert {hit["docid"]: hit["score"] for hit in fused} == pytest.approx({"a": 0.5, "c": 0.5, "b": 0.25})
     return listed, first, read.structured_content, wrong
 
 
