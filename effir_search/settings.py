@@ -819,6 +819,7 @@ class SuiteSettings(Settings):
     Attributes:
         collections: BEIR folders, folders of them, ``irds:NAME``, ``irds:beir`` for all of BEIR, ``nano`` for NanoBEIR.
         split: Of the folders' qrels.
+        mteb: Tasks and benchmarks of mteb that each encoder does by itself; mteb fetches data that it lacks.
         bm25: Measure BM25 too.
         hybrid: Measure each encoder fused with BM25: reciprocal ranks, and scores by a tuned weight.
         prf: Measure each encoder with vector feedback.
@@ -831,8 +832,9 @@ class SuiteSettings(Settings):
         download: Let ir_datasets fetch what is not on this machine.
     """
 
-    collections: tuple[str, ...] = setting(help="BEIR folder, folder of them, irds:NAME, irds:beir or nano.")
+    collections: tuple[str, ...] = setting((), help="BEIR folder, folder of them, irds:NAME, irds:beir or nano.")
     split: str = setting("test", help="Qrels of a folder.")
+    mteb: tuple[str, ...] = setting((), help="Task or benchmark of mteb, which downloads its data; may be repeated.")
     bm25: bool = setting(False, help="Measure BM25 too.")
     hybrid: bool = setting(False, help="Measure each encoder with BM25: RRF, and a weight tuned on other queries.")
     prf: bool = setting(False, help="Measure each encoder with vector feedback: average, Rocchio.")

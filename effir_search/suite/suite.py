@@ -9,9 +9,10 @@ import numpy as np
 from effir_search.encoding.encoder import DEFAULT_OPTIONS
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import parse_measures
-from effir_search.evaluation.pages import as_markdown
+from effir_search.evaluation.pages import Table, as_markdown
 from effir_search.files.job import job_folder
 from effir_search.files.reading import read_json
+from effir_search.files.whole import whole_file
 from effir_search.model.checkpoint import resolve_model, weights_sha256
 from effir_search.model.sentence_files import read_sentence_files
 from effir_search.settings import EncoderOptions, SuiteSettings
@@ -41,12 +42,19 @@ def suite(
         ValueError: Nothing to measure, a bad collection or model, ids of ir_datasets that are not on this machine.
         OSError: A file cannot be read or written.
     """
-    measures = parse_measures(settings.measures)
+    measures, models = parse_measures(settings.measures), _models(encoders)
+    if not settings.collections and not settings.mteb:
+        raise UserError("nothing to measure on: give --collections, or --mteb")
+    if settings.mteb and not models:
+        raise UserError("--mteb goes with --encoder")
     collections = find_collections(settings)
-    systems = systems_of(_models(encoders), settings)
+    systems = systems_of(models, settings)
     if not systems:
         raise UserError("nothing to measure: give --encoder, or --bm25")
     with job_folder(output, {"command": "suite"}):
+        tables = [_on_mteb(models, output, settings, options)] if settings.mteb else []
+        if not collections:
+            return tables[0]
         searches = [CollectionSearch(collection, output, settings, options) for collection in collections]
         values: dict[str, dict[str, np.ndarray]] = {str(measure): {} for measure in measures}
         for search in searches:
@@ -66,7 +74,23 @@ def suite(
         names = [system.name for system in systems]
         notes = _notes(searches, systems)
         results = Results(names, baseline, collections, values, notes, settings.seed)
-        return as_markdown(write_report(results, output)[0]).rstrip()
+        return "\n\n".join([as_markdown(write_report(results, output)[0]).rstrip(), *tables])
+
+
+def _on_mteb(models: Sequence[Model], output: Path, settings: SuiteSettings, options: EncoderOptions) -> str:
+    """Let encoders do tasks of mteb, and return the table of their main scores, which is written as mteb.md, too."""
+    from effir_search.adapters.mteb import run_tasks
+
+    scores = [run_tasks(model.source, settings.mteb, output / "mteb", options=options) for model in models]
+    rows = [
+        [model.name, *(f"{score:.4f}" for score in of_model.values()), f"{np.mean(list(of_model.values())):.4f}"]
+        for model, of_model in zip(models, scores, strict=True)
+    ]
+    text = "The main score of each task, as mteb computes it; that of a retrieval task is nDCG@10."
+    table = as_markdown(Table("mteb", text, ["encoder", *scores[0], "mean"], rows, [])).rstrip()
+    with whole_file(output / "mteb.md") as file:
+        file.write(f"{table}\n")
+    return table
 
 
 def _models(encoders: Sequence[str]) -> list[Model]:

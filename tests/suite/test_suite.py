@@ -310,3 +310,33 @@ def test_the_ids_of_beir_and_nanobeir_have_documents_queries_and_judgments():
     assert Counter(one.group for one in found) == {"": 27, "cqadupstack": 12}
     removed = {one.name for one in found if one.remove_query}
     assert removed == {"beir/arguana", "beir/quora/test", "nano-beir/arguana", "nano-beir/quora"}
+
+
+def test_tasks_of_mteb_are_a_table_of_their_own_and_are_not_done_again(tmp_path, monkeypatch, collections, models):
+    import mteb
+
+    from effir_search.adapters.mteb import collection_task, run_tasks
+
+    # mteb knows tasks of the hub by name; here one of this machine goes by the name of one.
+    task = collection_task(collections / "alone")
+    monkeypatch.setattr(mteb, "get_task", lambda name: {"Alone": task}[name])
+    settings = SuiteSettings(mteb=("Alone",))
+    printed = suite(models, tmp_path / "suite", settings)
+    full = run_tasks(models[0].partition("=")[2], [task], tmp_path / "own")["alone"]
+    assert f"| full | {full:.4f} | {full:.4f} |" in printed
+    assert (tmp_path / "suite" / "mteb.md").read_text() == f"{printed}\n"
+    monkeypatch.setattr(mteb, "get_task", lambda name: {"Alone": collection_task(collections / "alone")}[name])
+    monkeypatch.setattr("effir_search.adapters.mteb.EffirEncoder.encode", None)
+    assert suite(models, tmp_path / "suite", settings) == printed
+
+
+@pytest.mark.parametrize(
+    ("encoders", "settings", "message"),
+    [
+        (["model"], {}, "give --collections, or --mteb"),
+        ([], {"mteb": ("SciFact",)}, "--mteb goes with --encoder"),
+    ],
+)
+def test_a_suite_of_nothing_is_an_error(tmp_path, bert_folder, encoders, settings, message):
+    with pytest.raises(ValueError, match=message):
+        suite([str(bert_folder) for _ in encoders], tmp_path / "suite", SuiteSettings(**settings))
