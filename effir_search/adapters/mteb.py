@@ -23,6 +23,7 @@ from effir_search.encoding.config import own_config, scale
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.errors import UserError
 from effir_search.files.reading import file_sha256
+from effir_search.indexing.build import DEFAULT_SETTINGS
 from effir_search.indexing.faiss_kinds import new_index
 from effir_search.indexing.folder import write_folder
 from effir_search.indexing.index_record import IndexInfo
@@ -139,7 +140,7 @@ class EffirIndex:
     The vectors become a folder as ``effir index`` writes it, of any kind, which is searched through Pyserini.
     """
 
-    def __init__(self, model: EffirEncoder, settings: IndexSettings = IndexSettings()) -> None:  # noqa: B008, frozen
+    def __init__(self, model: EffirEncoder, settings: IndexSettings = DEFAULT_SETTINGS) -> None:
         """Take the model and what its index becomes: ``kind`` and ``train_size``.
 
         Raises:
