@@ -92,6 +92,17 @@ def systems_of(models: Sequence[Model], settings: SuiteSettings) -> list[System]
     return [System(None)] * (settings.bm25 or settings.hybrid) + of_models
 
 
+def check_names(systems: Sequence[System]) -> None:
+    """Raise ValueError if the runs of two systems would be one file."""
+    names = {system.file_name: system.name for system in systems}
+    for system in systems:
+        if (other := names[system.file_name]) != system.name:
+            raise UserError(
+                f'the runs of "{system.name}" and of "{other}" would both be {system.file_name}.trec; give the encoder '
+                "another name, as in --encoder NAME=MODEL"
+            )
+
+
 class CollectionSearch:
     """A collection's indexes, opened when they are needed, and the runs of the systems on it.
 

@@ -285,6 +285,28 @@ def test_nothing_to_measure_and_two_encoders_of_a_name_are_refused(tmp_path, col
         suite([str(bert_folder), str(bert_folder)], tmp_path / "out", settings)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["small", "small-tuned"], '"small \\+ BM25, tuned" and of "small-tuned" would both be small-tuned.trec'),
+        (["small", "bm25"], '"BM25" and of "bm25" would both be bm25.trec'),
+        (["small", ""], "'' is no name of a run"),
+        (["small", ".."], "'..' is no name of a run"),
+    ],
+)
+def test_two_systems_never_share_a_run(tmp_path, collections, bert_folder, names, message):
+    settings = SuiteSettings((str(collections / "alone"),), hybrid=True)
+    with pytest.raises(ValueError, match=message):
+        suite([f"{name}={bert_folder}" for name in names], tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_the_command_runs_in_is_an_encoder(tmp_path, collections, bert_folder, monkeypatch):
+    monkeypatch.chdir(bert_folder)
+    printed = suite(["."], tmp_path / "out", SuiteSettings((str(collections / "alone"),)))
+    assert f"| {bert_folder.name} | " in printed
+
+
 def test_bm25_alone_needs_no_encoder(tmp_path, collections):
     printed = suite([], tmp_path / "out", SuiteSettings((str(collections / "alone"),), bm25=True))
     assert "| BM25 | " in printed and "| of BM25 |" in printed
