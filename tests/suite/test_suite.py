@@ -17,7 +17,7 @@ from effir_search.cli import cli
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import read_index_info
-from effir_search.settings import IndexSettings, SuiteSettings
+from effir_search.settings import EncoderOptions, IndexSettings, SuiteSettings
 from effir_search.suite.collections import BEIR, NANO, find_collections, is_on_disk
 from effir_search.suite.report import Results, as_latex, columns_of, means_of, table_of
 from effir_search.suite.suite import suite
@@ -172,6 +172,23 @@ def test_a_model_that_changed_is_indexed_again(tmp_path, collections, models, be
     shutil.copytree(models[1].partition("=")[2], tmp_path / "model")
     suite([str(tmp_path / "model")], tmp_path / "out", settings)
     assert (tmp_path / "out" / "runs" / "alone" / "model.trec").read_text() != first
+
+
+def test_settings_of_a_model_and_options_that_changed_are_indexed_again(tmp_path, collections, bert_folder):
+    settings, folder = SuiteSettings((str(collections / "alone"),)), shutil.copytree(bert_folder, tmp_path / "model")
+    index_dir, run = tmp_path / "out/indexes/alone/model", tmp_path / "out/runs/alone/model.trec"
+
+    def made(**options):
+        suite([str(folder)], tmp_path / "out", settings, EncoderOptions(**options))
+        return read_index_info(index_dir), run.stat().st_mtime_ns
+
+    first, when = made(dtype="fp32")
+    assert first.dtype == "float32" and made(dtype="fp32") == (first, when)
+    second, when = made(dtype="bf16", max_length=5)
+    assert (second.dtype, second.encoder.max_length) == ("bfloat16", 5)
+    save_sentence_files(folder, pooling="cls")
+    third, later = made(dtype="bf16", max_length=5)
+    assert third.encoder.pooling == "cls" and later > when
 
 
 def test_what_another_model_had_begun_to_encode_is_discarded(tmp_path, collections, models):
