@@ -279,6 +279,7 @@ def test_latex_escapes_names(done):
         ({"collections": ("{alone}", "{alone}")}, "alone: two collections of this name"),
         ({"collections": ("{alone}",), "split": "dev"}, "has no qrels/dev.tsv"),
         ({"collections": ("{alone}",), "hits_of": ("alone",)}, "is not NAME=NUMBER, as in arguana=100"),
+        ({"collections": ("{alone}",), "hits_of": ("alone=\u00b2",)}, "is not NAME=NUMBER, as in arguana=100"),
         ({"collections": ("{alone}",), "hits_of": ("other=3",)}, 'no collection is called "other"; there are alone'),
         ({"collections": ("irds:no-such",)}, "irds:no-such: ir_datasets knows no data set of this name"),
         ({"collections": ("irds:beir/scifact",)}, "irds:beir/scifact: has no qrels"),
