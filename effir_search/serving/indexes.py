@@ -146,7 +146,9 @@ class Indexes:
         info = self._infos[folder] = read_index_info(folder)
         texts = tuple(self._texts_of(source, fields, info) for source, fields in self._sources_of(folder, info).items())
         searcher = Searcher(folder, self._encoder_of(folder, info), self._settings)
-        return ServedIndex(name, folder, searcher, texts, before)
+        # Of corpora that have moved, that of this index is known by its hash: ids of others may be the same.
+        own = tuple(one for one in texts if info is not None and one.sha256 == info.corpus_sha256)
+        return ServedIndex(name, folder, searcher, own or texts, before)
 
     def _encoder_of(self, folder: Path, info: IndexInfo | None) -> Encoder:
         """Return the encoder of an index, the one of another if it is the same: a model is in memory once."""

@@ -131,6 +131,19 @@ def test_documents_of_one_id_in_two_corpora_are_not_mixed_up(tmp_path, toy_index
         assert indexes["a"].documents(["001"])["001"].title == "cat"
 
 
+def test_corpora_that_have_moved_are_told_apart_by_what_they_hold(tmp_path, bert_folder):
+    folders, moved = {}, []
+    for name in ("red", "green"):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [{"_id": "1", "text": f"{name} plum"}])
+        folders[name] = index_of(corpus, bert_folder, tmp_path / name)
+        moved.append(str(corpus.rename(tmp_path / f"moved-{name}.jsonl")))
+    for corpora in (moved, moved[::-1]):
+        indexes = open_indexes(folders, corpora=corpora).by_name
+        assert {name: index.documents(["1"])["1"].text for name, index in indexes.items()} == {
+            "red": "red plum", "green": "green plum",
+        }  # fmt: skip
+
+
 def test_a_corpus_that_is_not_there_or_has_changed_is_said(tmp_path, bert_folder, caplog):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "red plum"}])
     index = index_of(corpus, bert_folder, tmp_path / "index")
