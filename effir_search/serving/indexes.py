@@ -146,6 +146,8 @@ class Indexes:
         info = self._infos[folder] = read_index_info(folder)
         texts = tuple(self._texts_of(source, fields, info) for source, fields in self._sources_of(folder, info).items())
         searcher = Searcher(folder, self._encoder_of(folder, info), self._settings)
+        if signature(folder) != before:  # so what was read may be of two indexes
+            raise UserError(f"{folder}: was replaced while it was opened")
         # Of corpora that have moved, that of this index is known by its hash: ids of others may be the same.
         own = tuple(one for one in texts if info is not None and one.sha256 == info.corpus_sha256)
         return ServedIndex(name, folder, searcher, own or texts, before)

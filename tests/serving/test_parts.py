@@ -170,6 +170,22 @@ def test_a_damaged_replacement_leaves_an_index_as_it_was(tmp_path, toy_index, ca
     assert indexes.by_name["a"].searcher.encoder is before.searcher.encoder
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_stays_as_it_was(tmp_path, toy_index, monkeypatch, caplog):
+    folder = shutil.copytree(toy_index, tmp_path / "index")
+    indexes = open_indexes({"a": folder})
+    before = indexes.by_name["a"]
+
+    def replace_meanwhile(*arguments):
+        shutil.copy(toy_index / "docid", folder / "docid")
+        return Searcher(*arguments)
+
+    monkeypatch.setattr("effir_search.serving.indexes.Searcher", replace_meanwhile)
+    assert indexes.reload(all_of_them=True) == [] and indexes.by_name["a"] is before
+    assert "was replaced while it was opened" in caplog.text
+    monkeypatch.undo()
+    assert indexes.reload() == ["a"]
+
+
 def test_an_index_is_called_as_its_folder_or_as_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with=sign").mkdir()
