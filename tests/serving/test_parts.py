@@ -1,6 +1,7 @@
 """The parts of a server: batches, texts, indexes."""
 
 import asyncio
+import resource
 import shutil
 
 import numpy as np
@@ -184,6 +185,18 @@ def test_an_index_that_is_replaced_while_it_is_opened_stays_as_it_was(tmp_path, 
     assert "was replaced while it was opened" in caplog.text
     monkeypatch.undo()
     assert indexes.reload() == ["a"]
+
+
+def test_texts_that_there_is_no_room_for_are_an_oserror(tmp_path, monkeypatch):
+    monkeypatch.setattr("effir_search.serving.texts.FILLING", 1)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"_id": str(number), "text": "tea " * 500} for number in range(500)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="texts cannot be kept in a file where TMPDIR says"):
+            Texts(corpus, CorpusFields())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_index_is_called_as_its_folder_or_as_is_said(tmp_path, monkeypatch):
