@@ -113,19 +113,21 @@ class Service:
         """Return the models that give embeddings, by all names they have.
 
         A model is called as its folder; where two are called alike, as its index. NAME-query and NAME-document put
-        the query's or the document's prompt before each text.
+        the query's or the document's prompt before each text. A name that two models would have is none of them.
         """
         encoders = {id(index.searcher.encoder): index.searcher.encoder for index in self.indexes.by_name.values()}
         folders = [folder_name(encoder) for encoder in encoders.values()]
         models: dict[str, EmbeddingModel] = {}
+        ambiguous = set()
         for index in self.indexes.by_name.values():
             encoder = index.searcher.encoder
             name = folder_name(encoder)
             name = name if folders.count(name) == 1 else index.name
-            models[name] = EmbeddingModel(encoder, None)
-            models[f"{name}-{QUERY}"] = EmbeddingModel(encoder, QUERY)
-            models[f"{name}-{DOCUMENT}"] = EmbeddingModel(encoder, DOCUMENT)
-        return models
+            for side in (None, QUERY, DOCUMENT):
+                full_name, model = f"{name}-{side}" if side else name, EmbeddingModel(encoder, side)
+                if models.setdefault(full_name, model) != model:
+                    ambiguous.add(full_name)
+        return {name: model for name, model in models.items() if name not in ambiguous}
 
     async def embed(self, model: object, inputs: object, prompt_name: object, dimensions: object) -> Embeddings:
         """Return the embeddings of texts.

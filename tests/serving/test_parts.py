@@ -15,6 +15,7 @@ from effir_search.serving.batching import Batcher
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.metrics import Metrics
 from effir_search.serving.server import api_key
+from effir_search.serving.service import Service
 from effir_search.serving.texts import Texts
 from effir_search.settings import EncoderOptions, ServeSettings
 from effir_search.text.corpus import CorpusFields, Document
@@ -197,6 +198,15 @@ def test_texts_that_there_is_no_room_for_are_an_oserror(tmp_path, monkeypatch):
             Texts(corpus, CorpusFields())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_name_that_two_models_would_have_is_none_of_them(tmp_path, collection, bert_folder):
+    folders = {}
+    for name, place in {"full": "a/model", "small": "b/model", "z": "c/small"}.items():
+        model = shutil.copytree(bert_folder, tmp_path / place)
+        folders[name] = index_of(collection / "corpus.jsonl", model, tmp_path / name)
+    service = Service(open_indexes(folders), Batcher(), ServeSettings())
+    assert set(service.models()) == {"full", "full-query", "full-document"}
 
 
 def test_an_index_is_called_as_its_folder_or_as_is_said(tmp_path, monkeypatch):
