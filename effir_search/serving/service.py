@@ -147,8 +147,9 @@ class Service:
         encoder, side = models[model]
         texts = self._checked_inputs(inputs)
         prompt = _prompt(encoder, model, side, prompt_name)
-        if dimensions is not None and dimensions != encoder.dimension:
-            encoder = encoder.with_config(dimension=_checked_dimensions(encoder, model, dimensions))
+        size = encoder.dimension if dimensions is None else _checked_dimensions(encoder, model, dimensions)
+        if size != encoder.dimension:
+            encoder = encoder.with_config(dimension=size)
         return await self.batcher.encode(encoder, texts, prompt)
 
     def _checked_inputs(self, inputs: object) -> list[str]:
@@ -190,7 +191,7 @@ def _prompt(encoder: Encoder, model: str, side: str | None, prompt_name: object)
 def _checked_dimensions(encoder: Encoder, model: str, dimensions: object) -> int:
     """Return a number of leading components that the model was trained to be cut at, or raise a Refusal."""
     allowed = matryoshka_dimensions(encoder)
-    if isinstance(dimensions, bool) or dimensions not in allowed:
+    if type(dimensions) is not int or dimensions not in allowed:  # 16.0 is no number of components
         known = ", ".join(map(str, allowed))
         raise Refusal(400, f"dimensions of {model} must be {known}, not {shown(dimensions)}")
     return dimensions

@@ -80,7 +80,7 @@ def bad_requests(model):
         yield "POST", EMBED, embedding(model, input=inputs), {}, 400
     for field in (
         {"encoding_format": "int8"}, {"dimensions": 0}, {"dimensions": -1}, {"dimensions": True}, {"dimensions": "8"},
-        {"dimensions": 31.5}, {"prompt_name": "title"}, {"prompt_name": []}, {"colour": "red"},
+        {"dimensions": 31.5}, {"dimensions": 32.0}, {"prompt_name": "title"}, {"prompt_name": []}, {"colour": "red"},
     ):  # fmt: skip
         yield "POST", EMBED, embedding(model, **field), {}, 400
     for name in ("none", None, 7, [], "../model"):
