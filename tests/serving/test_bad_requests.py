@@ -99,7 +99,15 @@ def bad_requests(model):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 403
     wrong = ("wrong", "", "open-sesam", "open-sesame2", "OPEN-SESAME", "\xfc")
     yield from (("GET", f"{SEARCH}?query=tea", None, {"X-API-Key": key}, 401) for key in wrong)
-    for value in ("Bearer wrong", "Bearer", "Basic !!!", "Basic d3Jvbmc=", "Digest open-sesame", "open-sesame"):
+    for value in (
+        "Bearer wrong",
+        "Bearer",
+        "Basic !!!",
+        "Basic \xfc",
+        "Basic d3Jvbmc=",
+        "Digest open-sesame",
+        "open-sesame",
+    ):
         yield "GET", "/", None, {"X-API-Key": None, "Authorization": value}, 401
 
 
