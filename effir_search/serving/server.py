@@ -99,7 +99,8 @@ def api_key(settings: ServeSettings) -> str | None:
         OSError: Its file cannot be read.
     """
     if settings.api_key_file is not None:
-        where, key = settings.api_key_file, Path(settings.api_key_file).read_text(encoding="utf-8").strip()
+        # Any bytes are characters of Latin-1, of which those that no key has are refused below.
+        where, key = settings.api_key_file, Path(settings.api_key_file).read_text(encoding="latin-1").strip()
     elif KEY_VARIABLE in os.environ:
         where, key = KEY_VARIABLE, os.environ[KEY_VARIABLE].strip()
     else:

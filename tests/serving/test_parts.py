@@ -228,6 +228,9 @@ def test_the_key_is_in_the_environment_or_in_a_file(tmp_path, monkeypatch):
     assert api_key(ServeSettings()) == "of-the-environment"
     (tmp_path / "key").write_text("of-the-file\n")
     assert api_key(ServeSettings(api_key_file=str(tmp_path / "key"))) == "of-the-file"
+    (tmp_path / "bytes").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UserError, match="bytes: the key must be of visible ASCII"):
+        api_key(ServeSettings(api_key_file=str(tmp_path / "bytes")))
     for bad in ("", " ", "two words", "k\u00e9y"):
         monkeypatch.setenv("EFFIR_API_KEY", bad)
         with pytest.raises(UserError, match="EFFIR_API_KEY: the key must be of visible ASCII"):
