@@ -85,6 +85,7 @@ def test_an_index_that_is_replaced_is_opened_again_and_no_request_fails(tmp_path
     (["--index", "toy", "--port", "70000"], "70000"),
     (["--index", "toy", "--mcp", "--host", "localhost"], "--host does not go with --mcp"),
     (["--index", "toy", "--mcp", "--max-body", "2"], "--max-body does not go with --mcp"),
+    (["--index", "toy", "--timeout", "inf"], "--timeout"),
 ])  # fmt: skip
 def test_a_start_that_cannot_be_is_one_line(tmp_path, toy_index, arguments, complaint):
     (tmp_path / "toy").symlink_to(toy_index)
