@@ -57,6 +57,7 @@ def test_an_index_that_is_replaced_is_opened_again_and_no_request_fails(tmp_path
         while not documents:
             time.sleep(0.01)
         os.rename(served, tmp_path / "last")
+        assert server.get("/v1/indexes/served/status").status == 200
         time.sleep(1.5)  # longer than from one look at the folder to the next
         os.rename(tmp_path / "next", served)
         end = time.monotonic() + 60
