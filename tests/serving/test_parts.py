@@ -11,6 +11,7 @@ from servers import damaged_index, index_of, prompted_model
 
 from effir_search.errors import UserError
 from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
+from effir_search.serving.app import background
 from effir_search.serving.batching import Batcher
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.metrics import Metrics
@@ -186,6 +187,28 @@ def test_an_index_that_is_replaced_while_it_is_opened_stays_as_it_was(tmp_path, 
     assert "was replaced while it was opened" in caplog.text
     monkeypatch.undo()
     assert indexes.reload() == ["a"]
+
+
+def test_a_failed_look_at_the_indexes_is_said_and_not_the_last(toy_index, monkeypatch, caplog):
+    service = Service(open_indexes({"a": toy_index}), Batcher(), ServeSettings())
+    looks = iter([RuntimeError("can't allocate memory"), ["a"]])  # as torch says that there is too little
+
+    def look(**_options):
+        found = next(looks, [])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def work():
+        async with background(service):
+            while "a was opened again" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("effir_search.serving.app.LOOK", 0.01)
+    monkeypatch.setattr(service.indexes, "reload", look)
+    with caplog.at_level("INFO"):
+        asyncio.run(asyncio.wait_for(work(), 20))
+    assert "can't allocate memory" in caplog.text
 
 
 def test_texts_that_there_is_no_room_for_are_an_oserror(tmp_path, monkeypatch):
