@@ -14,6 +14,7 @@ from effir_search.errors import UserError
 from effir_search.searching.searcher import DEFAULT_SETTINGS
 from effir_search.serving.app import application, background
 from effir_search.serving.batching import Batcher
+from effir_search.serving.connection import Connection
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.mcp_tools import mcp_server
 from effir_search.serving.service import Service
@@ -73,7 +74,7 @@ async def _serve_http(
     app = application(Service(indexes, Batcher(), settings), settings, key, ready=ready)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=type("Connection", (Connection,), {"seconds": settings.timeout}),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,6 +1,7 @@
 """Requests that are wrong: each gets a 4xx with one sentence, and the server goes on."""
 
 import json
+import socket
 
 import pytest
 from servers import Server
@@ -185,3 +186,10 @@ def test_a_slow_body_is_a_408(tmp_path, toy_index):
         for connection in (first, second):
             assert b"408" in connection.recv(65536).splitlines()[0]
         assert server.get(SEARCH, query="tea").status == 200
+
+
+def test_a_connection_that_does_not_ask_is_closed(server):
+    for beginning in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(beginning)
+            assert connection.recv(1) == b""
