@@ -254,6 +254,8 @@ class FeedbackSettings(Settings):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: more than the {self.prf_depth} of --prf-depth"
                 )
+        if self.rocchio_alpha == 0 == self.rocchio_beta:
+            raise UserError("--rocchio-alpha and --rocchio-beta: one of them must be above 0, or no vector is left")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """PyTerrier: an index as a retriever, in pipelines and experiments; its vectors as a FlexIndex."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
+from ir_measures import ScoredDoc
 
 from effir_search.encoding.encoder import DEFAULT_OPTIONS, Encoder
 from effir_search.export.flex_index import to_flex_index
@@ -50,7 +52,10 @@ class EffirRetriever(pt.Transformer):
         super().__init__()
         folders = [Path(index_dir)] if isinstance(index_dir, str | Path) else list(map(Path, index_dir))
         self.num_results = num_results
-        self.searcher = Searcher(folders, encoder, replace(settings, hits=num_results), options)
+        self._remove_query = settings.remove_query
+        # Its queries are numbers of rows, so what has the id of a query is left out here, and one hit more is needed.
+        settings = replace(settings, hits=num_results + self._remove_query, remove_query=False)
+        self.searcher = Searcher(folders, encoder, settings, options)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Return the hits of each query, best first, with the columns docno, score and rank, which counts from 0.
@@ -70,12 +75,20 @@ class EffirRetriever(pt.Transformer):
         # Rows are told apart by their number: a frame may have ids that are no text, or one id twice.
         topics = [Query(str(row), text) for row, text in enumerate(queries["query"])]
         hits = list(self.searcher.search(topics)) if any(query.text.strip() for query in topics) else []
+        if self._remove_query:
+            hits = self._without_own(hits, [str(query_id) for query_id in queries["qid"]])
         rows = [int(hit.query_id) for hit in hits]
         found = queries.iloc[rows].reset_index(drop=True)
         found["docno"] = pd.Series([hit.doc_id for hit in hits], dtype=object)
         found["score"] = pd.Series([hit.score for hit in hits], dtype=float)
         found["rank"] = pd.Series(rows, dtype=int).groupby(rows).cumcount() if rows else pd.Series(dtype=int)
         return found
+
+    def _without_own(self, hits: Iterable[ScoredDoc], query_ids: Sequence[str]) -> list[ScoredDoc]:
+        """Return the hits without those whose document has the id of the query."""
+        others = (hit for hit in hits if hit.doc_id != query_ids[int(hit.query_id)])
+        by_query = itertools.groupby(others, key=lambda hit: hit.query_id)
+        return [hit for _, of_query in by_query for hit in itertools.islice(of_query, self.num_results)]
 
     def __repr__(self) -> str:
         folders = [str(folder) for folder in self.searcher.folders]

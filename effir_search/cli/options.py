@@ -1,5 +1,6 @@
 """Command options made from the fields of settings dataclasses, and settings made from what a command was given."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -41,6 +42,17 @@ class Listed(click.ParamType):
             if self.of is not click.INT:
                 raise
         self.fail(f"{value!r} is not a list of numbers such as 16,17,18", param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, neither infinite nor NaN, which no bound keeps out."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def options_of(
@@ -157,7 +169,7 @@ def _type(hint: object) -> click.ParamType:
             "min_open": any(isinstance(b, Gt) for b in bounds),
             "max_open": any(isinstance(b, Lt) for b in bounds),
         }
-        return (click.IntRange if base is int else click.FloatRange)(lowest, highest, **is_open)
+        return (click.IntRange if base is int else FiniteRange)(lowest, highest, **is_open)
     return click.types.convert_type(hint)
 
 

@@ -157,6 +157,8 @@ def _refuse_ignored(index_dir: tuple[Path, ...], bm25_index: Path | None, option
     sparse = any(map(is_bm25, index_dir))
     if bm25_index is None:
         refuse((f.name for kind in (HybridSettings, TuningSettings) for f in fields(kind)), "goes with --bm25")
+    if options["tune"] is None:
+        refuse(["tune_topics"], "goes with --tune")
     if bm25_index is None and not sparse:
         refuse((f.name for f in fields(Bm25Settings)), "goes with --bm25, or an --index of BM25")
     if sparse:

@@ -28,7 +28,8 @@ def serve(
     from effir_search.serving.server import serve
 
     if mcp:
-        refuse(["host", "port", "server_name", "api_key_file"], "does not go with --mcp")
+        of_http = ["host", "port", "server_name", "api_key_file", "max_inputs", "max_body", "max_requests", "timeout"]
+        refuse(of_http, "does not go with --mcp")
     settings, search = taken(ServeSettings, options), taken(SearchSettings, options)
     places = {"corpora": corpora, "encoder": encoder, "mcp": mcp}
     serve(index_dirs, settings, search=search, options=encoder_options(options), announce=click.echo, **places)

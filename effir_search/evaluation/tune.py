@@ -14,7 +14,7 @@ from effir_search.encoding.encoder import DEFAULT_OPTIONS
 from effir_search.errors import UserError
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.files.whole import whole_file
-from effir_search.searching.fuse import in_order, list_scores
+from effir_search.searching.fuse import effective_weights, in_order, list_scores
 from effir_search.searching.hybrid import HybridSearcher, Ranking, open_index
 from effir_search.searching.search_topics import load_topics, search_queries
 from effir_search.searching.searcher import BATCH_SIZE, DEFAULT_SETTINGS
@@ -171,7 +171,6 @@ def _first_hits(
     normalizations: Sequence[Normalization],
 ) -> dict[tuple[Normalization, float], list[ScoredDoc]]:
     """Return for each normalisation and weight the best hits of all queries, as many as count, ties complete."""
-    weights = np.array(WEIGHTS)[:, None]  # (weights, 1)
     runs: dict[tuple[Normalization, float], list[ScoredDoc]] = {
         names: [] for names in itertools.product(normalizations, WEIGHTS)
     }
@@ -181,13 +180,14 @@ def _first_hits(
         if not hits:
             continue
         cutoff = min(CUTOFF, len(hits))
+        weights = np.array([effective_weights((weight, 1 - weight), ranked) for weight in WEIGHTS])  # (weights, 2)
         for normalization in normalizations:
             how = replace(settings, normalization=normalization)
             dense, bm25 = (
                 np.array([scores.get(hit.doc_id, missing) for hit in hits])
                 for scores, missing in (list_scores(one, method="interpolation", settings=how) for one in ranked)
             )
-            fused = (weights * dense + (1 - weights) * bm25).astype(np.float32)  # (weights, documents)
+            fused = (weights[:, :1] * dense + weights[:, 1:] * bm25).astype(np.float32)  # (weights, documents)
             lowest = np.partition(fused, -cutoff, axis=1)[:, -cutoff]
             for weight, scores, low in zip(WEIGHTS, fused, lowest, strict=True):
                 best = (hits[place]._replace(score=float(scores[place])) for place in np.flatnonzero(scores >= low))

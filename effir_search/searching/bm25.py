@@ -217,7 +217,9 @@ class Bm25Searcher:
         return self._hits(with_text(topics), settings)
 
     def _hits(self, queries: Sequence[Query], settings: SearchSettings) -> Iterator[ScoredDoc]:
-        depth, threads = settings.hits + settings.remove_query, settings.threads or available_cores()
+        # Java counts no further than 2^31 - 1.
+        depth = min(settings.hits + settings.remove_query, max(1, self.num_documents))
+        threads = settings.threads or available_cores()
         for start in range(0, len(queries), BATCH_SIZE):
             batch = queries[start : start + BATCH_SIZE]
             with self._turn:

@@ -63,7 +63,7 @@ def fuse_lists(
     """Return one query's hits fused, best first, with strictly decreasing scores: all documents of all lists.
 
     A document's score is the sum over lists of the list's weight times what the list gives it: 1 / (rrf_k + rank), or
-    its normalised score. A list without hits gives nothing to any document.
+    its normalised score. A list without hits gives nothing to any document, see ``effective_weights``.
 
     Args:
         lists: Hits of one query, in any order; ranks are those of ``strictly_decreasing``.
@@ -77,7 +77,7 @@ def fuse_lists(
     ranked = [in_order(hits)[: settings.depth] for hits in lists]
     places = {hit.doc_id: hit for hits in ranked for hit in hits}  # by document
     totals = dict.fromkeys(places, 0.0)
-    for weight, hits in zip(weights, ranked, strict=True):
+    for weight, hits in zip(effective_weights(weights, ranked), ranked, strict=True):
         scores, missing = list_scores(hits, method=method, settings=settings)
         for doc_id in totals:
             totals[doc_id] += weight * scores.get(doc_id, missing)
@@ -87,6 +87,16 @@ def fuse_lists(
         counts.missing.update({place: len(places) - len(hits) for place, hits in enumerate(ranked) if hits})
         counts.empty.update(place for place, hits in enumerate(ranked) if not hits)
     return strictly_decreasing([hit._replace(score=totals[doc_id]) for doc_id, hit in places.items()])
+
+
+def effective_weights(weights: Sequence[float], ranked: Sequence[Sequence[ScoredDoc]]) -> list[float]:
+    """Return the weights of one query's lists; if none that has hits weighs anything, these weigh 1.
+
+    Else all documents would have the score 0, and the order would be that of their ids.
+    """
+    if any(weight for weight, hits in zip(weights, ranked, strict=True) if hits):
+        return list(weights)
+    return [float(bool(hits)) for hits in ranked]
 
 
 def in_order(hits: Sequence[ScoredDoc]) -> Sequence[ScoredDoc]:

@@ -17,6 +17,7 @@ from effir_search.searching.hybrid import PLAIN, HybridSearcher, Ranking, open_i
 from effir_search.searching.pyserini_bridge import builtin_topics
 from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
 from effir_search.settings import EncoderOptions, SearchSettings, TopicField
+from effir_search.text.checks import check_unicode
 from effir_search.text.corpus import (
     DEFAULT_FIELDS,
     IR_DATASETS,
@@ -189,6 +190,7 @@ def search_text(
     """
     if not query.strip():
         raise UserError("--query: the text is empty")
+    check_unicode(query, "--query")
     searcher = open_index(index_dir, encoder, settings, options, ranking)
     hits = searcher.search_text(query)
     sources = _with_fields(corpora, searcher.infos)

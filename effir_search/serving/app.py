@@ -104,8 +104,11 @@ async def _watch(service: Service, hang_up: asyncio.Event) -> None:
             await asyncio.wait_for(hang_up.wait(), LOOK)
         asked = hang_up.is_set()
         hang_up.clear()
-        for name in await asyncio.to_thread(service.indexes.reload, all_of_them=asked):
-            logger.info("%s was opened again", name)
+        try:
+            for name in await asyncio.to_thread(service.indexes.reload, all_of_them=asked):
+                logger.info("%s was opened again", name)
+        except Exception:  # such as too little memory for two models: nobody else would look again
+            logger.exception("indexes that were replaced could not be opened, and stay as they were")
 
 
 def _mcp_routes(tools: MCPServer) -> list[Route]:

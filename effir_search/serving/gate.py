@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import hmac
 import ipaddress
 import logging
@@ -148,7 +147,7 @@ def given_keys(headers: Headers) -> list[bytes]:
     if kind.lower() == "basic":
         try:
             keys.append(base64.b64decode(value, validate=True).decode("latin-1").partition(":")[2])
-        except binascii.Error:
+        except ValueError:  # not Base64, or not even ASCII
             keys.append("")
     # A header's bytes arrive as Latin-1.
     return [key.encode("latin-1") for key in keys]

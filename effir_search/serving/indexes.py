@@ -40,6 +40,7 @@ class ServedIndex:
         searcher: Over the folder.
         texts: Where its documents are; the first that has an id counts.
         signature: Of its files, see ``signature``.
+        num_bytes: Of all its files.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ServedIndex:
     searcher: Searcher
     texts: tuple[Texts, ...]
     signature: tuple
+    num_bytes: int
 
     @property
     def info(self) -> IndexInfo | None:
@@ -146,7 +148,12 @@ class Indexes:
         info = self._infos[folder] = read_index_info(folder)
         texts = tuple(self._texts_of(source, fields, info) for source, fields in self._sources_of(folder, info).items())
         searcher = Searcher(folder, self._encoder_of(folder, info), self._settings)
-        return ServedIndex(name, folder, searcher, texts, before)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        if signature(folder) != before:  # so what was read may be of two indexes
+            raise UserError(f"{folder}: was replaced while it was opened")
+        # Of corpora that have moved, that of this index is known by its hash: ids of others may be the same.
+        own = tuple(one for one in texts if info is not None and one.sha256 == info.corpus_sha256)
+        return ServedIndex(name, folder, searcher, own or texts, before, num_bytes)
 
     def _encoder_of(self, folder: Path, info: IndexInfo | None) -> Encoder:
         """Return the encoder of an index, the one of another if it is the same: a model is in memory once."""

@@ -85,8 +85,7 @@ class Rest:
     async def status_1(self, request: Request) -> Response:
         """GET /v1/indexes/INDEX/status."""
         index = self._service.index(request.path_params["index"])
-        size = sum(path.stat().st_size for path in index.folder.iterdir() if path.is_file())
-        return JSONResponse({"downloaded": True, "size_bytes": str(size)})
+        return JSONResponse({"downloaded": True, "size_bytes": str(index.num_bytes)})
 
     async def list_names(self, request: Request) -> Response:
         """GET /v1/indexes/?index_type=: names alone."""

@@ -14,6 +14,7 @@ from effir_search.errors import UserError
 from effir_search.searching.searcher import DEFAULT_SETTINGS
 from effir_search.serving.app import application, background
 from effir_search.serving.batching import Batcher
+from effir_search.serving.connection import Connection
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.mcp_tools import mcp_server
 from effir_search.serving.service import Service
@@ -73,7 +74,7 @@ async def _serve_http(
     app = application(Service(indexes, Batcher(), settings), settings, key, ready=ready)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=type("Connection", (Connection,), {"seconds": settings.timeout}),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -99,7 +100,8 @@ def api_key(settings: ServeSettings) -> str | None:
         OSError: Its file cannot be read.
     """
     if settings.api_key_file is not None:
-        where, key = settings.api_key_file, Path(settings.api_key_file).read_text(encoding="utf-8").strip()
+        # Any bytes are characters of Latin-1, of which those that no key has are refused below.
+        where, key = settings.api_key_file, Path(settings.api_key_file).read_text(encoding="latin-1").strip()
     elif KEY_VARIABLE in os.environ:
         where, key = KEY_VARIABLE, os.environ[KEY_VARIABLE].strip()
     else:

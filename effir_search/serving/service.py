@@ -113,19 +113,21 @@ class Service:
         """Return the models that give embeddings, by all names they have.
 
         A model is called as its folder; where two are called alike, as its index. NAME-query and NAME-document put
-        the query's or the document's prompt before each text.
+        the query's or the document's prompt before each text. A name that two models would have is none of them.
         """
         encoders = {id(index.searcher.encoder): index.searcher.encoder for index in self.indexes.by_name.values()}
         folders = [folder_name(encoder) for encoder in encoders.values()]
         models: dict[str, EmbeddingModel] = {}
+        ambiguous = set()
         for index in self.indexes.by_name.values():
             encoder = index.searcher.encoder
             name = folder_name(encoder)
             name = name if folders.count(name) == 1 else index.name
-            models[name] = EmbeddingModel(encoder, None)
-            models[f"{name}-{QUERY}"] = EmbeddingModel(encoder, QUERY)
-            models[f"{name}-{DOCUMENT}"] = EmbeddingModel(encoder, DOCUMENT)
-        return models
+            for side in (None, QUERY, DOCUMENT):
+                full_name, model = f"{name}-{side}" if side else name, EmbeddingModel(encoder, side)
+                if models.setdefault(full_name, model) != model:
+                    ambiguous.add(full_name)
+        return {name: model for name, model in models.items() if name not in ambiguous}
 
     async def embed(self, model: object, inputs: object, prompt_name: object, dimensions: object) -> Embeddings:
         """Return the embeddings of texts.
@@ -145,8 +147,9 @@ class Service:
         encoder, side = models[model]
         texts = self._checked_inputs(inputs)
         prompt = _prompt(encoder, model, side, prompt_name)
-        if dimensions is not None and dimensions != encoder.dimension:
-            encoder = encoder.with_config(dimension=_checked_dimensions(encoder, model, dimensions))
+        size = encoder.dimension if dimensions is None else _checked_dimensions(encoder, model, dimensions)
+        if size != encoder.dimension:
+            encoder = encoder.with_config(dimension=size)
         return await self.batcher.encode(encoder, texts, prompt)
 
     def _checked_inputs(self, inputs: object) -> list[str]:
@@ -188,7 +191,7 @@ def _prompt(encoder: Encoder, model: str, side: str | None, prompt_name: object)
 def _checked_dimensions(encoder: Encoder, model: str, dimensions: object) -> int:
     """Return a number of leading components that the model was trained to be cut at, or raise a Refusal."""
     allowed = matryoshka_dimensions(encoder)
-    if isinstance(dimensions, bool) or dimensions not in allowed:
+    if type(dimensions) is not int or dimensions not in allowed:  # 16.0 is no number of components
         known = ", ".join(map(str, allowed))
         raise Refusal(400, f"dimensions of {model} must be {known}, not {shown(dimensions)}")
     return dimensions

@@ -33,7 +33,7 @@ class Texts:
 
         Raises:
             ValueError: A file that is no text.
-            OSError: A file cannot be read.
+            OSError: A file cannot be read, or there is no room for the texts.
         """
         # An empty name is a database on the disk whose file is deleted as soon as it is open.
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
@@ -53,8 +53,11 @@ class Texts:
         logger.info("%s: the texts of %d documents", source, hasher.num_documents)
 
     def _run(self, statement: str, *values: str) -> list[tuple]:
-        with self._turn:
-            return self._database.execute(statement, values).fetchall()
+        try:
+            with self._turn:
+                return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise OSError(f"texts cannot be kept in a file where TMPDIR says ({error})") from error
 
     def find(self, doc_ids: Iterable[str]) -> dict[str, Document]:
         """Return the documents of these ids, as far as the corpus has them."""

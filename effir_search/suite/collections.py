@@ -96,7 +96,7 @@ def hits_by_name(settings: SuiteSettings) -> dict[str, int]:
     depths = {}
     for text in settings.hits_of:
         name, _, number = text.rpartition("=")
-        if not name or not number.isdigit() or int(number) < 1:
+        if not name or not number.isdecimal() or len(number) > 9 or int(number) < 1:
             raise UserError(f"--hits-of {text}: is not NAME=NUMBER, as in arguana=100")
         depths[name] = int(number)
     return depths

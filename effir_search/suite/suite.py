@@ -18,7 +18,15 @@ from effir_search.model.sentence_files import read_sentence_files
 from effir_search.settings import EncoderOptions, SuiteSettings
 from effir_search.suite.collections import Collection, find_collections
 from effir_search.suite.report import Results, measured, write_report
-from effir_search.suite.systems import TUNED, CollectionSearch, Model, System, systems_of
+from effir_search.suite.systems import (
+    TUNED,
+    CollectionSearch,
+    Model,
+    System,
+    check_names,
+    settings_sha256,
+    systems_of,
+)
 from effir_search.text.trec import read_qrels
 
 logger = logging.getLogger(__name__)
@@ -51,6 +59,7 @@ def suite(
     systems = systems_of(models, settings)
     if not systems:
         raise UserError("nothing to measure: give --encoder, or --bm25")
+    check_names(systems)
     with job_folder(output, {"command": "suite"}):
         tables = [_on_mteb(models, output, settings, options)] if settings.mteb else []
         if not collections:
@@ -99,8 +108,13 @@ def _models(encoders: Sequence[str]) -> list[Model]:
         name, _, source = encoder.partition("=")
         if not source or "/" in name or Path(encoder).exists():
             name, source = Path(encoder).name, encoder
-        folder = resolve_model(source)
-        models.append(Model(name, source, weights_sha256(folder, read_sentence_files(folder).weight_folders)))
+            if name in ("", ".."):  # of the folder that the command runs in, or the one above
+                name = Path(encoder).resolve().name
+        if not name or name.startswith("."):
+            raise UserError(f"--encoder {encoder}: {name!r} is no name of a run; give one, as in small={source}")
+        files = read_sentence_files(resolve_model(source))
+        weights = weights_sha256(files.folder, files.weight_folders)
+        models.append(Model(name, source, weights, settings_sha256(files)))
     names = [model.name for model in models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f'two encoders are called "{twice[0]}"; name them, as in --encoder small=models/{twice[0]}')

@@ -1,5 +1,6 @@
 """What is measured on a collection: BM25, encoders, both as one, feedback; each writes a run unless it is there."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -14,10 +15,11 @@ from ir_measures import Qrel, ScoredDoc
 from effir_search.encoding.encoder import Encoder
 from effir_search.errors import UserError
 from effir_search.evaluation.tune import MEASURE, best_candidate, separate, tune
-from effir_search.files.reading import read_json
+from effir_search.files.reading import file_sha256, read_json
 from effir_search.files.whole import whole_file
 from effir_search.indexing.build import index_corpus
-from effir_search.indexing.index_record import INDEX_FILE, read_index_info, store_of
+from effir_search.indexing.index_record import INDEX_FILE, store_of
+from effir_search.model.sentence_files import SentenceFiles
 from effir_search.searching.bm25 import Bm25Searcher, index_bm25, is_bm25
 from effir_search.searching.hybrid import HybridSearcher, Ranking, open_index
 from effir_search.searching.search_topics import load_topics
@@ -26,7 +28,6 @@ from effir_search.settings import (
     EncoderOptions,
     FeedbackSettings,
     HybridSettings,
-    IndexSettings,
     SearchSettings,
     SuiteSettings,
 )
@@ -39,6 +40,8 @@ BM25 = "BM25"
 TUNED, RRF = "tuned", "RRF"
 # Beside the indexes of a collection: the hash of the corpus that they are of.
 CORPUS_FILE = "corpus.json"
+# Options that change no more than the last digits of a vector: an index that was made with others stays.
+FREE = ("device", "batch_tokens")
 FEEDBACK = {"PRF average": FeedbackSettings("average"), "PRF Rocchio": FeedbackSettings("rocchio")}
 
 
@@ -50,11 +53,21 @@ class Model:
         name: In the tables, and of its indexes and runs.
         source: Folder or hub name.
         sha256: See ``model.checkpoint.weights_sha256``.
+        settings_sha256: See ``settings_sha256``.
     """
 
     name: str
     source: str
     sha256: str
+    settings_sha256: str
+
+
+def settings_sha256(files: SentenceFiles) -> str:
+    """Return a hash of all that a model's folder says beside its weights: pooling, prompts, tokenizer, lengths."""
+    places = {files.folder, files.transformer_folder, *(place for _, place in files.head)}
+    records = sorted(file for place in places for file in place.glob("*.json"))
+    lines = [f"{file.relative_to(files.folder).as_posix()} {file_sha256(file)}" for file in records]
+    return hashlib.sha256("\n".join([f"{files.pooling} {files.include_prompt}", *lines]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,17 @@ def systems_of(models: Sequence[Model], settings: SuiteSettings) -> list[System]
     kinds = ["", *([RRF, TUNED] if settings.hybrid else []), *(FEEDBACK if settings.prf else [])]
     of_models = [System(model, kind) for model in models for kind in kinds]
     return [System(None)] * (settings.bm25 or settings.hybrid) + of_models
+
+
+def check_names(systems: Sequence[System]) -> None:
+    """Raise ValueError if the runs of two systems would be one file."""
+    names = {system.file_name: system.name for system in systems}
+    for system in systems:
+        if (other := names[system.file_name]) != system.name:
+            raise UserError(
+                f'the runs of "{system.name}" and of "{other}" would both be {system.file_name}.trec; give the encoder '
+                "another name, as in --encoder NAME=MODEL"
+            )
 
 
 class CollectionSearch:
@@ -137,7 +161,7 @@ class CollectionSearch:
         search = {"hits": self.collection.hits, "remove_query": self.collection.remove_query}
         made_of = {"collection": self._fingerprint, "search": search, "kind": system.kind}
         if system.model is not None:
-            made_of["model"], made_of["options"] = system.model.sha256, self._options.given()
+            made_of |= self._vectors_of(system.model) | {"options": self._options.given()}
         if system.kind == TUNED:
             made_of["tuning"] = {"dev": fingerprint_of(self.collection.dev_qrels), "seed": self._settings.seed}
             made_of["tuning"] |= {"queries": self._settings.tune_queries}
@@ -191,13 +215,20 @@ class CollectionSearch:
 
     def _index(self, model: Model) -> Path:
         index_dir = self._index_dir(model.name)
-        info = read_index_info(index_dir) if (index_dir / INDEX_FILE).is_file() else None
-        if info is None or info.model_sha256 != model.sha256:
-            begun = store_of(index_dir).settings()
-            is_others = begun is not None and begun.model_sha256 != model.sha256
-            settings = IndexSettings(overwrite=info is not None, restart=is_others)
-            index_corpus(self.collection.corpus, model.source, index_dir, settings, self._options)
+        record, vectors = index_dir.with_name(f"{index_dir.name}.made_of.json"), self._vectors_of(model)
+        if not record.is_file() or read_json(record) != vectors:
+            for others in filter(Path.exists, (index_dir, store_of(index_dir).path)):
+                shutil.rmtree(others)
+            with whole_file(record) as file:
+                file.write(json.dumps(vectors) + "\n")
+        if not (index_dir / INDEX_FILE).is_file():
+            index_corpus(self.collection.corpus, model.source, index_dir, options=self._options)
         return index_dir
+
+    def _vectors_of(self, model: Model) -> dict[str, object]:
+        """Return what the vectors of an index depend on besides the corpus."""
+        options = {name: value for name, value in self._options.given().items() if name not in FREE}
+        return {"model": model.sha256, "model_settings": model.settings_sha256, "index_options": options}
 
     def _tuned(
         self,

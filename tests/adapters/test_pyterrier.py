@@ -18,7 +18,7 @@ from effir_search.cli import cli
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import build_index, rebuild_index
 from effir_search.searching.search_topics import search
-from effir_search.settings import IndexSettings
+from effir_search.settings import IndexSettings, SearchSettings
 from effir_search.text.corpus import Document, read_corpus
 from effir_search.text.trec import Query, read_qrels
 
@@ -91,6 +91,14 @@ def test_a_query_without_a_text_gets_no_hits(retriever):
 def test_a_frame_without_queries_is_an_error(retriever):
     with pytest.raises(pt.validate.InputValidationError, match="missing_columns=.'query'"):
         retriever(pd.DataFrame({"qid": ["1"], "docno": ["d"]}))
+
+
+def test_the_document_that_is_the_query_is_left_out(toy_index, encoder):
+    queries = [Query("008", "hot soup"), Query("009", "cat fish")]
+    frame = pd.DataFrame(queries).rename(columns={"query_id": "qid", "text": "query"})
+    found = EffirRetriever(toy_index, encoder, num_results=11, settings=SearchSettings(remove_query=True))(frame)
+    expected = search(toy_index, encoder, queries, k=11, remove_query=True)
+    assert hits_of(found) == [tuple(hit) for hit in expected]
 
 
 def test_pyterrier_knows_what_comes_out(retriever):

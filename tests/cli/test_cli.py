@@ -383,6 +383,11 @@ def test_an_empty_query_is_one_line(folder, error_of):
     assert error_of("search", "--index", folder / "index", "--query", " ") == "--query: the text is empty"
 
 
+def test_a_query_that_is_no_unicode_is_one_line(folder, error_of):
+    complaint = r"--query: lone surrogate '\udcff', not valid Unicode"  # as Python reads a byte that is no UTF-8
+    assert error_of("search", "--index", folder / "index", "--query", "\udcff") == complaint
+
+
 # Commands that load a model
 
 

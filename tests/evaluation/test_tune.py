@@ -39,6 +39,8 @@ def dev():
 
 def test_the_figures_are_those_of_the_runs(toy_index, bm25_index, encoder, dev):
     queries, qrels = dev
+    queries = [*queries, Query("zebra", "zebra")]  # of which BM25 finds nothing
+    qrels = [*qrels, Qrel("zebra", "003", 1)]
     ranking = Ranking(bm25_index=bm25_index, hybrid=HybridSettings(fusion="interpolation"))
     searcher = open_index(toy_index, encoder, ranking=ranking)
     candidates = {(one.normalization, one.weight): one.ndcg for one in tune(searcher, queries, qrels)}

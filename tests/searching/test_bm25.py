@@ -155,6 +155,10 @@ def test_a_query_of_thousands_of_words_is_searched(bm25_index):
     assert [hit.doc_id for hit in Bm25Searcher(bm25_index).search_text(f"{words} fish")] == ["009"]
 
 
+def test_more_hits_than_java_counts_are_all_there_are(bm25_index):
+    assert len(Bm25Searcher(bm25_index).search_text("soup bread", 2**31)) == 3
+
+
 def test_queries_without_a_text_are_warned_of(bm25_index, caplog):
     with caplog.at_level(logging.WARNING):
         hits = list(Bm25Searcher(bm25_index).search([Query("1", " "), Query("2", "fish")]))

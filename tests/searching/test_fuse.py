@@ -192,6 +192,13 @@ def test_a_list_without_hits_gives_nothing():
     assert fused(one, []) == pytest.approx({"a": 1 / 61, "b": 1 / 62})
 
 
+@pytest.mark.parametrize("method", ["rrf", "interpolation"])
+def test_a_list_that_weighs_nothing_orders_the_documents_where_no_other_has_any(method):
+    alone = hits(z=3.0, a=2.0, m=1.0)
+    assert list(fused(alone, [], method=method, weights=[0, 1])) == ["z", "a", "m"]
+    assert list(fused(alone, hits(a=1.0), method=method, weights=[0, 1]))[0] == "a"
+
+
 def test_what_is_missing_is_counted_and_said(caplog):
     counts = MissingCounts()
     for lists in ([hits(a=3.0, b=1.0), hits(b=2.0, c=1.0, d=0.5)], [hits(a=1.0), []]):

@@ -1,6 +1,7 @@
 """Requests that are wrong: each gets a 4xx with one sentence, and the server goes on."""
 
 import json
+import socket
 
 import pytest
 from servers import Server
@@ -80,7 +81,7 @@ def bad_requests(model):
         yield "POST", EMBED, embedding(model, input=inputs), {}, 400
     for field in (
         {"encoding_format": "int8"}, {"dimensions": 0}, {"dimensions": -1}, {"dimensions": True}, {"dimensions": "8"},
-        {"dimensions": 31.5}, {"prompt_name": "title"}, {"prompt_name": []}, {"colour": "red"},
+        {"dimensions": 31.5}, {"dimensions": 32.0}, {"prompt_name": "title"}, {"prompt_name": []}, {"colour": "red"},
     ):  # fmt: skip
         yield "POST", EMBED, embedding(model, **field), {}, 400
     for name in ("none", None, 7, [], "../model"):
@@ -99,7 +100,15 @@ def bad_requests(model):
         yield "GET", f"{SEARCH}?query=tea", None, headers, 403
     wrong = ("wrong", "", "open-sesam", "open-sesame2", "OPEN-SESAME", "\xfc")
     yield from (("GET", f"{SEARCH}?query=tea", None, {"X-API-Key": key}, 401) for key in wrong)
-    for value in ("Bearer wrong", "Bearer", "Basic !!!", "Basic d3Jvbmc=", "Digest open-sesame", "open-sesame"):
+    for value in (
+        "Bearer wrong",
+        "Bearer",
+        "Basic !!!",
+        "Basic \xfc",
+        "Basic d3Jvbmc=",
+        "Digest open-sesame",
+        "open-sesame",
+    ):
         yield "GET", "/", None, {"X-API-Key": None, "Authorization": value}, 401
 
 
@@ -177,3 +186,10 @@ def test_a_slow_body_is_a_408(tmp_path, toy_index):
         for connection in (first, second):
             assert b"408" in connection.recv(65536).splitlines()[0]
         assert server.get(SEARCH, query="tea").status == 200
+
+
+def test_a_connection_that_does_not_ask_is_closed(server):
+    for beginning in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(beginning)
+            assert connection.recv(1) == b""

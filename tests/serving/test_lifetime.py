@@ -57,6 +57,7 @@ def test_an_index_that_is_replaced_is_opened_again_and_no_request_fails(tmp_path
         while not documents:
             time.sleep(0.01)
         os.rename(served, tmp_path / "last")
+        assert server.get("/v1/indexes/served/status").status == 200
         time.sleep(1.5)  # longer than from one look at the folder to the next
         os.rename(tmp_path / "next", served)
         end = time.monotonic() + 60
@@ -84,6 +85,8 @@ def test_an_index_that_is_replaced_is_opened_again_and_no_request_fails(tmp_path
     (["--index", "toy", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
     (["--index", "toy", "--port", "70000"], "70000"),
     (["--index", "toy", "--mcp", "--host", "localhost"], "--host does not go with --mcp"),
+    (["--index", "toy", "--mcp", "--max-body", "2"], "--max-body does not go with --mcp"),
+    (["--index", "toy", "--timeout", "inf"], "--timeout"),
 ])  # fmt: skip
 def test_a_start_that_cannot_be_is_one_line(tmp_path, toy_index, arguments, complaint):
     (tmp_path / "toy").symlink_to(toy_index)

@@ -1,6 +1,7 @@
 """The parts of a server: batches, texts, indexes."""
 
 import asyncio
+import resource
 import shutil
 
 import numpy as np
@@ -10,10 +11,12 @@ from servers import damaged_index, index_of, prompted_model
 
 from effir_search.errors import UserError
 from effir_search.searching.searcher import DEFAULT_SETTINGS, Searcher
+from effir_search.serving.app import background
 from effir_search.serving.batching import Batcher
 from effir_search.serving.indexes import Indexes, named_folders
 from effir_search.serving.metrics import Metrics
 from effir_search.serving.server import api_key
+from effir_search.serving.service import Service
 from effir_search.serving.texts import Texts
 from effir_search.settings import EncoderOptions, ServeSettings
 from effir_search.text.corpus import CorpusFields, Document
@@ -131,6 +134,19 @@ def test_documents_of_one_id_in_two_corpora_are_not_mixed_up(tmp_path, toy_index
         assert indexes["a"].documents(["001"])["001"].title == "cat"
 
 
+def test_corpora_that_have_moved_are_told_apart_by_what_they_hold(tmp_path, bert_folder):
+    folders, moved = {}, []
+    for name in ("red", "green"):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [{"_id": "1", "text": f"{name} plum"}])
+        folders[name] = index_of(corpus, bert_folder, tmp_path / name)
+        moved.append(str(corpus.rename(tmp_path / f"moved-{name}.jsonl")))
+    for corpora in (moved, moved[::-1]):
+        indexes = open_indexes(folders, corpora=corpora).by_name
+        assert {name: index.documents(["1"])["1"].text for name, index in indexes.items()} == {
+            "red": "red plum", "green": "green plum",
+        }  # fmt: skip
+
+
 def test_a_corpus_that_is_not_there_or_has_changed_is_said(tmp_path, bert_folder, caplog):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "red plum"}])
     index = index_of(corpus, bert_folder, tmp_path / "index")
@@ -157,6 +173,65 @@ def test_a_damaged_replacement_leaves_an_index_as_it_was(tmp_path, toy_index, ca
     assert indexes.by_name["a"].searcher.encoder is before.searcher.encoder
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_stays_as_it_was(tmp_path, toy_index, monkeypatch, caplog):
+    folder = shutil.copytree(toy_index, tmp_path / "index")
+    indexes = open_indexes({"a": folder})
+    before = indexes.by_name["a"]
+
+    def replace_meanwhile(*arguments):
+        shutil.copy(toy_index / "docid", folder / "docid")
+        return Searcher(*arguments)
+
+    monkeypatch.setattr("effir_search.serving.indexes.Searcher", replace_meanwhile)
+    assert indexes.reload(all_of_them=True) == [] and indexes.by_name["a"] is before
+    assert "was replaced while it was opened" in caplog.text
+    monkeypatch.undo()
+    assert indexes.reload() == ["a"]
+
+
+def test_a_failed_look_at_the_indexes_is_said_and_not_the_last(toy_index, monkeypatch, caplog):
+    service = Service(open_indexes({"a": toy_index}), Batcher(), ServeSettings())
+    looks = iter([RuntimeError("can't allocate memory"), ["a"]])  # as torch says that there is too little
+
+    def look(**_options):
+        found = next(looks, [])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def work():
+        async with background(service):
+            while "a was opened again" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("effir_search.serving.app.LOOK", 0.01)
+    monkeypatch.setattr(service.indexes, "reload", look)
+    with caplog.at_level("INFO"):
+        asyncio.run(asyncio.wait_for(work(), 20))
+    assert "can't allocate memory" in caplog.text
+
+
+def test_texts_that_there_is_no_room_for_are_an_oserror(tmp_path, monkeypatch):
+    monkeypatch.setattr("effir_search.serving.texts.FILLING", 1)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"_id": str(number), "text": "tea " * 500} for number in range(500)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="texts cannot be kept in a file where TMPDIR says"):
+            Texts(corpus, CorpusFields())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_name_that_two_models_would_have_is_none_of_them(tmp_path, collection, bert_folder):
+    folders = {}
+    for name, place in {"full": "a/model", "small": "b/model", "z": "c/small"}.items():
+        model = shutil.copytree(bert_folder, tmp_path / place)
+        folders[name] = index_of(collection / "corpus.jsonl", model, tmp_path / name)
+    service = Service(open_indexes(folders), Batcher(), ServeSettings())
+    assert set(service.models()) == {"full", "full-query", "full-document"}
+
+
 def test_an_index_is_called_as_its_folder_or_as_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with=sign").mkdir()
@@ -176,6 +251,9 @@ def test_the_key_is_in_the_environment_or_in_a_file(tmp_path, monkeypatch):
     assert api_key(ServeSettings()) == "of-the-environment"
     (tmp_path / "key").write_text("of-the-file\n")
     assert api_key(ServeSettings(api_key_file=str(tmp_path / "key"))) == "of-the-file"
+    (tmp_path / "bytes").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UserError, match="bytes: the key must be of visible ASCII"):
+        api_key(ServeSettings(api_key_file=str(tmp_path / "bytes")))
     for bad in ("", " ", "two words", "k\u00e9y"):
         monkeypatch.setenv("EFFIR_API_KEY", bad)
         with pytest.raises(UserError, match="EFFIR_API_KEY: the key must be of visible ASCII"):

@@ -134,6 +134,8 @@ def test_embeddings_are_cut_where_the_model_was_trained_to_be(client, prompted):
     assert len(client.embeddings.create(model=name, input="tea", dimensions=32).data[0].embedding) == 32
     with pytest.raises(openai.BadRequestError, match="must be 16, 32, not 8"):
         client.embeddings.create(model=name, input="tea", dimensions=8)
+    with pytest.raises(openai.BadRequestError, match="must be 16, 32, not 16.0"):
+        client.embeddings.create(model=name, input="tea", dimensions=16.0)
 
 
 def test_a_model_without_such_training_is_not_cut(client, bert_folder):

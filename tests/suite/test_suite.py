@@ -17,7 +17,7 @@ from effir_search.cli import cli
 from effir_search.evaluation.measures import evaluate_queries, parse_measures
 from effir_search.indexing.build import index_corpus
 from effir_search.indexing.index_record import read_index_info
-from effir_search.settings import IndexSettings, SuiteSettings
+from effir_search.settings import EncoderOptions, IndexSettings, SuiteSettings
 from effir_search.suite.collections import BEIR, NANO, find_collections, is_on_disk
 from effir_search.suite.report import Results, as_latex, columns_of, means_of, table_of
 from effir_search.suite.suite import suite
@@ -174,6 +174,23 @@ def test_a_model_that_changed_is_indexed_again(tmp_path, collections, models, be
     assert (tmp_path / "out" / "runs" / "alone" / "model.trec").read_text() != first
 
 
+def test_settings_of_a_model_and_options_that_changed_are_indexed_again(tmp_path, collections, bert_folder):
+    settings, folder = SuiteSettings((str(collections / "alone"),)), shutil.copytree(bert_folder, tmp_path / "model")
+    index_dir, run = tmp_path / "out/indexes/alone/model", tmp_path / "out/runs/alone/model.trec"
+
+    def made(**options):
+        suite([str(folder)], tmp_path / "out", settings, EncoderOptions(**options))
+        return read_index_info(index_dir), run.stat().st_mtime_ns
+
+    first, when = made(dtype="fp32")
+    assert first.dtype == "float32" and made(dtype="fp32") == (first, when)
+    second, when = made(dtype="bf16", max_length=5)
+    assert (second.dtype, second.encoder.max_length) == ("bfloat16", 5)
+    save_sentence_files(folder, pooling="cls")
+    third, later = made(dtype="bf16", max_length=5)
+    assert third.encoder.pooling == "cls" and later > when
+
+
 def test_what_another_model_had_begun_to_encode_is_discarded(tmp_path, collections, models):
     index_dir = tmp_path / "out" / "indexes" / "alone" / "model"
     corpus, (full, small) = collections / "alone" / "corpus.jsonl", (name.partition("=")[2] for name in models)
@@ -262,6 +279,7 @@ def test_latex_escapes_names(done):
         ({"collections": ("{alone}", "{alone}")}, "alone: two collections of this name"),
         ({"collections": ("{alone}",), "split": "dev"}, "has no qrels/dev.tsv"),
         ({"collections": ("{alone}",), "hits_of": ("alone",)}, "is not NAME=NUMBER, as in arguana=100"),
+        ({"collections": ("{alone}",), "hits_of": ("alone=\u00b2",)}, "is not NAME=NUMBER, as in arguana=100"),
         ({"collections": ("{alone}",), "hits_of": ("other=3",)}, 'no collection is called "other"; there are alone'),
         ({"collections": ("irds:no-such",)}, "irds:no-such: ir_datasets knows no data set of this name"),
         ({"collections": ("irds:beir/scifact",)}, "irds:beir/scifact: has no qrels"),
@@ -283,6 +301,28 @@ def test_nothing_to_measure_and_two_encoders_of_a_name_are_refused(tmp_path, col
         suite([], tmp_path / "out", settings)
     with pytest.raises(ValueError, match="two encoders are called .*; name them, as in --encoder small=models/"):
         suite([str(bert_folder), str(bert_folder)], tmp_path / "out", settings)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["small", "small-tuned"], '"small \\+ BM25, tuned" and of "small-tuned" would both be small-tuned.trec'),
+        (["small", "bm25"], '"BM25" and of "bm25" would both be bm25.trec'),
+        (["small", ""], "'' is no name of a run"),
+        (["small", ".."], "'..' is no name of a run"),
+    ],
+)
+def test_two_systems_never_share_a_run(tmp_path, collections, bert_folder, names, message):
+    settings = SuiteSettings((str(collections / "alone"),), hybrid=True)
+    with pytest.raises(ValueError, match=message):
+        suite([f"{name}={bert_folder}" for name in names], tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_the_command_runs_in_is_an_encoder(tmp_path, collections, bert_folder, monkeypatch):
+    monkeypatch.chdir(bert_folder)
+    printed = suite(["."], tmp_path / "out", SuiteSettings((str(collections / "alone"),)))
+    assert f"| {bert_folder.name} | " in printed
 
 
 def test_bm25_alone_needs_no_encoder(tmp_path, collections):
