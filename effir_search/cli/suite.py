@@ -16,8 +16,8 @@ from effir_search.settings import EncoderOptions, SuiteSettings
 def suite(encoders: tuple[str, ...], output: Path, **options: object) -> None:
     """Measure encoders, BM25 and both as one on many collections: one table, with intervals.
 
-    What is there already is used again, so that after a stop the same command goes on, and further encoders and
-    collections join the table.
+    What is there already is used again, so that after a stop the same command goes on. The table is of the encoders and
+    collections that the command names: name those from before as well when further ones are to join them.
     """
     from effir_search.suite.suite import suite
 

@@ -179,6 +179,8 @@ def fuse(runs: Sequence[Path], output: Path, settings: FuseSettings = DEFAULT_SE
     """
     if len(runs) < 2:
         raise UserError(f"a fusion needs at least two runs, got {len(runs)}")
+    if output.resolve() in [run.resolve() for run in runs]:
+        raise UserError(f"--output {output}: is one of the runs, and would replace it; choose another")
     if settings.weights and len(settings.weights) != len(runs):
         raise UserError(f"--weights: {len(settings.weights)} weights for {len(runs)} runs; give one for each")
     lists: list[dict[str, list[ScoredDoc]]] = []

@@ -1,7 +1,8 @@
-"""The tools that agents call by MCP, named as Pyserini's."""
+"""The tools that agents call by MCP; they and their arguments are named as Pyserini's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ir_measures import ScoredDoc
 from mcp.server import MCPServer
@@ -25,26 +26,42 @@ class ScoredDocument:
     score: float
 
 
+class Tools(MCPServer):
+    """An MCP server that refuses arguments a tool does not have, which would be ignored."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], *context: object) -> object:
+        """Call a tool.
+
+        Raises:
+            ToolError: An unknown tool or argument, or what the tool refuses.
+        """
+        known = {tool.name: tool.input_schema.get("properties", {}) for tool in await self.list_tools()}
+        unknown = sorted(arguments.keys() - known[name].keys()) if name in known else []
+        if unknown:
+            raise ToolError(f"{name} has no argument {unknown[0]!r}; it has: {', '.join(known[name])}")
+        return await super().call_tool(name, arguments, *context)
+
+
 def mcp_server(service: Service) -> MCPServer:
     """Return an MCP server with the tools of agents."""
-    server = MCPServer("effir_search", instructions=INSTRUCTIONS)
+    server = Tools("effir_search", instructions=INSTRUCTIONS)
     first = next(iter(service.indexes.by_name))
 
     @server.tool()
-    async def search(query: str | dict[str, str], index: str = first, hits: int = HITS) -> dict[str, object]:
+    async def search(query: str | dict[str, str], index_name: str = first, k: int = HITS) -> dict[str, object]:
         """Search an index and return the best hits, best first.
 
         Args:
             query: The text that is searched for, or {"query_txt": text}.
-            index: Name of the index, see list_indexes.
-            hits: Number of hits.
+            index_name: Name of the index, see list_indexes.
+            k: Number of hits.
 
         Returns:
             The hits, each with docid, score, rank and doc, its title and text.
         """
         text = query.get("query_txt", "") if isinstance(query, dict) else query
         try:
-            found = await service.search(index, text, hits)
+            found = await service.search(index_name, text, k)
             check_length(found, None)
         except Refusal as refused:
             raise ToolError(refused.message) from refused
@@ -52,21 +69,21 @@ def mcp_server(service: Service) -> MCPServer:
             {"docid": hit.doc_id, "score": hit.score, "rank": hit.rank, "doc": payload(hit.document, True, None)}
             for hit in found
         ]
-        return {"index": index, "query": {"text": text}, "candidates": candidates}
+        return {"index": index_name, "query": {"text": text}, "candidates": candidates}
 
     @server.tool()
-    async def get_document(docid: str, index: str = first) -> dict[str, str]:
+    async def get_document(docid: str, index_name: str = first) -> dict[str, str]:
         """Return a document in full.
 
         Args:
             docid: Its id, as search returns it.
-            index: Name of the index, see list_indexes.
+            index_name: Name of the index, see list_indexes.
 
         Returns:
             Its id, title and text.
         """
         try:
-            return record(service.document(index, docid))
+            return record(service.document(index_name, docid))
         except Refusal as refused:
             raise ToolError(refused.message) from refused
 

@@ -53,8 +53,9 @@ def suite(
     measures, models = parse_measures(settings.measures), _models(encoders)
     if not settings.collections and not settings.mteb:
         raise UserError("nothing to measure on: give --collections, or --mteb")
-    if settings.mteb and not models:
-        raise UserError("--mteb goes with --encoder")
+    for name in ("mteb", "hybrid", "prf"):
+        if getattr(settings, name) and not models:
+            raise UserError(f"--{name} goes with --encoder")
     collections = find_collections(settings)
     systems = systems_of(models, settings)
     if not systems:

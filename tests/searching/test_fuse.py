@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from ir_measures import ScoredDoc
 
 from effir_search.cli import cli
+from effir_search.errors import UserError
 from effir_search.searching.fuse import MissingCounts, fuse, fuse_lists, normalized
 from effir_search.searching.pyserini_bridge import pyserini_faiss
 from effir_search.settings import FuseSettings, FusionSettings
@@ -249,6 +250,13 @@ def test_what_cannot_be_fused_is_one_line(run_files, tmp_path, words, message):
     done = CliRunner().invoke(cli, ["fuse", *words, "--output", str(tmp_path / "out")])
     assert done.exit_code in (1, 2) and message in done.output, done.output
     assert "Traceback" not in done.output and not (tmp_path / "out").exists()
+
+
+def test_a_fusion_does_not_replace_one_of_its_runs(run_files):
+    before = run_files[1].read_bytes()
+    with pytest.raises(UserError, match="is one of the runs, and would replace it"):
+        fuse(run_files, run_files[1])
+    assert run_files[1].read_bytes() == before
 
 
 @pytest.mark.processes

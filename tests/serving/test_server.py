@@ -163,10 +163,14 @@ async def use_tools(client):
             tool.name for tool in (await client.list_tools()).tools
         }
         listed = (await client.call_tool("list_indexes", {})).structured_content["indexes"]
-        found = await client.call_tool("search", {"query": "hot soup", "index": listed[0]["name"], "hits": 2})
+        found = await client.call_tool("search", {"query": "hot soup", "index_name": listed[0]["name"], "k": 2})
         first = found.structured_content["candidates"][0]
-        read = await client.call_tool("get_document", {"docid": first["docid"], "index": "toy"})
-        wrong = await client.call_tool("search", {"query": "tea", "index": "none"})
+        read = await client.call_tool("get_document", {"docid": first["docid"], "index_name": "toy"})
+        wrong = await client.call_tool("search", {"query": "tea", "index_name": "none"})
+        unknown = await client.call_tool("search", {"query": "tea", "index": "toy"})
+        assert unknown.is_error and "search has no argument 'index'; it has: query, index_name, k" in str(
+            unknown.content
+        )
         # Scaled to 0 to 1: a 1, b 0.5, c 0 and c 1, a 0; a document that a list lacks has its lowest score there, 0.
         lists = {"hits1": {"a": 4.0, "b": 3.0, "c": 2.0}, "hits2": {"c": 0.9, "a": 0.1}}
         hits = {
@@ -205,7 +209,7 @@ def test_pyserinis_bridge_for_agents_uses_the_tools(server):
     bridge.session.post = lambda url, **options: post(url.replace("http://localhost:8000", server.address), **options)
     tools = bridge.handle_message({"id": 1, "method": "tools/list"})["result"]["tools"]
     assert {"search", "get_document"} <= {tool["name"] for tool in tools}
-    call = {"name": "get_document", "arguments": {"docid": "001", "index": "toy"}}
+    call = {"name": "get_document", "arguments": {"docid": "001", "index_name": "toy"}}
     answer = bridge.handle_message({"id": 2, "method": "tools/call", "params": call})
     assert answer["result"]["structuredContent"]["title"] == "cat"
 
