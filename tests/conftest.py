@@ -286,6 +286,16 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory, collection: Path, bert_f
 
 
 @pytest.fixture(scope="session")
+def bm25_index(tmp_path_factory: pytest.TempPathFactory, collection: Path) -> Path:
+    """The toy corpus indexed for BM25; tests copy it before they damage it."""
+    from effir_search.searching.bm25 import index_bm25
+
+    index_dir = tmp_path_factory.mktemp("bm25") / "toy"
+    index_bm25(str(collection / "corpus.jsonl"), index_dir)
+    return index_dir
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So many documents that a store has parts of them, of many lengths."""
     words = ["cat", "dog", "soup", "tea", "red", "green", "hot", "sweet"]

@@ -10,19 +10,11 @@ from conftest import DOCUMENTS, write_jsonl
 from effir_search.cli import cli
 from effir_search.evaluation.measures import evaluate, parse_measures
 from effir_search.evaluation.tune import WEIGHTS, Candidate, best_candidate, separate, tune
-from effir_search.searching.bm25 import index_bm25
 from effir_search.searching.hybrid import Ranking, open_index
 from effir_search.settings import HybridSettings
 from effir_search.text.trec import Qrel, Query, read_run
 
 (NDCG,) = parse_measures("nDCG@10")
-
-
-@pytest.fixture(scope="module")
-def bm25_index(tmp_path_factory, collection):
-    index_dir = tmp_path_factory.mktemp("bm25") / "toy"
-    index_bm25(str(collection / "corpus.jsonl"), index_dir)
-    return index_dir
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,6 @@ from effir_search.settings import Bm25Settings, IndexSettings, SearchSettings
 from effir_search.text.trec import Query, read_run
 
 
-@pytest.fixture(scope="module")
-def bm25_index(tmp_path_factory, collection):
-    """The toy corpus indexed for BM25; tests copy it before they damage it."""
-    index_dir = tmp_path_factory.mktemp("bm25") / "toy"
-    index_bm25(str(collection / "corpus.jsonl"), index_dir)
-    return index_dir
-
-
 def run_effir(*words):
     return CliRunner().invoke(cli, list(map(str, words)))
 

@@ -25,13 +25,6 @@ from effir_search.text.trec import Query, read_run, write_run
 QUERIES = [Query(query_id, text) for query_id, text in TOPICS.items()]
 
 
-@pytest.fixture(scope="module")
-def bm25_index(tmp_path_factory, collection):
-    index_dir = tmp_path_factory.mktemp("bm25") / "toy"
-    index_bm25(str(collection / "corpus.jsonl"), index_dir)
-    return index_dir
-
-
 def run_effir(*words):
     return CliRunner().invoke(cli, list(map(str, words)))
 
