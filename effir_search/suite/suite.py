@@ -56,6 +56,9 @@ def suite(
     for name in ("mteb", "hybrid", "prf"):
         if getattr(settings, name) and not models:
             raise UserError(f"--{name} goes with --encoder")
+    for name in ("bm25", "hybrid", "prf"):
+        if getattr(settings, name) and not settings.collections:
+            raise UserError(f"--{name} goes with --collections; mteb searches its tasks by itself")
     collections = find_collections(settings)
     systems = systems_of(models, settings)
     if not systems:

@@ -377,6 +377,7 @@ def test_tasks_of_mteb_are_a_table_of_their_own_and_are_not_done_again(tmp_path,
         ([], {"mteb": ("SciFact",)}, "--mteb goes with --encoder"),
         ([], {"collections": ("x",), "bm25": True, "prf": True}, "--prf goes with --encoder"),
         ([], {"collections": ("x",), "hybrid": True}, "--hybrid goes with --encoder"),
+        (["model"], {"mteb": ("SciFact",), "prf": True}, "--prf goes with --collections"),
     ],
 )
 def test_a_suite_of_nothing_is_an_error(tmp_path, bert_folder, encoders, settings, message):
